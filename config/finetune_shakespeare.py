@@ -1,0 +1,31 @@
+"""
+Fine-tune GPT-2 on Shakespeare.
+
+    python data/shakespeare/prepare.py
+    python train.py config/finetune_shakespeare.py
+    python sample.py --out_dir=out-shakespeare
+
+Starts from GPT-2 XL (1558M); a GPU that runs out of memory takes --init_from=gpt2-medium, or a smaller
+--block_size.
+"""
+
+import time
+
+out_dir = 'out-shakespeare'
+init_from = 'gpt2-xl'
+dataset = 'shakespeare'
+
+# 1 sequence * 32 micro-steps * 1024 tokens = 32,768 an iteration; 301,966 tokens, so 9.2 iterations an epoch
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+learning_rate = 3e-5  # low and constant: what GPT-2 knows shall stay
+decay_lr = False
+
+eval_interval = 5
+eval_iters = 40
+always_save_checkpoint = False  # it overfits within a few epochs: keep the best
+
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())

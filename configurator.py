@@ -1,0 +1,147 @@
+"""
+Overrides a script's settings from config files and the command line.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
+    python train.py eval_gpt2              # a bare name finds config/eval_gpt2.py
+    python train.py --help                 # every setting, its default, its comment
+
+A script states its settings as plain assignments at its top and calls `configure(globals())` right
+under them. Arguments act from left to right, the last one wins. A config file is Python and is executed
+in the script's globals, so it can do what any program can: run only configs that you trust.
+"""
+
+import ast
+import difflib
+import io
+import linecache
+import os
+import re
+import sys
+import tokenize
+import traceback
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+KINDS = (bool, int, float, str, types.NoneType)
+
+
+def configure(script, args=None):
+    """Apply `args` (default: sys.argv[1:]) to the settings in `script`, a module's globals.
+
+    Settings are the lower-case names bound so far to a bool, int, float, str or None, but for `_names`.
+    Returns them as a dict. Raises ValueError for an unknown key or a value of the wrong type and
+    FileNotFoundError for a config that isn't there.
+    """
+    sys.excepthook = show_error
+    args = sys.argv[1:] if args is None else args
+    names = [k for k, v in script.items() if k.islower() and k[0] != '_' and isinstance(v, KINDS)]
+    allowed = {k: allowed_types(script, k) for k in names}
+    if '--help' in args or '-h' in args:
+        print_help(script, names)
+        sys.exit(0)
+    say = print if int(os.environ.get('RANK', 0)) == 0 else lambda *_: None  # one voice under torchrun
+    for arg in args:
+        if not arg.startswith('--'):
+            apply_file(script, allowed, find_config(arg), say)
+            continue
+        key, equals, text = arg[2:].partition('=')
+        if key not in allowed:
+            raise ValueError(unknown_key(key, allowed))
+        if not equals and bool not in allowed[key]:
+            raise ValueError(f'--{key} needs a value: --{key}=...')
+        script[key] = convert(key, parse(text) if equals else True, text, allowed[key])
+        say(f'Overriding: {key} = {script[key]}')
+    return {k: script[k] for k in names}
+
+
+def allowed_types(script, key):
+    """Types a setting may take: its annotation's (`compile: bool | str = 'auto'`), else its default's."""
+    hint = script.get('__annotations__', {}).get(key, type(script[key]))
+    return typing.get_args(hint) or (hint,)
+
+
+def parse(text):
+    """A Python literal, true/false in any case, or the text itself."""
+    if text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return text
+
+
+def convert(key, value, text, allowed):
+    """`value` as one of the `allowed` types; `text` is how it was written."""
+    if type(value) in allowed:
+        return value
+    if float in allowed and type(value) is int:
+        return float(value)
+    if str in allowed and value is not None:
+        return text
+    wanted = ' or '.join('None' if t is types.NoneType else t.__name__ for t in allowed)
+    raise ValueError(f'{key}={text or value!r} is {type(value).__name__}, but {key} takes {wanted}')
+
+
+def apply_file(script, allowed, path, say):
+    """Execute a config in the script's globals, then check every name that it bound."""
+    source = path.read_text(encoding='utf-8')
+    say(f'Overriding config with {path}:\n{source}')
+    tree = ast.parse(source, str(path))
+    imported = {(a.asname or a.name).split('.')[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    before = dict(script)
+    exec(compile(tree, str(path), 'exec'), script)
+    for key, value in list(script.items()):
+        if key.startswith('_') or (key in before and value is before[key]):
+            continue
+        if key in allowed:
+            script[key] = convert(key, value, str(value), allowed[key])
+        elif key not in imported and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            raise ValueError(f'{unknown_key(key, allowed)} (in {path}; '
+                             'a name of the config\'s own begins with "_")')
+
+
+def find_config(name):
+    """The config's path: as given, or a bare name's `config/NAME.py`."""
+    choices = [Path(name), Path('config', f'{name}.py'), ROOT / 'config' / f'{name}.py']
+    for path in choices:
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
+    raise FileNotFoundError(f'no config {name}{nearest(Path(name).stem, known)}; '
+                            f'config/ has {", ".join(known)}; settings are written --key=value')
+
+
+def unknown_key(key, allowed):
+    return f'Unknown config key: {key}{nearest(key, allowed) or " (--help lists them all)"}'
+
+
+def nearest(name, known):
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f' (did you mean {" or ".join(close)}?)' if close else ''
+
+
+def print_help(script, names):
+    """The script's docstring, then its settings as they stand in its source, comments included."""
+    source = Path(script['__file__']).read_text(encoding='utf-8')
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+    print((script.get('__doc__') or '').strip() + '\n\nSettings (--key=value):')
+    for number, line in enumerate(source.splitlines(), 1):
+        found = re.match(r'(\w+)\s*(:[^=]+)?=[^=]', line)
+        if found and found[1] in names:
+            print(f'  {found[1] + "=" + repr(script[found[1]]):42} {comments.get(number, "")}'.rstrip())
+            names = [n for n in names if n != found[1]]
+
+
+def show_error(kind, error, trace):
+    """sys.excepthook: what this repository raises on purpose is one line, all else keeps its traceback."""
+    last = traceback.extract_tb(trace)[-1] if trace else None
+    ours = last and Path(last.filename).is_relative_to(ROOT) and 'site-packages' not in last.filename
+    raised = last and (linecache.getline(last.filename, last.lineno).strip().startswith('raise '))
+    if ours and raised and issubclass(kind, (ValueError, FileNotFoundError)):
+        print(f'{kind.__name__}: {error}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,347 @@
+"""
+What the numbers on disk mean: token files, tokenizers, and which windows make a batch.
+
+A dataset is a folder, `data/<name>/`:
+    train.bin, val.bin   token ids, uint16 in machine order, no header
+    meta.pkl             character data only: {'vocab_size': int, 'itos': {id: char}, 'stoi': {char: id}}
+    dataset.json         what it is and where it comes from; optional
+Without meta.pkl the ids are GPT-2 BPE. `write_dataset` writes such a folder, `open_split` reads one.
+
+Batches are functions, not state: the windows of iteration n follow from (seed, n) alone.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import socket
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+GPT2_VOCAB = 50257  # BPE ids, the last of which, 50256, ends a text
+PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
+TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # sha256
+
+
+# ---------------------------------------------------------------------------- reading
+
+def open_split(data_dir, split):
+    """The tokens of `split` ('train' or 'val') as a read-only memory map, (N,) uint16.
+
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, empty, of an odd
+    size, or not the size that dataset.json tells.
+    """
+    path = Path(data_dir, f'{split}.bin')
+    if not path.is_file():
+        prepare = Path(data_dir, 'prepare.py')
+        how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
+        raise FileNotFoundError(f'{path} is missing; {how}')
+    size = path.stat().st_size
+    if size % 2 or size == 0:
+        raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or no file of '
+                         'uint16 tokens. Prepare it again')
+    tokens = np.memmap(path, dtype=np.uint16, mode='r')
+    expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
+    if len(tokens) != expected:
+        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
+                         'Prepare it again')
+    return tokens
+
+
+def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
+    """ValueError if a split is too short for a window, or a token id is no row of the model's vocabulary.
+
+    Splits of more than `at_most` tokens are read in 64 places spread over the file, not from end to end.
+    """
+    if len(tokens) <= block_size:
+        raise ValueError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
+                         f'most --block_size={len(tokens) - 1}, or more text')
+    n_places = 1 if len(tokens) <= at_most else 64
+    piece = min(len(tokens), at_most) // n_places
+    largest = max(int(tokens[s:s + piece].max())
+                  for s in np.linspace(0, len(tokens) - piece, n_places, dtype=np.int64))
+    if largest >= vocab_size:
+        raise ValueError(f'{name} holds token id {largest}, but the model\'s vocab_size is {vocab_size}: '
+                         'the data was prepared for another tokenizer')
+
+
+def read_info(data_dir):
+    """dataset.json as a dict, {} where there is none."""
+    path = Path(data_dir, 'dataset.json')
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        info = error
+    if not isinstance(info, dict) or not isinstance(info.get('tokens', {}), dict):
+        raise ValueError(f'{path} is damaged ({info}). Prepare the data again')
+    return info
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; refuses whatever would run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+
+
+def read_meta(data_dir):
+    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None where there is none; ValueError if it is another file."""
+    path = Path(data_dir, 'meta.pkl')
+    if not path.is_file():
+        return None
+    try:
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        assert all(isinstance(i, int) and isinstance(c, str) for i, c in meta['itos'].items())
+        assert isinstance(meta['vocab_size'], int)
+    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+            AssertionError, ImportError, OverflowError, MemoryError) as error:
+        raise ValueError(f'{path} is not a character vocabulary ({type(error).__name__}: {error})') from None
+    return meta
+
+
+# ---------------------------------------------------------------------------- windows
+
+def train_windows(seed, iteration, count, n_tokens, block_size):
+    """Starts of the `count` windows that make the global batch of an iteration, (count,) int64.
+
+    Drawn from Philox (Salmon et al. 2011), which gives any iteration's numbers with no history before.
+    """
+    bits = np.random.Philox(key=np.array([seed, iteration], dtype=np.uint64)).random_raw(count)
+    return (bits % np.uint64(n_tokens - block_size)).astype(np.int64)
+
+
+def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
+    """Starts of windows spread evenly over a split that is cut into windows side by side, in batches:
+    (n_batches, batch_size) int64; 0 batches: all windows. A start of n_tokens fills up the last batch and
+    has no targets."""
+    n_windows = -(-(n_tokens - 1) // block_size)
+    count = min(n_batches * batch_size, n_windows) or n_windows
+    starts = np.arange(count) * n_windows // count * block_size
+    return np.pad(starts, (0, -count % batch_size), constant_values=n_tokens).reshape(-1, batch_size)
+
+
+def read_windows(tokens, starts, block_size):
+    """x, y: (B, T) int64, y one token further than x, -1 past the end of the split."""
+    at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+    return ids[:, :-1], np.where(at[:, 1:] < len(tokens), ids[:, 1:], -1)
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+class CharTokenizer:
+    """One id a character."""
+
+    def __init__(self, itos):
+        self.itos = itos
+        self.stoi = {c: i for i, c in itos.items()}
+        self.n_vocab = max(itos) + 1
+
+    @classmethod
+    def of_text(cls, text):
+        return cls(dict(enumerate(sorted(set(text)))))
+
+    def encode(self, text):
+        missing = sorted(set(text) - set(self.stoi))
+        if missing:
+            raise ValueError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}; '
+                             f'it knows {"".join(self.itos.values())!r}')
+        return [self.stoi[c] for c in text]
+
+    def decode(self, ids):
+        return ''.join(self.itos[i] for i in ids)
+
+    def to_dict(self):
+        return {'kind': 'char', 'itos': self.itos}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte pair encoding, by tiktoken, which fetches its two files at the first use."""
+    n_vocab = GPT2_VOCAB
+
+    @functools.cached_property
+    def bpe(self):
+        import tiktoken
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except OSError as error:
+            raise FileNotFoundError(
+                f'the GPT-2 BPE files can\'t be downloaded ({type(error).__name__}): connect once, or set '
+                'TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them') from None
+
+    def encode(self, text):
+        """Ids of a prompt, in which <|endoftext|> is the special token."""
+        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+
+    def encode_array(self, text):
+        """Ids of a document, in which nothing is special, (N,) uint32; runs outside the GIL."""
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        return self.bpe.decode(ids)
+
+    def to_dict(self):
+        return {'kind': 'gpt2'}
+
+
+def tokenizer_from(state):
+    """The inverse of `to_dict`; None gives GPT-2's."""
+    if state and state['kind'] == 'char':
+        return CharTokenizer(state['itos'])
+    return GPT2Tokenizer()
+
+
+def read_tokenizer(data_dir):
+    """The tokenizer of a dataset's ids."""
+    meta = read_meta(data_dir)
+    return CharTokenizer(meta['itos']) if meta else GPT2Tokenizer()
+
+
+# ---------------------------------------------------------------------------- writing
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path`. At the end it is flushed to the disk and takes the place of `path` in
+    one step; if anything goes wrong it is deleted and `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        yield temporary
+        flush_to_disk(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == 'posix':  # the folder's entry is data too; Windows can't open a folder
+        flush_to_disk(path.parent, os.O_RDONLY)
+
+
+def flush_to_disk(path, mode):
+    handle = os.open(path, mode)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tokens(path, chunks):
+    """Write arrays of token ids, one after the other, as uint16; nothing is left if one doesn't fit.
+
+    Returns {'tokens': count, 'largest_id': id, 'sha256': hex digest}.
+    """
+    count, largest, digest = 0, -1, hashlib.sha256()
+    with replacing(path) as temporary, open(temporary, 'wb') as file:
+        for chunk in chunks:
+            ids = np.asarray(chunk)
+            if len(ids) == 0:
+                continue
+            if ids.min() < 0 or ids.max() > 65535:
+                raise ValueError(f'token id {ids.max()} doesn\'t fit into uint16, which ends at 65535')
+            count, largest = count + len(ids), max(largest, int(ids.max()))
+            data = ids.astype(np.uint16).tobytes()
+            digest.update(data)
+            file.write(data)
+    return {'tokens': count, 'largest_id': largest, 'sha256': digest.hexdigest()}
+
+
+def write_dataset(data_dir, splits, tokenizer, source):
+    """Write a dataset's files. splits: {'train': chunks, 'val': chunks} of ids, for `write_tokens`."""
+    data_dir = Path(data_dir)
+    written = {split: write_tokens(data_dir / f'{split}.bin', chunks) for split, chunks in splits.items()}
+    meta_path = data_dir / 'meta.pkl'
+    if isinstance(tokenizer, CharTokenizer):
+        meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
+        with replacing(meta_path) as temporary:
+            temporary.write_bytes(pickle.dumps(meta, protocol=4))
+    else:
+        meta_path.unlink(missing_ok=True)
+    info = {'tokens': {split: w['tokens'] for split, w in written.items()},
+            'largest_id': max(w['largest_id'] for w in written.values()),
+            'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab, 'source': str(source),
+            'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
+    with replacing(data_dir / 'dataset.json') as temporary:
+        temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
+    for split, w in written.items():
+        print(f'{split} has {w["tokens"]:,} tokens')
+    print(f'vocabulary: {tokenizer.n_vocab:,} ({info["tokenizer"]}), written to {data_dir}')
+
+
+def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1):
+    """Split a text by characters, its end for validation, encode both parts and write the dataset.
+
+    tokenizer: 'char' (a vocabulary of the text's characters) or 'gpt2'.
+    """
+    if tokenizer not in ('char', 'gpt2'):
+        raise ValueError(f'tokenizer={tokenizer} is not one of char, gpt2')
+    if not 0 < val_fraction < 1:
+        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
+    cut = int(len(text) * (1 - val_fraction))
+    if not 0 < cut < len(text):
+        raise ValueError(f'{source} has {len(text):,} characters, too few to split')
+    coder = CharTokenizer.of_text(text) if tokenizer == 'char' else GPT2Tokenizer()
+    print(f'{source}: {len(text):,} characters')
+    encode = coder.encode if tokenizer == 'char' else coder.encode_array
+    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+
+
+# ---------------------------------------------------------------------------- sources
+
+def download(url, sha256, path, timeout=30):
+    """Fetch a file once: one that is already there is kept. timeout: seconds without a byte.
+
+    Raises FileNotFoundError with the ways round it, and leaves nothing behind, if it can't be had whole.
+    """
+    path = Path(path)
+    if path.exists():
+        return
+    from tqdm import tqdm
+    try:
+        with replacing(path) as temporary, urllib.request.urlopen(url, timeout=timeout) as reply, \
+                open(temporary, 'wb') as file, \
+                tqdm(total=int(reply.headers.get('Content-Length', 0)) or None, unit='B', unit_scale=True,
+                     desc=path.name) as bar:
+            digest = hashlib.sha256()
+            while chunk := reply.read(1 << 16):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+            if digest.hexdigest() != sha256:
+                raise OSError('its checksum is wrong')
+    except OSError as error:
+        raise FileNotFoundError(f'{url} can\'t be downloaded ({error}); put the file at {path} yourself, '
+                                'or name one with --input=FILE') from None
+
+
+def go_offline_if_cut_off():
+    """Let Hugging Face's libraries use their caches at once where the hub can't be reached; left alone they
+    retry for half a minute. Call it before they are imported."""
+    host = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname
+    if 'HF_HUB_OFFLINE' in os.environ or urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        os.environ['HF_HUB_OFFLINE'] = '1'
+
+
+def read_text(path):
+    """A UTF-8 file as a string, its line ends as they are; one line says what is wrong with it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} is missing')
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,})') from None
+    if '\0' in text:
+        raise ValueError(f'{path} is not text: it has zero bytes')
+    return text

@@ -1,0 +1,294 @@
+"""
+A GPT, all of it: configuration, layers, weights from GPT-2, optimizer groups, generation.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
+    logits, loss = model(idx, targets)
+
+The architecture is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"):
+learned positions, pre-norm blocks, tied embeddings. Shapes below are written with
+    B batch, T positions, C = n_embd channels, nh = n_head heads, hs = C / nh head size, V = vocab_size.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from dataset import go_offline_if_cut_off
+
+ACTIVATIONS = {
+    'gelu': F.gelu,
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # the approximation GPT-2 was trained with
+}
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M
+
+
+@dataclass
+class GPTConfig:
+    """Architecture of a GPT. Raises ValueError for sizes that don't fit together."""
+    block_size: int = 1024  # positions the model can look back over, its own included
+    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in the linear and normalisation layers, as GPT-2 has them
+    activation: str = 'gelu'  # a key of ACTIVATIONS
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must lie in [0, 1)')
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f'activation={self.activation} is not one of {", ".join(ACTIVATIONS)}')
+
+    def to_args(self):
+        """The dict that checkpoints keep: GPT-2's seven settings, and any other that isn't at its default."""
+        gpt2 = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+        default = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k in gpt2 or v != default[k]}
+
+    @classmethod
+    def from_args(cls, args):
+        """The inverse of `to_args`; ValueError for a setting this version doesn't know."""
+        unknown = set(args) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f'the checkpoint has model settings unknown here: {", ".join(sorted(unknown))}')
+        return cls(**args)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) over the channels, its bias optional."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention to oneself and the past (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3 nh, T, hs)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            'ln_f': LayerNorm(config),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation.
+
+            embeddings, linear layers          normal, std 0.02
+            projections into the residual      normal, std 0.02 / sqrt(2 n_layer), as 2 n_layer of them add up
+            biases                             0
+            normalisations                     weight 1, bias 0
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(float('ln_' in name and name.endswith('weight')))
+            else:
+                scale = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
+                p.normal_(std=0.02 / scale)
+
+    def forward(self, idx, targets=None):
+        """idx, targets: (B, T) int64; a target of -1 counts for nothing.
+
+        Returns logits (B, T, V) and the mean cross-entropy in nats; without targets the logits of the
+        last position, (B, 1, V), and None.
+        """
+        T, most = idx.shape[1], self.config.block_size
+        assert T <= most, f'{T} positions, but block_size is {most}'
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
+        """Continue each row of idx, (B, T) int64, to (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token. Only the `top_k` likeliest are drawn from, and only ids
+        below `n_vocab`, where the vocabulary's last rows are padding. Past block_size the model sees the
+        last block_size tokens.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size:])
+            token = draw(logits[:, -1, :n_vocab].float(), temperature, top_k)  # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
+
+    def crop_block_size(self, block_size):
+        """Forget the positions from block_size on, to train or run a model on shorter windows."""
+        assert block_size <= self.config.block_size, f'{block_size} > {self.config.block_size}'
+        self.config.block_size = block_size
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; the position embeddings aside by default, as GPT sizes are quoted.
+
+        The token embeddings count: tied, they are the output layer's weights.
+        """
+        count = sum(p.numel() for p in self.parameters())
+        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Share of `peak_flops` (default: an A100's, bfloat16) used by an iteration of `dt` seconds that
+        runs `fwdbwd_per_iter` sequences of block_size tokens forward and backward.
+
+        Counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L nh hs T FLOPs a token.
+        """
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW in two groups, in `named_parameters` order: matrices and embeddings, which are decayed,
+        then biases and normalisation weights, which are not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """A GPT with the weights of a Hugging Face GPT-2.
+
+        model_type: one of GPT2_SIZES (from the hub or its local cache) or a folder with a GPT-2's
+        config.json and weights, of any size. override_args: {'dropout': p}.
+        Raises ValueError where the weights are no GPT-2's, FileNotFoundError where they can't be had.
+        """
+        unknown = set(override_args or {}) - {'dropout'}
+        if unknown:
+            raise ValueError(f'only dropout can be overridden here, not {", ".join(unknown)}')
+        theirs = load_transformers_gpt2(model_type)
+        model = cls(GPTConfig(**gpt2_args(theirs.config, model_type) | (override_args or {})))
+        weights = model.state_dict()
+        for name, tensor in theirs.state_dict().items():
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks of older versions
+                continue
+            is_conv1d = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # stored (in, out)
+            weights[name].copy_(tensor.T if is_conv1d else tensor)
+        return model
+
+
+def draw(logits, temperature, top_k):
+    """logits: (B, V) -> token ids (B, 1), drawn from softmax(logits / temperature) over the top_k.
+
+    By the Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise. Unlike
+    torch.multinomial it can't return an id outside the range or of probability 0 on any device.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        floor = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    exponential = torch.empty_like(logits).exponential_().clamp_min_(1e-20)
+    return (logits - exponential.log()).argmax(dim=-1, keepdim=True)
+
+
+def load_transformers_gpt2(model_type):
+    """The transformers model, from a folder, the hub or, without a network, the hub's local cache."""
+    if model_type not in GPT2_SIZES and not Path(model_type, 'config.json').is_file():
+        raise FileNotFoundError(f'{model_type} is neither one of {", ".join(GPT2_SIZES)} nor a folder with '
+                                'a Hugging Face config.json')
+    go_offline_if_cut_off()
+    from transformers import GPT2LMHeadModel, logging
+    logging.set_verbosity_error()
+    try:
+        return GPT2LMHeadModel.from_pretrained(model_type)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f'no GPT-2 weights in {model_type}: {reason[:200]} Without a network, name a '
+                                'folder that holds them: --init_from=PATH') from None
+
+
+def gpt2_args(theirs, model_type):
+    """GPTConfig arguments of a transformers GPT2Config; ValueError where the maths would differ."""
+    activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+    needed = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
+              'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
+    wrong = [f'{k}={getattr(theirs, k)}' for k, v in needed.items() if getattr(theirs, k) != v]
+    if theirs.n_inner not in (None, 4 * theirs.n_embd):
+        wrong.append(f'n_inner={theirs.n_inner}')
+    if theirs.activation_function not in activations:
+        wrong.append(f'activation_function={theirs.activation_function}')
+    if wrong:
+        raise ValueError(f'{model_type} is not a GPT-2 that model.py computes: {", ".join(wrong)}')
+    return {'n_layer': theirs.n_layer, 'n_head': theirs.n_head, 'n_embd': theirs.n_embd,
+            'block_size': theirs.n_positions, 'vocab_size': theirs.vocab_size, 'bias': True,
+            'dropout': theirs.resid_pdrop, 'activation': activations[theirs.activation_function]}

@@ -1,0 +1,189 @@
+"""
+Where are we: device, number type, compilation, processes, seeds, and how fast the hardware can go.
+
+    run = start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337)
+    with run.autocast():
+        ...
+    run.stop()
+
+A setting of 'auto' becomes what this machine does best; anything else is taken as it is or refused.
+"""
+
+import importlib.util
+import os
+import re
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Dense bfloat16 and float16 tensor-core FLOP/s from the vendors' data sheets, by words of the device's
+# name; the first match counts, so the more special names come first.
+PEAK_FLOPS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'GH200': 989e12,
+    'A100': 312e12,
+    'A40': 150e12,
+    'A10': 125e12,
+    'A30': 165e12,
+    'L40S': 362e12,
+    'L40': 181e12,
+    'L4': 121e12,
+    'V100': 125e12,
+    'T4': 65e12,
+    'RTX 5090': 210e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+    'MI300X': 1307e12,
+    'MI250X': 383e12,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `start` found out. `device` is a torch device string, `dtype` a key of DTYPES."""
+    device: str
+    dtype: str
+    compile: bool
+    backend: str
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device_type(self):
+        return torch.device(self.device).type
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=DTYPES[self.dtype])
+
+    def synchronize(self):
+        """Wait until the device has done all it was given."""
+        if self.device_type != 'cpu':
+            getattr(torch, self.device_type).synchronize()
+
+    def sum(self, *values):
+        """Each number summed over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def stop(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+    """Resolve the settings, join the other processes (torchrun's environment) and seed torch.
+
+    Returns a Runtime. Raises ValueError where a setting can't be had on this machine.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    device = best_device() if device == 'auto' else device
+    device_type = check_device(device)
+    if device == 'cuda' and world_size > 1:
+        device = f'cuda:{local_rank}'
+    dtype = best_dtype(device_type) if dtype == 'auto' else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')
+    compile = can_compile(device_type) if compile == 'auto' else compile
+    if not isinstance(compile, bool):
+        raise ValueError(f'compile={compile} is not one of True, False, auto')
+    backend = ('nccl' if device_type == 'cuda' and dist.is_nccl_available() else 'gloo') \
+        if backend == 'auto' else backend
+    if world_size > 1:
+        if backend == 'nccl' and device_type != 'cuda':
+            raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
+        if device_type == 'cuda':
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend)
+    if device_type == 'cuda':
+        # TF32 on tensor cores for what autocast leaves in float32: 10-bit mantissas, several times the rate
+        torch.set_float32_matmul_precision('high')
+    torch.manual_seed(seed + rank)  # dropout differs between processes
+    run = Runtime(device, dtype, compile, backend, rank, world_size)
+    print0(f'device: {device} ({device_name(device)}), dtype: {dtype}, compile: {compile}, '
+           f'backend: {backend}, processes: {world_size}')
+    return run
+
+
+def print0(*args, **kwargs):
+    """print, on the first process only."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def check_device(device):
+    """The device's type; ValueError if this machine hasn't got it."""
+    kind = device.split(':')[0]
+    count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    index = device.partition(':')[2] or '0'
+    if kind not in count or not index.isdigit() or int(index) >= count[kind]:
+        here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
+        raise ValueError(f'device={device} is not on this machine, which has: {here}')
+    return kind
+
+
+def best_dtype(device_type):
+    if device_type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    return 'float32'
+
+
+def can_compile(device_type):
+    """Whether torch.compile is worth its minute here: on a GPU that Triton supports."""
+    return (device_type == 'cuda' and importlib.util.find_spec('triton') is not None
+            and torch.cuda.get_device_capability() >= (7, 0))
+
+
+def device_name(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return f'{torch.get_num_threads()} threads' if device == 'cpu' else 'Apple GPU'
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can reach: from PEAK_FLOPS on a GPU, measured on a CPU, None if unknown.
+
+    PEAK_FLOPS holds the rates of 16-bit types. TF32, which float32 runs in, has half of them on data
+    centre parts, and the table is no guide on the others, so float32 on a GPU is unknown.
+    """
+    if device.startswith('cpu'):
+        return measure_matmul(device, dtype)
+    if not device.startswith('cuda') or dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name)), None)
+
+
+def measure_matmul(device, dtype, n=1024, repeats=5):
+    """FLOP/s of an n x n matrix product, the best of a few."""
+    a = b = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
+    best = float('inf')
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
