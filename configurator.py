@@ -35,6 +35,9 @@ def configure(script, args=None):
     FileNotFoundError for a config that isn't there.
     """
     sys.excepthook = show_error
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # redirected output on Windows can't encode most of Unicode
+            stream.reconfigure(encoding='utf-8')
     args = sys.argv[1:] if args is None else args
     names = [k for k, v in script.items() if k.islower() and k[0] != '_' and isinstance(v, KINDS)]
     allowed = {k: allowed_types(script, k) for k in names}

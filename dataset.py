@@ -94,7 +94,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(data_dir):
-    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None where there is none; ValueError if it is another file."""
+    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None where there is none; ValueError if it is damaged."""
     path = Path(data_dir, 'meta.pkl')
     if not path.is_file():
         return None

@@ -1,0 +1,36 @@
+"""bench.py: runs on what there is and prints the line that scripts parse."""
+
+import json
+import re
+
+import pytest
+
+SIZES = ('--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2', '--num_steps=3',
+         '--device=cpu', '--compile=False')
+LINE = r'^time per iteration: \d+\.\d{4}ms, MFU: (\d+\.\d\d%|n/a)'
+
+
+@pytest.mark.parametrize('real', [True, False])
+def test_time_and_mfu_are_printed(run_script, char_data, real):
+    done = run_script('bench.py', *SIZES, f'--data_dir={char_data}', f'--real_data={real}')
+    mfu = re.search(LINE, done.stdout, re.M)
+    assert mfu and 0 <= float(mfu[1].rstrip('%')) < 100
+
+
+def test_mfu_is_a_share_of_the_given_peak(run_script):
+    shares = []
+    for peak in ('1e10', '1e8'):
+        done = run_script('bench.py', *SIZES, '--real_data=False', f'--peak_flops={peak}')
+        shares.append(float(re.search(LINE, done.stdout, re.M)[1].rstrip('%')))
+    assert shares[1] > 20 * shares[0]  # a hundredth of the peak, timing noise aside
+
+
+def test_profile_writes_a_trace(run_script, tmp_path):
+    done = run_script('bench.py', *SIZES, '--real_data=False', '--profile', cwd=tmp_path)
+    assert json.loads((tmp_path / 'bench_trace.json').read_text())['traceEvents']
+    assert 'addmm' in done.stdout or 'mm' in done.stdout
+
+
+def test_missing_data_names_the_ways_out(run_script, tmp_path):
+    done = run_script('bench.py', *SIZES, f'--data_dir={tmp_path}', ok=False)
+    assert '--real_data=False' in done.stderr and len(done.stderr.splitlines()) == 1
