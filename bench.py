@@ -69,7 +69,7 @@ def step(iteration):
     starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
     x, y = (torch.from_numpy(a).to(run.device) for a in read_windows(tokens, starts, block_size))
     with run.autocast():
-        _, loss = model(x, y)
+        _, loss = model(x, y, return_logits=False)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()

@@ -19,6 +19,7 @@ import pickle
 import socket
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,6 +135,18 @@ def read_windows(tokens, starts, block_size):
     at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     return ids[:, :-1], np.where(at[:, 1:] < len(tokens), ids[:, 1:], -1)
+
+
+def prefetch(function, arguments):
+    """Yield function(*a) for each a, the next one computed by a thread while the caller uses the last."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = None
+        for a in arguments:
+            ready, ahead = ahead, reader.submit(function, *a)
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
 
 
 # ---------------------------------------------------------------------------- tokenizers

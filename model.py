@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dataset import go_offline_if_cut_off
 
@@ -88,14 +89,41 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3 nh, T, hs)
         q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nh, T so far, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+
+class KVCache:
+    """Keys and values of the positions that one layer has seen, with room for n_positions.
+
+    The first `append` may bring any number of positions, each later one a single position, which sees all.
+    """
+
+    def __init__(self, n_positions):
+        self.n_positions = n_positions
+        self.length = 0
+
+    def append(self, k, v):
+        """k, v: (B, nh, T, hs) -> all so far, (B, nh, length, hs)"""
+        if self.length == 0:
+            self.k, self.v = (t.new_empty(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v))
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length:end] = k
+        self.v[:, :, self.length:end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def repeat(self, n):
+        """Each row n times, for n continuations of one prompt."""
+        self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
 
 
 class MLP(nn.Module):
@@ -121,8 +149,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -131,6 +159,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # for training: keep the blocks' inputs only (Chen et al. 2016)
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             'wpe': nn.Embedding(config.block_size, config.n_embd),
@@ -158,37 +187,64 @@ class GPT(nn.Module):
                 scale = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 p.normal_(std=0.02 / scale)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, caches=None, return_logits=True):
         """idx, targets: (B, T) int64; a target of -1 counts for nothing.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats; without targets the logits of the
-        last position, (B, 1, V), and None.
+        last position, (B, 1, V), and None. caches: a KVCache for each layer; idx goes on where they end.
+        return_logits=False gives None for the logits, and the loss without holding them in memory.
         """
-        T, most = idx.shape[1], self.config.block_size
-        assert T <= most, f'{T} positions, but block_size is {most}'
-        positions = torch.arange(T, device=idx.device)
+        start = caches[0].length if caches else 0
+        end, most = start + idx.shape[1], self.config.block_size
+        assert end <= most, f'{end} positions, but block_size is {most}'
+        positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, caches[i] if caches else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if not return_logits and not torch.compiler.is_compiling():  # a compiler fuses the two by itself
+            x, targets = x.flatten(0, 1), targets.flatten()
+            return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
-        """Continue each row of idx, (B, T) int64, to (B, T + max_new_tokens).
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1,
+                 lengths=None):
+        """Continue each row of idx, (B, T) int64, n_samples times, to (B n_samples, T + max_new_tokens).
 
         temperature 0 takes the likeliest token. Only the `top_k` likeliest are drawn from, and only ids
-        below `n_vocab`, where the vocabulary's last rows are padding. Past block_size the model sees the
-        last block_size tokens.
+        below `n_vocab`, where the vocabulary's last rows are padding. lengths: (B,), where prompts differ
+        in length and are filled up at their ends; row b's text then has lengths[b] + max_new_tokens tokens.
+
+        Keys and values of past tokens are kept while all fits into block_size. Past it the window slides,
+        every token's position changes, and with it all that was kept: each new token costs a whole window.
         """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
-            token = draw(logits[:, -1, :n_vocab].float(), temperature, top_k)  # (B, 1)
-            idx = torch.cat((idx, token), dim=1)
-        return idx
+        B, T = idx.shape
+        first = T if lengths is None else int(lengths.min())  # from here on a row may need a new token
+        out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
+        given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)
+        caches, block_size = None, self.config.block_size
+        if first < block_size:
+            caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in self.transformer.h]
+        for t in range(first, T + max_new_tokens):
+            if t > block_size:
+                caches = None
+            if t == first:  # the prompt, once for all its samples
+                logits, _ = self(idx[:, max(0, t - block_size):t], caches=caches)
+                logits = logits.repeat_interleave(n_samples, dim=0)
+                for cache in caches or ():
+                    cache.repeat(n_samples)
+            else:
+                logits, _ = self(out[:, t - 1:t] if caches else out[:, t - block_size:t], caches=caches)
+            token = draw(logits[:, -1, :n_vocab].float(), temperature, top_k)  # (B n_samples, 1)
+            out[:, t:t + 1] = token if given is None else torch.where(t < given, out[:, t:t + 1], token)
+        return out
 
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on, to train or run a model on shorter windows."""
@@ -243,6 +299,42 @@ class GPT(nn.Module):
             is_conv1d = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # stored (in, out)
             weights[name].copy_(tensor.T if is_conv1d else tensor)
         return model
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x w^T, a few rows at a time, so that they are never held all at once.
+
+    The gradient of each chunk, (softmax(x w^T) - onehot(target)) / count, is used up right away, while its
+    softmax is there: nothing is computed twice, and the backward pass has only to scale.
+    """
+    CHUNK = 1 << 24  # logits in memory at a time
+
+    @staticmethod
+    def forward(ctx, x, w, targets, with_grad):
+        """x: (N, C), w: (V, C), targets: (N,) with -1 for none -> mean loss in nats"""
+        rows = max(1, LinearCrossEntropy.CHUNK // w.shape[0])
+        exact = torch.promote_types(x.dtype, torch.float32)  # for sums, where autocast multiplies in 16 bits
+        kept = targets != -1
+        weight = kept.to(exact) / kept.sum()  # (N,)
+        loss = x.new_zeros((), dtype=exact)
+        dx, dw = (torch.zeros_like(x), torch.zeros_like(w)) if with_grad else (None, None)
+        for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
+            logits = (x[at] @ w.T).to(exact)  # (rows, V)
+            target = targets[at].clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            loss += ((log_sum - logits.gather(1, target))[:, 0] * weight[at]).sum()
+            if with_grad:
+                p = logits.sub_(log_sum).exp_()
+                p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
+                dx[at] = p @ w
+                dw += p.T @ x[at]
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None
 
 
 def draw(logits, temperature, top_k):

@@ -10,6 +10,7 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
+import itertools
 import math
 import os
 import time
@@ -21,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, CharTokenizer, check_split, eval_windows, open_split, read_tokenizer,
-                     read_windows, train_windows)
+from dataset import (PADDED_GPT2_VOCAB, CharTokenizer, check_split, eval_windows, open_split, prefetch,
+                     read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
 from runtime import print0
 
@@ -68,6 +69,7 @@ backend = 'auto'  # nccl, gloo
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
+activation_checkpointing = False  # keep one tensor a block and compute the rest again: less memory, slower
 peak_flops = 0.0  # FLOP/s of one device, which mfu is a share of; 0: looked up or, on a CPU, measured
 seed = 1337
 
@@ -127,6 +129,7 @@ if state:
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
 model.to(run.device)
+model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device_type)
@@ -150,6 +153,7 @@ hold_gradients = ddp_model.no_sync if run.world_size > 1 else nullcontext
 # ---------------------------------------------------------------------------- what the loop calls
 
 def to_device(x):
+    """On CUDA through pinned memory, which PyTorch keeps for the next time, and without waiting."""
     x = torch.from_numpy(x)
     return x.pin_memory().to(run.device, non_blocking=True) if run.device_type == 'cuda' else x.to(run.device)
 
@@ -174,7 +178,7 @@ def estimate_loss():
         for starts in batches[run.rank::run.world_size]:
             x, y = read_windows(tokens, starts, block_size)
             with run.autocast():
-                _, loss = model(to_device(x), to_device(y))
+                _, loss = model(to_device(x), to_device(y), return_logits=False)
             losses.append(loss)
             counts.append(int((y >= 0).sum()))
         total = torch.stack(losses).double().cpu() @ torch.tensor(counts).double()
@@ -211,6 +215,7 @@ def call_wandb(function, *args, **kwargs):
 if not eval_only:
     call_wandb('init', project=wandb_project, name=wandb_run_name, config=config)
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
+batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps)))
 mfu = float('nan')
 clock, timed_iters = time.perf_counter(), 0
 
@@ -247,10 +252,10 @@ while iter_num <= max_iters:
     # forward and backward; DDP averages the gradients in the last micro-step only
     loss_sum = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        x, y = get_batch(iter_num, micro_step)
+        x, y = next(batches)
         with hold_gradients() if micro_step < micro_steps - 1 else nullcontext():
             with run.autocast():
-                _, loss = ddp_model(x, y)
+                _, loss = ddp_model(x, y, return_logits=False)
                 loss = loss / micro_steps
             scaler.scale(loss).backward()
         loss_sum += loss.detach()

@@ -3,39 +3,51 @@ Documents into token files: what the datasets of many documents share.
 
     prepare_corpus(folder, source='Skylion007/openwebtext', text_column='text', num_proc=8)
 
-Hugging Face's `datasets` keeps the documents in a memory-mapped file, and at most a few chunks of them
-are in flight between reading, encoding and writing, so memory stays bounded whatever the corpus's size.
+Hugging Face's `datasets` keeps the documents in a memory-mapped file. Threads encode a part of some thousand
+documents each (tiktoken works outside the GIL) and write it to a file of its own; at the end the parts are
+joined. So memory stays bounded whatever the corpus's size, and a run that was stopped goes on where it was.
 """
 
+import hashlib
+import json
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from dataset import GPT2Tokenizer, go_offline_if_cut_off, write_dataset
+from dataset import GPT2Tokenizer, go_offline_if_cut_off, write_dataset, write_tokens
 
 FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
-CHUNK = 256  # documents a thread encodes at once
+PART = 2048  # documents
 
 
 def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_fraction=0.0005, seed=2357):
     """Encode every document of `source` as GPT-2 BPE, each followed by 50256, into folder/{train,val}.bin.
 
     source: a Hugging Face dataset id, or a local parquet, jsonl or text file or a folder of them; a text
-    file is one document. num_proc: threads, 0 for all cores (tiktoken works outside the GIL). limit: use
-    the first so many documents. The documents are shuffled before a share of them goes to validation.
+    file is one document. num_proc: threads, 0 for all cores. limit: use the first so many documents. The
+    documents are shuffled before a share of them goes to validation.
     """
     tokenizer = GPT2Tokenizer()
-    tokenizer.bpe  # a missing BPE file is told before the long download  # noqa: B018
+    tokenizer.bpe  # noqa: B018  a missing BPE file is told before the long download
     documents = load_documents(source, text_column, limit)
     splits = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-    n_threads = num_proc or os.cpu_count()
-    chunks = {name: encode_documents(splits[part][text_column], len(splits[part]), tokenizer, name, n_threads)
-              for name, part in (('train', 'train'), ('val', 'test'))}
+    key = json.dumps([str(source), text_column, len(documents), documents[0][text_column],
+                      documents[-1][text_column], val_fraction, seed])  # parts of another text don't fit
+    parts = Path(folder, f'parts-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
+
+    def encode(name, part):
+        threads = num_proc or os.cpu_count()
+        paths = encode_documents(splits[part], text_column, tokenizer, parts, name, threads)
+        return (np.memmap(path, np.uint16, 'r') for path in paths)
+
+    chunks = {'train': encode('train', 'train'), 'val': encode('val', 'test')}
     write_dataset(folder, chunks, tokenizer, source)
+    shutil.rmtree(parts)
 
 
 def load_documents(source, text_column, limit):
@@ -67,19 +79,27 @@ def load_documents(source, text_column, limit):
     return documents
 
 
-def encode_documents(texts, n, tokenizer, name, n_threads):
-    """Yield arrays of uint16 ids for chunks of the `n` texts, in order, with a progress bar."""
-    def encode(chunk):
-        end = np.array([tokenizer.bpe.eot_token], dtype=np.uint32)
-        return np.concatenate([part for text in chunk for part in (tokenizer.encode_array(text), end)])
+def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):
+    """Encode documents into files of PART each, but for files that are there already; returns all paths."""
+    n, end = len(documents), np.array([tokenizer.bpe.eot_token], dtype=np.uint32)
 
-    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=n, unit=' documents', desc=name) as bar:
-        pending = deque()
-        for first in range(0, n, CHUNK):
-            pending.append(pool.submit(encode, texts[first:first + CHUNK]))
-            if len(pending) > 2 * n_threads:
-                yield pending.popleft().result()
-                bar.update(CHUNK)
-        for future in pending:
-            yield future.result()
-            bar.update(min(CHUNK, n - bar.n))
+    def encode(first, path):
+        texts = documents[first:first + PART][text_column]
+        ids = np.concatenate([part for text in texts for part in (tokenizer.encode_array(text), end)])
+        return len(texts), write_tokens(path, [ids])['tokens']
+
+    paths = {first: Path(folder, f'{name}-{first:09}.bin') for first in range(0, n, PART)}
+    missing = {first: path for first, path in paths.items() if not path.exists()}
+    finished = n - sum(min(PART, n - first) for first in missing)
+    n_tokens, begin = 0, time.perf_counter()
+    with ThreadPoolExecutor(n_threads) as pool, \
+            tqdm(total=n, initial=finished, unit=' documents', desc=name) as bar:
+        try:
+            for done in as_completed([pool.submit(encode, *job) for job in missing.items()]):
+                more_documents, more_tokens = done.result()
+                n_tokens += more_tokens
+                bar.set_postfix_str(f'{n_tokens / (time.perf_counter() - begin):,.0f} tokens/s')
+                bar.update(more_documents)
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C doesn't wait for the rest
+    return list(paths.values())

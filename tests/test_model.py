@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, draw
+from model import GPT, GPTConfig, LinearCrossEntropy, draw
 
 
 def tiny(**changes):
@@ -128,6 +128,25 @@ def test_targets_of_minus_one_do_not_count():
     torch.testing.assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
 
 
+@pytest.mark.parametrize('chunk', [1, 100, 1 << 24])
+def test_loss_without_logits_equals_the_loss_with_them(monkeypatch, chunk):
+    monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', chunk)
+    model = tiny().double()
+    idx, targets = tokens(3, 11), tokens(3, 11)
+    targets[0, 5:] = -1
+    results = []
+    for return_logits in (True, False):
+        logits, loss = model(idx, targets, return_logits=return_logits)
+        assert (logits is None) != return_logits
+        (loss * 7).backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, targets, return_logits=False)[1], loss.detach())
+
+
 def test_initial_weights_have_the_stated_spread():
     model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128))
     for name, p in model.named_parameters():
@@ -212,6 +231,32 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     for t in range(3, 43):
         logits, _ = model(out[:, max(0, t - 32):t])
         assert torch.equal(out[:, t], logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize('length', [1, 5, 30, 32, 40])
+def test_cached_generation_equals_uncached(length):
+    """With prompts shorter than, equal to and longer than block_size, and far past it."""
+    model = tiny(block_size=32).double().eval()
+    idx = tokens(2, length)
+    out = model.generate(idx, 60, temperature=0, n_samples=3)
+    expected = idx.repeat_interleave(3, dim=0)
+    with torch.no_grad():
+        for _ in range(60):
+            logits, _ = model(expected[:, -32:])
+            expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(out, expected)
+
+
+def test_prompts_of_different_lengths_go_on_as_if_alone():
+    model = tiny(block_size=32).double().eval()
+    prompts = [tokens(1, n) for n in (3, 9, 17)]
+    batch = torch.zeros(3, 17, dtype=torch.int64)
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[:prompt.shape[1]] = prompt
+    out = model.generate(batch, 25, temperature=0, lengths=torch.tensor([3, 9, 17]), n_samples=2)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt, 25, temperature=0)[0]
+        assert torch.equal(out[2 * i, :len(alone)], alone) and torch.equal(out[2 * i + 1, :len(alone)], alone)
 
 
 def test_padding_rows_of_the_vocabulary_are_never_drawn():

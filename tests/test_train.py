@@ -77,6 +77,12 @@ def test_evaluation_leaves_no_trace_in_the_training(train, dropout):
     assert losses(often) == losses(rarely)
 
 
+def test_activation_checkpointing_changes_no_number(train, tmp_path):
+    args = ('--max_iters=5', '--dropout=0.2', '--learning_rate=1e-2')
+    plain = train(*args)['log']
+    assert losses(train(*args, '--activation_checkpointing', out_dir=tmp_path / 'b')['log']) == losses(plain)
+
+
 def test_evaluations_read_the_same_windows_each_time(train):
     log = train('--max_iters=3', '--eval_interval=1', '--learning_rate=0', '--min_lr=0')['log']
     evaluated = evaluations(log)
@@ -122,7 +128,8 @@ def test_eval_only_evaluates_once_and_writes_nothing(train, tmp_path):
 
 
 # five iterations that make a trained model worse
-SPOIL = ('--init_from=resume', '--eval_interval=5', '--learning_rate=3', '--decay_lr=False', '--warmup_iters=0')
+SPOIL = ('--init_from=resume', '--eval_interval=5', '--learning_rate=3', '--decay_lr=False',
+         '--warmup_iters=0')
 
 
 def test_best_loss_is_remembered_when_every_state_is_saved(train, tmp_path):
@@ -140,7 +147,8 @@ def test_a_worse_model_does_not_replace_a_better_one(train, tmp_path):
 
 
 def test_learning_rate_schedule(train):
-    script = train('--max_iters=0', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=4', '--lr_decay_iters=12')
+    script = train('--max_iters=0', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=4',
+                   '--lr_decay_iters=12')
     rates = [script['get_lr'](i) for i in range(15)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[8] == pytest.approx(0.55) and rates[12:] == pytest.approx([0.1, 0.1, 0.1])

@@ -1,0 +1,403 @@
+"""configurator.py: what a command line and a config file do to a script's settings."""
+
+import ast
+import contextlib
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from configurator import configure
+
+SETTINGS = {
+    'out_dir': 'out', 'start': '\n', 'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'top_k': 200,
+    'compile': 'auto', '__annotations__': {'top_k': int | None, 'compile': bool | str},
+    '_private': 1, 'CONSTANT': 5, 'helper': print,
+}
+SCRIPTS = ('train.py', 'sample.py', 'bench.py')
+MACHINE = {'device', 'dtype', 'compile', 'backend'}  # what this machine does best
+
+# CONTRACT.md, "Settings and defaults"
+DEFAULTS = {
+    'train.py': {
+        'out_dir': 'out', 'eval_interval': 2000, 'log_interval': 1, 'eval_iters': 200, 'eval_only': False,
+        'always_save_checkpoint': True, 'init_from': 'scratch', 'wandb_log': False, 'wandb_project': 'owt',
+        'wandb_run_name': 'gpt2', 'dataset': 'openwebtext', 'gradient_accumulation_steps': 40,
+        'batch_size': 12, 'block_size': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'dropout': 0.0,
+        'bias': False, 'learning_rate': 6e-4, 'max_iters': 600000, 'weight_decay': 0.1, 'beta1': 0.9,
+        'beta2': 0.95, 'grad_clip': 1.0, 'decay_lr': True, 'warmup_iters': 2000, 'lr_decay_iters': 600000,
+        'min_lr': 6e-5},
+    'sample.py': {
+        'init_from': 'resume', 'out_dir': 'out', 'start': '\n', 'num_samples': 10, 'max_new_tokens': 500,
+        'temperature': 0.8, 'top_k': 200, 'seed': 1337},
+    'bench.py': {
+        'batch_size': 12, 'block_size': 1024, 'bias': False, 'real_data': True, 'seed': 1337,
+        'profile': False},
+}
+
+
+def configured(*args, **more):
+    """The settings after `args`, nothing printed."""
+    script = SETTINGS | more
+    with contextlib.redirect_stdout(io.StringIO()):
+        configure(script, list(args))
+    return script
+
+
+def config_file(folder, text, name='config_file.py'):
+    path = folder / name
+    path.write_text(text, encoding='utf-8')
+    return str(path)
+
+
+def settings_of(script):
+    """What a script's source states above its call of configure, and the lines that state it."""
+    source = (ROOT / script).read_text(encoding='utf-8')
+    script_globals = {'__file__': str(ROOT / script), '__doc__': ast.get_docstring(ast.parse(source))}
+    lines = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.Expr) and ast.unparse(node).endswith('configure(globals())'):
+            break
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            exec(compile(ast.Module([node], []), script, 'exec'), script_globals)
+            lines[ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])] = \
+                source.splitlines()[node.lineno - 1]
+    return script_globals, lines
+
+
+def run_small_script(folder, *args, body='print(ascii(start))', **env):
+    """A script with settings, run as a user runs it."""
+    path = folder / 'small_script.py'
+    path.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom configurator import configure\n'
+                    f'start = "x"\nbatch_size = 12\nconfigure(globals())\n{body}\n', encoding='utf-8')
+    return subprocess.run([sys.executable, path, *args], cwd=folder, env=os.environ | env, timeout=60,
+                          capture_output=True, text=True, encoding='utf-8', stdin=subprocess.DEVNULL)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def test_last_argument_wins(tmp_path):
+    config = config_file(tmp_path, 'batch_size = 2')
+    assert configured('--batch_size=1', config)['batch_size'] == 2
+    assert configured(config, '--batch_size=1')['batch_size'] == 1
+    assert configured('--batch_size=1', '--batch_size=3')['batch_size'] == 3
+
+
+@pytest.mark.parametrize('argument, value', [
+    ('--batch_size=32', 32),
+    ('--batch_size=-1', -1),
+    ('--batch_size=1_000', 1000),
+    ('--batch_size=0x10', 16),
+    ('--learning_rate=1e-3', 1e-3),
+    ('--learning_rate=1', 1.0),
+    ('--bias=True', True),
+    ('--bias=true', True),
+    ('--bias=FALSE', False),
+    ('--bias', True),
+    ('--out_dir=out-here', 'out-here'),
+    ('--out_dir="quoted"', 'quoted'),
+    ('--out_dir=', ''),
+    ('--start=1+1=', '1+1='),
+    ('--start=--bias=True', '--bias=True'),
+    ('--start=--help', '--help'),
+    ('--start= two words ', ' two words '),
+    ('--start=\n', '\n'),
+    ('--start=2024', '2024'),
+    ('--start=1e3', '1e3'),
+    ('--start=007', '007'),
+    ('--start=true', 'true'),
+    ('--start=[1, 2]', '[1, 2]'),
+    ('--start=日本語', '日本語'),
+    ('--top_k=None', None),
+    ('--top_k=5', 5),
+    ('--compile=auto', 'auto'),
+    ('--compile=False', False),
+    ('--compile', True),
+])
+def test_value_arrives(argument, value):
+    result = configured(argument)[argument[2:].partition('=')[0]]
+    assert (type(result), result) == (type(value), value)
+
+
+@pytest.mark.parametrize('argument, allowed', [
+    ('--batch_size=1.5', 'takes int'),
+    ('--batch_size=big', 'takes int'),
+    ('--batch_size=True', 'takes int'),
+    ('--batch_size=', 'takes int'),
+    ('--batch_size=None', 'takes int'),
+    ('--learning_rate=fast', 'takes float'),
+    ('--learning_rate=True', 'takes float'),
+    ('--learning_rate=None', 'takes float'),
+    ('--bias=1', 'takes bool'),
+    ('--bias=yes', 'takes bool'),
+    ('--bias=None', 'takes bool'),
+    ('--out_dir=None', 'takes str'),
+    ('--top_k=many', 'takes int or None'),
+    ('--compile=None', 'takes bool or str'),
+])
+def test_wrong_type_is_refused_in_one_line_that_names_the_right_one(argument, allowed):
+    with pytest.raises(ValueError) as error:
+        configured(argument)
+    assert str(error.value).endswith(allowed) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('argument', ['--batch_size', '--learning_rate', '--out_dir', '--top_k'])
+def test_bare_name_is_for_booleans(argument):
+    with pytest.raises(ValueError, match=f'{argument}=...'):
+        configured(argument)
+
+
+def test_unknown_key_is_refused_with_the_nearest_names():
+    with pytest.raises(ValueError, match=r'^Unknown config key: bach_size \(did you mean batch_size\?\)$'):
+        configured('--bach_size=3')
+    with pytest.raises(ValueError, match=r'^Unknown config key: zzz \(--help'):
+        configured('--zzz=3')
+
+
+@pytest.mark.parametrize('name', ['CONSTANT', '_private', 'helper', '__annotations__'])
+def test_constants_private_names_and_functions_are_no_settings(name, tmp_path):
+    with pytest.raises(ValueError, match=f'Unknown config key: {name}'):
+        configured(f'--{name}=3')
+    assert set(configure(dict(SETTINGS), [])) == {'out_dir', 'start', 'batch_size', 'learning_rate', 'bias',
+                                                  'top_k', 'compile'}
+
+
+def test_configure_returns_the_settings_as_they_are_after_it(capsys):
+    script = dict(SETTINGS)
+    returned = configure(script, ['--batch_size=7', '--top_k=None'])
+    assert returned['batch_size'] == 7 and returned['top_k'] is None
+    assert returned == {k: script[k] for k in returned}
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text())
+@example('{[]}')
+@example('{{}}')
+@example('\0')
+@example('(' * 1000)
+@example('-' * 20000)
+@example('9' * 5000)
+@example("'" + 'x' * 100)
+def test_any_text_reaches_a_string_setting_as_it_is_or_as_the_string_it_quotes(text):
+    try:
+        literal = ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        literal = text
+    assume(literal is not None)
+    assert configured(f'--start={text}')['start'] == (literal if isinstance(literal, str) else text)
+
+
+values = st.text(max_size=20) | st.integers().map(str) | st.floats().map(str) | st.sampled_from([
+    '', 'None', 'true', 'False', '1j', '[]', '()', '{}', '{[]}', "b'x'", '...', 'x' * 300, '9' * 400])
+arguments = values | st.builds('--{}={}'.format, st.sampled_from(sorted(SETTINGS)) | values, values)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(arguments.filter(lambda a: a not in ('-h', '--help')), max_size=3))
+def test_random_arguments_are_taken_or_refused_and_never_leave_a_wrong_type(args):
+    script = dict(SETTINGS)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ValueError, FileNotFoundError):
+        configure(script, args)
+    for key in ('out_dir', 'batch_size', 'learning_rate', 'bias'):
+        assert type(script[key]) is type(SETTINGS[key])
+    assert type(script['top_k']) in (int, type(None)) and type(script['compile']) in (bool, str)
+
+
+@pytest.mark.parametrize('argument', ['--learning_rate=' + '9' * 400, '--batch_size={[]}', 'x' * 300])
+def test_impossible_argument_is_refused(argument):
+    with pytest.raises((ValueError, FileNotFoundError)):
+        configured(argument)
+
+
+def test_overrides_are_printed(tmp_path, capsys):
+    path = config_file(tmp_path, 'batch_size = 2  # a reason\n')
+    configure(dict(SETTINGS), [path, '--learning_rate=1'])
+    out = capsys.readouterr().out
+    assert f'Overriding config with {path}:\nbatch_size = 2  # a reason\n' in out
+    assert out.endswith('Overriding: learning_rate = 1.0\n')
+
+
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    script = dict(SETTINGS)
+    configure(script, ['--batch_size=7'])
+    assert script['batch_size'] == 7 and capsys.readouterr().out == ''
+
+
+# ---------------------------------------------------------------------------- config files
+
+def test_config_may_import_define_and_compute(tmp_path):
+    config = config_file(tmp_path, '''
+"""A docstring."""
+import math
+import os.path
+from functools import reduce as fold
+from math import pi
+_tokens = 2 ** 9
+
+def rate(n):
+    return 1 / n
+
+class Plan:
+    size = 3
+
+batch_size = int(math.sqrt(_tokens * 2)) // 4 + Plan.size + fold(max, [0, 1]) + int(pi)
+learning_rate = rate(8)
+out_dir = os.path.join('a', 'b')
+''')
+    result = configured(config)
+    assert (result['batch_size'], result['learning_rate']) == (15, 0.125)
+    assert result['out_dir'] == os.path.join('a', 'b')
+
+
+def test_config_reads_the_settings_as_they_stand(tmp_path):
+    config = config_file(tmp_path, 'batch_size = 2 * batch_size\nlearning_rate = batch_size')
+    result = configured('--batch_size=50', config)
+    assert result['batch_size'] == 100
+    assert (type(result['learning_rate']), result['learning_rate']) == (float, 100.0)
+
+
+@pytest.mark.parametrize('text, key', [
+    ('bach_size = 3', 'bach_size'), ('N = 3', 'N'), ('for i in range(3): batch_size = i', 'i'),
+    ('nothing = None', 'nothing'), ('rates = [1, 2]', 'rates'), ('print = 3', 'print'),
+])
+def test_unknown_key_in_a_config_is_refused_with_the_config_s_name(text, key, tmp_path):
+    config = config_file(tmp_path, f'batch_size = 4\n{text}')
+    with pytest.raises(ValueError, match=f'^Unknown config key: {key} .*config_file.py') as error:
+        configured(config)
+    assert '\n' not in str(error.value)
+
+
+def test_unknown_key_in_a_config_gets_the_nearest_names(tmp_path):
+    with pytest.raises(ValueError, match='did you mean batch_size'):
+        configured(config_file(tmp_path, 'bach_size = 3'))
+
+
+@pytest.mark.parametrize('text, allowed', [
+    ('batch_size = 1.5', 'takes int'), ('batch_size = "2"', 'takes int'), ('bias = 1', 'takes bool'),
+    ('learning_rate = None', 'takes float'), ('out_dir = None', 'takes str'),
+    ('top_k = "all"', 'takes int or None'), ('batch_size = True', 'takes int'),
+])
+def test_wrong_type_in_a_config_is_refused(text, allowed, tmp_path):
+    with pytest.raises(ValueError, match=f'{allowed}$'):
+        configured(config_file(tmp_path, text))
+
+
+@pytest.mark.parametrize('text, key, value', [
+    ('learning_rate = 1', 'learning_rate', 1.0), ('top_k = None', 'top_k', None), ('start = 7', 'start', '7'),
+    ('compile = False', 'compile', False), ('compile = "auto"', 'compile', 'auto'),
+    ('batch_size: int = 3', 'batch_size', 3), ('start = "é"', 'start', 'é'),
+    ('\ufeffbatch_size = 3', 'batch_size', 3),  # with the mark that Windows' editors begin a file with
+])
+def test_value_arrives_from_a_config(text, key, value, tmp_path):
+    result = configured(config_file(tmp_path, text))[key]
+    assert (type(result), result) == (type(value), value)
+
+
+def test_config_is_found_by_its_bare_name_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    script, _ = settings_of('train.py')
+    with contextlib.redirect_stdout(io.StringIO()):
+        configure(script, ['eval_gpt2'])
+    assert (script['init_from'], script['eval_only']) == ('gpt2', True)
+    (tmp_path / 'config').mkdir()
+    config_file(tmp_path / 'config', 'batch_size = 99', 'mine.py')
+    assert configured('mine')['batch_size'] == 99
+    assert configured('config/mine.py')['batch_size'] == 99
+
+
+def test_missing_config_is_told_with_the_nearest_name():
+    with pytest.raises(FileNotFoundError, match=r'no config config/eval_gtp2.py \(did you mean .*eval_gpt2'):
+        configured('config/eval_gtp2.py')
+    with pytest.raises(FileNotFoundError, match='no config batch_size=3.*--key=value'):
+        configured('batch_size=3')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.stem)
+def test_train_takes_every_config_of_the_repository(path):
+    script, _ = settings_of('train.py')
+    with contextlib.redirect_stdout(io.StringIO()):
+        configure(script, [str(path)])
+
+
+# ---------------------------------------------------------------------------- the scripts' settings
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_defaults_are_the_contract_s(script):
+    found, _ = settings_of(script)
+    for key, value in DEFAULTS[script].items():
+        assert (key, type(found[key]), found[key]) == (key, type(value), value)
+    assert set(found) >= (MACHINE if script == 'train.py' else MACHINE - {'backend'})
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_lists_every_setting_with_its_default_and_comment(script, capsys):
+    script_globals, source_lines = settings_of(script)
+    with pytest.raises(SystemExit) as exit_:
+        configure(script_globals, ['--help'])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and script_globals['__doc__'] in out
+    assert len(source_lines) >= len(DEFAULTS[script])
+    for name, source_line in source_lines.items():
+        line = next(line for line in out.splitlines() if line.startswith(f'  {name}='))
+        assert line.startswith(f'  {name}={script_globals[name]!r}')
+        assert line.endswith(source_line.partition('  # ')[2])
+
+
+def test_help_wins_over_everything_else_on_the_line(run_script):
+    out = run_script('sample.py', 'no_such_config', '--help', '--no_such_key=1').stdout
+    assert "start='\\n'" in out and 'the prompt, or FILE:path' in out
+
+
+# ---------------------------------------------------------------------------- what a user sees
+
+@pytest.mark.parametrize('argument, line', [
+    ('--bach_size=3', 'ValueError: Unknown config key: bach_size (did you mean batch_size?)'),
+    ('--batch_size=x', "ValueError: batch_size='x' is str, but batch_size takes int"),
+    ('--batch_size', 'ValueError: --batch_size needs a value: --batch_size=...'),
+    ('wrong.py', 'ValueError: Unknown config key: N '),
+    ('missing.py', 'FileNotFoundError: no config missing.py'),
+])
+def test_mistake_is_one_line_and_an_exit_status(argument, line, tmp_path):
+    config_file(tmp_path, 'N = 3', 'wrong.py')
+    done = run_small_script(tmp_path, argument)
+    assert done.returncode != 0
+    assert done.stderr.startswith(line) and done.stderr.count('\n') == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='symbolic links need rights on Windows')
+def test_mistake_is_one_line_where_the_repository_is_reached_through_a_link(tmp_path):
+    (tmp_path / 'link').symlink_to(ROOT)
+    done = subprocess.run([sys.executable, tmp_path / 'link' / 'data' / 'text' / 'prepare.py'],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and done.stderr.startswith('ValueError: name at least one')
+
+
+@pytest.mark.parametrize('body, kind', [
+    ('import numpy, dataset\ndataset.read_windows(numpy.zeros(9), numpy.zeros((2, 3, 4)), 1)', 'ValueError'),
+    ('import dataset\ndataset.check_split(None, "x", 1, 1)', 'TypeError'),
+])
+def test_error_that_nobody_foresaw_keeps_its_traceback(body, kind, tmp_path):
+    done = run_small_script(tmp_path, body=body)
+    assert done.returncode != 0
+    assert done.stderr.startswith('Traceback') and f'\n{kind}: ' in done.stderr
+    assert 'dataset.py' in done.stderr
+
+
+def test_config_is_utf8_whatever_the_locale(tmp_path):
+    config = config_file(tmp_path, 'start = "é日"  # café')
+    done = run_small_script(tmp_path, config, PYTHONUTF8='0', LC_ALL='C', PYTHONCOERCECLOCALE='0')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ascii('é日')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='arguments are Unicode on Windows')
+def test_argument_that_is_not_utf8_does_no_harm(tmp_path):
+    done = run_small_script(tmp_path, b'--start=\xff')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ascii('\udcff')

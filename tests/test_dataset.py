@@ -1,0 +1,566 @@
+"""dataset.py: windows, the files they come from, tokenizers, and where texts come from."""
+
+import builtins
+import hashlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+import threading
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dataset import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    check_split,
+    download,
+    eval_windows,
+    open_split,
+    read_info,
+    read_meta,
+    read_text,
+    read_tokenizer,
+    read_windows,
+    replacing,
+    tokenizer_from,
+    train_windows,
+    write_dataset,
+    write_text_dataset,
+    write_tokens,
+)
+
+META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, 'a': 1, 'é': 2}}
+
+
+def write_bin(folder, split, ids):
+    np.array(ids, dtype=np.uint16).tofile(folder / f'{split}.bin')
+
+
+def assert_one_line(error):
+    assert str(error.value) and '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- training windows
+
+def test_train_windows_follow_from_seed_and_iteration_alone():
+    first = train_windows(1337, 5, 100, 10_000, 64)
+    np.random.seed(1)
+    train_windows(1337, 6, 100, 10_000, 64)
+    np.testing.assert_array_equal(train_windows(1337, 5, 100, 10_000, 64), first)
+    assert (train_windows(1337, 6, 100, 10_000, 64) != first).any()
+    assert (train_windows(1338, 5, 100, 10_000, 64) != first).any()
+    assert (train_windows(1338, 4, 100, 10_000, 64) != first).any()
+
+
+def test_train_windows_stay_the_same_from_version_to_version():
+    """A run resumed with a later version goes on with the batches that it would have had."""
+    np.testing.assert_array_equal(train_windows(1337, 0, 4, 1_003_854, 256), [720011, 940031, 187240, 776619])
+
+
+def test_train_windows_reach_the_first_and_the_last_token_and_no_further():
+    starts = train_windows(0, 0, 5000, 50, 8)
+    assert starts.dtype == np.int64 and set(starts) == set(range(42))
+    _, y = read_windows(np.arange(50, dtype=np.uint16), starts, 8)
+    assert y.min() == 1 and y.max() == 49
+
+
+@pytest.mark.parametrize('n_tokens', [9, 2**33])
+def test_train_windows_fit_the_smallest_and_the_largest_split(n_tokens):
+    starts = train_windows(0, 0, 10_000, n_tokens, 8)
+    assert starts.min() >= 0 and starts.max() < n_tokens - 8
+    assert starts.max() >= (n_tokens - 9) * 0.99
+
+
+def test_train_windows_are_spread_evenly():
+    counts = np.bincount(train_windows(0, 0, 80_000, 18, 10), minlength=8)
+    assert len(counts) == 8 and (abs(counts - 10_000) < 500).all()  # five standard deviations
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 4])
+def test_processes_share_the_global_batch_as_micro_steps_do(world_size):
+    """train.py's slices of an iteration's windows, for four micro-steps over all processes."""
+    batch_size, accumulation, iteration = 3, 4, 7
+    seen = []
+    for micro_step in range(accumulation // world_size):
+        for rank in range(world_size):
+            starts = train_windows(1337, iteration, accumulation * batch_size, 1000, 16)
+            first = (micro_step * world_size + rank) * batch_size
+            seen.append(starts[first:first + batch_size])
+    np.testing.assert_array_equal(np.concatenate(seen), train_windows(1337, iteration, 12, 1000, 16))
+
+
+def test_a_smaller_global_batch_is_the_beginning_of_a_larger_one():
+    np.testing.assert_array_equal(train_windows(1, 2, 30, 999, 9)[:10], train_windows(1, 2, 10, 999, 9))
+
+
+def test_negative_seed_is_a_seed_too():
+    assert (train_windows(-1, 0, 50, 1000, 8) != train_windows(1, 0, 50, 1000, 8)).any()
+
+
+# ---------------------------------------------------------------------------- evaluation windows
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
+@example(33, 8, 4)
+@example(34, 8, 4)
+@example(2, 40, 7)
+def test_whole_split_has_every_target_exactly_once(n_tokens, block_size, batch_size):
+    tokens = np.arange(n_tokens, dtype=np.uint16)
+    targets = []
+    for starts in eval_windows(n_tokens, block_size, batch_size, 0):
+        assert starts.shape == (batch_size,)
+        x, y = read_windows(tokens, starts, block_size)
+        assert (x + 1 == y)[y >= 0].all()
+        targets += y[y >= 0].tolist()
+    assert targets == list(range(1, n_tokens))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(2, 2000), st.integers(1, 40), st.integers(1, 7), st.integers(1, 9))
+def test_eval_windows_are_distinct_and_spread_evenly(n_tokens, block_size, batch_size, n_batches):
+    batches = eval_windows(n_tokens, block_size, batch_size, n_batches)
+    np.testing.assert_array_equal(batches, eval_windows(n_tokens, block_size, batch_size, n_batches))
+    n_windows = -(-(n_tokens - 1) // block_size)
+    if n_batches * batch_size >= n_windows:
+        np.testing.assert_array_equal(batches, eval_windows(n_tokens, block_size, batch_size, 0))
+        return
+    assert batches.shape == (n_batches, batch_size) and batches.dtype == np.int64
+    starts = np.append(batches, n_windows * block_size)
+    assert starts[0] == 0 and (starts % block_size == 0).all()
+    assert np.ptp(np.diff(starts)) <= block_size and np.diff(starts).min() >= block_size
+
+
+def test_eval_windows_of_a_long_split_do_not_overflow():
+    starts = eval_windows(9_035_582_198, 1024, 12, 200)
+    assert starts.shape == (200, 12) and starts[0, 0] == 0
+    assert 9_035_582_198 * 0.999 < starts[-1, -1] < 9_035_582_198 - 1024
+
+
+# ---------------------------------------------------------------------------- reading windows
+
+def test_targets_are_the_inputs_one_token_further():
+    tokens = np.arange(100, 120, dtype=np.uint16)
+    x, y = read_windows(tokens, np.array([0, 3, 15]), 4)
+    assert x.dtype == y.dtype == np.int64
+    np.testing.assert_array_equal(x, [[100, 101, 102, 103], [103, 104, 105, 106], [115, 116, 117, 118]])
+    np.testing.assert_array_equal(y, [[101, 102, 103, 104], [104, 105, 106, 107], [116, 117, 118, 119]])
+
+
+def test_targets_past_the_end_are_ignored_and_inputs_stay_in_the_vocabulary():
+    tokens = np.arange(100, 110, dtype=np.uint16)
+    x, y = read_windows(tokens, np.array([8, 10]), 4)
+    np.testing.assert_array_equal(y, [[109, -1, -1, -1], [-1, -1, -1, -1]])
+    assert x.tolist()[0][:2] == [108, 109] and x.min() >= 100 and x.max() <= 109
+
+
+def test_largest_uint16_stays_positive():
+    _, y = read_windows(np.array([0, 65535], dtype=np.uint16), np.array([0]), 1)
+    assert y.tolist() == [[65535]]
+
+
+# ---------------------------------------------------------------------------- opening a split
+
+def test_folder_that_nanogpt_made_is_read(tmp_path):
+    write_bin(tmp_path, 'train', [2, 1, 0, 1])
+    write_bin(tmp_path, 'val', [1, 2])
+    with open(tmp_path / 'meta.pkl', 'wb') as file:
+        pickle.dump(META, file)
+    tokens = open_split(tmp_path, 'train')
+    assert isinstance(tokens, np.memmap) and not tokens.flags.writeable and tokens.dtype == np.uint16
+    assert tokens.tolist() == [2, 1, 0, 1] and open_split(tmp_path, 'val').tolist() == [1, 2]
+    assert read_meta(tmp_path) == META and read_info(tmp_path) == {}
+    assert read_tokenizer(tmp_path).decode([2, 1]) == 'éa'
+
+
+def test_folder_without_meta_holds_gpt2_tokens(tmp_path):
+    write_bin(tmp_path, 'train', [50256])
+    assert read_meta(tmp_path) is None
+    assert isinstance(read_tokenizer(tmp_path), GPT2Tokenizer) and read_tokenizer(tmp_path).n_vocab == 50257
+
+
+def test_missing_split_names_the_command_that_makes_it(tmp_path):
+    (tmp_path / 'prepare.py').touch()
+    with pytest.raises(FileNotFoundError, match=r'val.bin is missing; run: python .*prepare.py') as error:
+        open_split(tmp_path, 'val')
+    assert_one_line(error)
+
+
+def test_missing_split_of_ones_own_data_names_the_page_to_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'val.bin is missing; .*README.md'):
+        open_split(tmp_path / 'nowhere', 'val')
+
+
+@pytest.mark.parametrize('data', [b'', b'abc', b'a'])
+def test_split_that_is_empty_or_cut_within_a_token_is_refused(data, tmp_path):
+    (tmp_path / 'train.bin').write_bytes(data)
+    with pytest.raises(ValueError, match=f'train.bin has {len(data)} bytes') as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)
+
+
+def test_split_shorter_than_dataset_json_tells_is_refused(tmp_path):
+    write_dataset(tmp_path, {'train': [[1, 2, 1, 0]], 'val': [[0, 1]]}, CharTokenizer(META['itos']), 'a test')
+    assert open_split(tmp_path, 'train').tolist() == [1, 2, 1, 0]
+    write_bin(tmp_path, 'train', [1, 2, 1])
+    with pytest.raises(ValueError, match='train.bin has 3 tokens, but dataset.json says 4') as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"tokens": 3}', 'null', '\xff'])
+def test_damaged_dataset_json_is_told(text, tmp_path):
+    write_bin(tmp_path, 'train', [1])
+    (tmp_path / 'dataset.json').write_bytes(text.encode('latin-1'))
+    with pytest.raises(ValueError, match='dataset.json is damaged') as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)
+
+
+def test_split_without_room_for_a_window_names_the_largest_block_size():
+    tokens = np.zeros(10, dtype=np.uint16)
+    check_split(tokens, 'val.bin', 9, 1)
+    with pytest.raises(ValueError, match=r'^val.bin has 10 tokens.*--block_size=9,') as error:
+        check_split(tokens, 'val.bin', 10, 1)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize('at', [0, 57, 99])
+def test_token_beyond_the_vocabulary_is_refused(at):
+    tokens = np.zeros(100, dtype=np.uint16)
+    tokens[at] = 64
+    check_split(tokens, 'train.bin', 8, 65)
+    with pytest.raises(ValueError, match='^train.bin holds token id 64, but the model\'s vocab_size is 64'):
+        check_split(tokens, 'train.bin', 8, 64)
+
+
+@pytest.mark.parametrize('at', [0, 9, 158, 167, 9990, 9999])
+def test_token_beyond_the_vocabulary_is_found_in_the_places_read_of_a_long_split(at):
+    tokens = np.zeros(10_000, dtype=np.uint16)  # 64 places of 10 tokens, 158.6 apart
+    tokens[at] = 64
+    with pytest.raises(ValueError, match='holds token id 64'):
+        check_split(tokens, 'train.bin', 8, 64, at_most=640)
+
+
+def test_long_split_is_not_read_from_end_to_end():
+    tokens = np.zeros(10_000, dtype=np.uint16)
+    tokens[75] = 64  # between the first place and the second
+    check_split(tokens, 'train.bin', 8, 64, at_most=640)
+
+
+# ---------------------------------------------------------------------------- meta.pkl
+
+class Evil:
+    """What a malicious file unpickles to: the result of any call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+@pytest.mark.parametrize('function, argument', [
+    (os.system, 'echo > {}'), (builtins.exec, 'open({!r}, "w")'), (builtins.eval, 'open({!r}, "w")'),
+    (os.mkdir, '{}'), (subprocess.getoutput, 'echo > {}'),
+], ids=lambda x: getattr(x, '__name__', ''))
+@pytest.mark.parametrize('place', ['alone', 'inside'])
+def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, place, protocol, tmp_path):
+    marker = tmp_path / 'marker'
+    evil = Evil(function, argument.format(str(marker)))
+    data = pickle.dumps(evil if place == 'alone' else META | {'more': [evil]}, protocol=protocol)
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary') as error:
+        read_meta(tmp_path)
+    assert_one_line(error)
+    assert not marker.exists()
+    pickle.loads(data)
+    assert marker.exists()  # so it was no blank shot
+
+
+@pytest.mark.parametrize('opcodes', [b"(S'echo > {}'\nios\nsystem\n.", b"cos\nsystem\n(S'echo > {}'\ntR."])
+def test_meta_written_by_hand_to_run_code_runs_none(opcodes, tmp_path):
+    marker = tmp_path / 'marker'
+    data = opcodes.replace(b'{}', os.fsencode(marker))
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    with pytest.raises(ValueError):
+        read_meta(tmp_path)
+    assert not marker.exists()
+    pickle.loads(data)
+    assert marker.exists()
+
+
+# LONG_BINPUT and BYTEARRAY8, whose arguments may ask for gigabytes
+sane_bytes = st.binary(max_size=80).filter(lambda data: not {ord('r'), 0x96} & set(data))
+whole_meta = pickle.dumps(META)
+damaged_meta = st.builds(lambda at, piece: whole_meta[:at] + piece + whole_meta[at + len(piece):],
+                         st.integers(0, len(whole_meta)), sane_bytes)
+
+
+@settings(deadline=None, max_examples=500)
+@given(sane_bytes | damaged_meta)
+@example(b'')
+@example(b'Px\n.')  # a persistent id, whose error has two lines
+@example(pickle.dumps([1, 2]))
+@example(pickle.dumps(META | {'itos': 'abc'}))
+@example(pickle.dumps(META | {'itos': {'a': 0}}))
+@example(pickle.dumps(META | {'vocab_size': '3'}))
+@example(pickle.dumps({'itos': {0: 'a'}}))
+def test_damaged_meta_is_refused_in_one_line_or_whole(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / 'meta.pkl').write_bytes(data)
+    try:
+        meta = read_meta(folder)
+    except ValueError as error:
+        assert 'meta.pkl is not a character vocabulary' in str(error) and '\n' not in str(error)
+    else:
+        assert isinstance(meta['vocab_size'], int) and all(isinstance(c, str) for c in meta['itos'].values())
+
+
+def test_truncated_meta_is_refused(tmp_path):
+    for size in range(len(whole_meta)):
+        (tmp_path / 'meta.pkl').write_bytes(whole_meta[:size])
+        with pytest.raises(ValueError, match='is not a character vocabulary'):
+            read_meta(tmp_path)
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_meta_of_any_pickle_protocol_is_read(protocol, tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(META, protocol=protocol))
+    assert read_meta(tmp_path) == META
+
+
+def test_meta_without_characters_is_refused(tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 0, 'itos': {}, 'stoi': {}}))
+    with pytest.raises(ValueError, match='meta.pkl'):
+        read_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+@settings(deadline=None)
+@given(st.text(min_size=1))
+def test_characters_survive_the_round_trip(text):
+    tokenizer = CharTokenizer.of_text(text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.n_vocab == len(set(text)) and max(ids) < tokenizer.n_vocab
+    again = tokenizer_from(tokenizer.to_dict())
+    assert again.encode(text) == ids and again.to_dict() == tokenizer.to_dict()
+
+
+def test_character_outside_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="not in this model's vocabulary: 'z' 'é'; it knows 'abc'") as error:
+        CharTokenizer.of_text('cab').encode('azbé')
+    assert_one_line(error)
+
+
+def test_vocabulary_with_gaps_ends_at_its_largest_id():
+    assert CharTokenizer({0: 'a', 7: 'b'}).n_vocab == 8
+
+
+@pytest.mark.parametrize('text', ['Hello, world!\n', '日本語 café 🙂', 'a <|endoftext|>b', ' ' * 50])
+def test_bpe_survives_the_round_trip(text, bpe):
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode_array(text)) == text
+
+
+def test_end_of_text_is_special_in_a_prompt_and_plain_in_a_document(bpe):
+    import tiktoken
+    tokenizer, text = GPT2Tokenizer(), 'one<|endoftext|>two'
+    ordinary = tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    assert 50256 in tokenizer.encode(text) and 50256 not in ordinary
+    assert tokenizer.encode_array(text).tolist() == ordinary
+    assert tokenizer.encode('Hello, world!') == [15496, 11, 995, 0]
+
+
+def test_gpt2_tokenizer_is_made_anew_from_what_a_checkpoint_keeps(bpe):
+    for state in (GPT2Tokenizer().to_dict(), None):
+        assert isinstance(tokenizer_from(state), GPT2Tokenizer)
+        assert tokenizer_from(state).n_vocab == 50257
+
+
+# ---------------------------------------------------------------------------- writing
+
+def test_tokens_are_written_as_raw_uint16(tmp_path):
+    path = tmp_path / 'new folder' / 'train.bin'
+    result = write_tokens(path, [[1, 2], np.array([65535]), [], np.array([0], dtype=np.uint32)])
+    assert path.read_bytes() == np.array([1, 2, 65535, 0], dtype=np.uint16).tobytes()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert result == {'tokens': 4, 'largest_id': 65535, 'sha256': digest}
+
+
+@pytest.mark.parametrize('bad', [65536, -1, 2**40])
+def test_token_that_does_not_fit_is_named_and_nothing_is_left(bad, tmp_path):
+    with pytest.raises(ValueError, match=f'token id {bad} ') as error:
+        write_tokens(tmp_path / 'train.bin', [[1, 2], [3, bad]])
+    assert_one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('interruption', [RuntimeError, KeyboardInterrupt])
+def test_interrupted_writing_leaves_the_old_file(interruption, tmp_path):
+    def chunks():
+        yield [7, 8]
+        raise interruption
+
+    write_tokens(tmp_path / 'train.bin', [[1, 2]])
+    with pytest.raises(interruption):
+        write_tokens(tmp_path / 'train.bin', chunks())
+    assert [p.name for p in tmp_path.iterdir()] == ['train.bin']
+    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [1, 2]
+
+
+def test_old_file_is_whole_until_the_new_one_is(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+    with replacing(path) as temporary:
+        temporary.write_text('new')
+        assert path.read_text() == 'old'
+    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_dataset_json_tells_what_the_files_hold(tmp_path):
+    write_text_dataset(tmp_path, 'hello world, ' * 100, 'char', 'a test', val_fraction=0.25)
+    info = json.loads((tmp_path / 'dataset.json').read_text(encoding='utf-8'))
+    splits = {split: np.fromfile(tmp_path / f'{split}.bin', dtype=np.uint16) for split in ('train', 'val')}
+    assert info['tokens'] == {'train': len(splits['train']), 'val': len(splits['val'])}
+    assert info['tokens'] == {'train': 975, 'val': 325}
+    assert info['largest_id'] == max(ids.max() for ids in splits.values()) == info['vocab_size'] - 1
+    assert (info['tokenizer'], info['source']) == ('char', 'a test')
+    for name, digest in info['sha256'].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert set(info['sha256']) == {'train.bin', 'val.bin'} and read_info(tmp_path) == info
+
+
+def test_meta_is_what_nanogpt_reads(tmp_path):
+    write_text_dataset(tmp_path, 'é\naa' * 10, 'char', 'a test')
+    assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == META
+
+
+def test_text_is_split_by_characters_with_its_end_for_validation(tmp_path):
+    text = ''.join(chr(97 + i % 26) for i in range(1001))
+    write_text_dataset(tmp_path, text, 'char', 'a test')
+    decode = read_tokenizer(tmp_path).decode
+    assert decode(open_split(tmp_path, 'train').tolist()) == text[:900]
+    assert decode(open_split(tmp_path, 'val').tolist()) == text[900:]
+
+
+def test_text_in_bpe_leaves_no_vocabulary_of_characters_behind(bpe, tmp_path):
+    text = 'It was a bright cold day in April. ' * 20
+    write_text_dataset(tmp_path, text, 'char', 'a test')
+    write_text_dataset(tmp_path, text, 'gpt2', 'a test')
+    assert not (tmp_path / 'meta.pkl').exists() and read_info(tmp_path)['tokenizer'] == 'gpt2'
+    parts = [read_tokenizer(tmp_path).decode(open_split(tmp_path, split)) for split in ('train', 'val')]
+    assert parts == [text[:630], text[630:]]
+
+
+@pytest.mark.parametrize('text, arguments, message', [
+    ('', {}, 'too few to split'), ('a', {}, 'too few to split'),
+    ('abc', {'val_fraction': 0.0}, 'val_fraction=0'), ('abc', {'val_fraction': 1.5}, 'between 0 and 1'),
+    ('abc', {'tokenizer': 'words'}, 'not one of char, gpt2'),
+])
+def test_text_that_can_not_be_split_is_refused_and_nothing_is_left(text, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        write_text_dataset(tmp_path, text, **({'tokenizer': 'char', 'source': 'a test'} | arguments))
+    assert_one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_read_as_utf8_with_its_line_ends(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('é\r\nb\n'.encode())
+    assert read_text(tmp_path / 'a.txt') == 'é\r\nb\n'
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'caf\xe9', 'not UTF-8 text.* at byte 3'), (b'a\0b', 'zero bytes'),
+])
+def test_file_that_is_no_text_is_refused(data, message, tmp_path):
+    (tmp_path / 'a.txt').write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_text(tmp_path / 'a.txt')
+    assert_one_line(error)
+
+
+# ---------------------------------------------------------------------------- downloading
+
+BODY = b'To be, or not to be'
+SHA256 = hashlib.sha256(BODY).hexdigest()
+WHOLE = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(BODY) + BODY
+
+
+@contextmanager
+def server(reply, stall=False):
+    """A server on this machine that answers one request with `reply`; yields its address and the requests."""
+    requests, done = [], threading.Event()
+
+    def serve():
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                requests.append(connection.recv(1 << 16))
+                connection.sendall(reply)
+                if stall:
+                    done.wait(10)  # then the file ends, with a wrong checksum
+
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        listener.settimeout(30)
+        threading.Thread(target=serve, daemon=True).start()
+        yield f'http://127.0.0.1:{listener.getsockname()[1]}/input.txt', requests
+        done.set()
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+
+def test_download_keeps_the_right_content(direct, tmp_path):
+    with server(WHOLE) as (url, requests):
+        download(url, SHA256, tmp_path / 'data' / 'input.txt')
+    assert (tmp_path / 'data' / 'input.txt').read_bytes() == BODY and len(requests) == 1
+    assert [p.name for p in (tmp_path / 'data').iterdir()] == ['input.txt']
+
+
+def test_file_that_is_there_is_kept_without_a_request(direct, tmp_path):
+    (tmp_path / 'input.txt').write_text('mine')
+    with server(WHOLE) as (url, requests):
+        download(url, SHA256, tmp_path / 'input.txt')
+    assert (tmp_path / 'input.txt').read_text() == 'mine' and requests == []
+
+
+@pytest.mark.parametrize('reply, reason', [
+    (WHOLE.replace(b'not', b'now'), 'checksum'),
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n' + BODY[:9], ''),  # cut in the middle
+    (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n' + BODY, ''),  # the same, in chunks
+    (b'HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n', ''),
+    (b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n', '404'),
+    (b'SSH-2.0-OpenSSH_9.6\r\n', ''),
+    (b'', ''),
+], ids=['checksum', 'cut', 'cut chunk', 'no length', '404', 'no HTTP', 'nothing'])
+def test_failing_download_names_the_way_round_and_leaves_nothing(reply, reason, direct, tmp_path):
+    with server(reply) as (url, _), pytest.raises(FileNotFoundError, match=f'{reason}.*--input=') as error:
+        download(url, SHA256, tmp_path / 'input.txt')
+    assert_one_line(error)
+    assert str(tmp_path / 'input.txt') in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_server_that_stalls_is_given_up(direct, tmp_path):
+    with server(WHOLE[:-5], stall=True) as (url, _), pytest.raises(FileNotFoundError, match='timed out'):
+        download(url, SHA256, tmp_path / 'input.txt', timeout=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_server_that_is_not_there_is_told(direct, tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(FileNotFoundError, match='--input=FILE'):
+        download(f'http://127.0.0.1:{port}/input.txt', SHA256, tmp_path / 'input.txt')
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,322 @@
+"""data/*/prepare.py, run as a user runs them, in a copy of the repository and from somewhere else."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+SHAKESPEARE = ROOT.parent / 'shared/data/tinyshakespeare/input.txt'
+SPEECH = 'To be, or not to be, that is the question:\nWhether \'tis nobler in the mind to suffer\n' * 20
+CLOSED = 'http://127.0.0.1:9'  # nothing listens at this port
+CUT_OFF = {'http_proxy': CLOSED, 'https_proxy': CLOSED, 'no_proxy': '', 'NO_PROXY': ''}
+with_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'{SHAKESPEARE} is not there')
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Runs a prepare.py of the copy; prepare.data is the copy's data folder, prepare.here where it is run."""
+    for path in [*ROOT.glob('*.py'), *(ROOT / 'data').rglob('*.py')]:
+        copy = tmp_path / 'repository' / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+    def run(dataset, *args, ok=True, **env):
+        script = run.data / dataset / 'prepare.py'
+        hugging_face = {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path),
+                        'HF_DATASETS_CACHE': str(tmp_path / 'hf')}
+        done = subprocess.run([sys.executable, script, *map(str, args)], cwd=run.here, timeout=300,
+                              env=os.environ | hugging_face | env, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, encoding='utf-8')
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done
+
+    run.data, run.here = tmp_path / 'repository' / 'data', tmp_path / 'elsewhere'
+    run.here.mkdir()
+    return run
+
+
+def read(folder):
+    """A dataset's tokens as lists, and its dataset.json."""
+    splits = [np.fromfile(folder / f'{split}.bin', dtype=np.uint16).tolist() for split in ('train', 'val')]
+    return *splits, json.loads((folder / 'dataset.json').read_text(encoding='utf-8'))
+
+
+def decode(folder):
+    """A dataset's two texts."""
+    *splits, info = read(folder)
+    if info['tokenizer'] == 'char':
+        itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
+        return [''.join(itos[i] for i in ids) for ids in splits]
+    import tiktoken
+    return [tiktoken.get_encoding('gpt2').decode(ids) for ids in splits]
+
+
+def assert_mistake(done, kind, *words):
+    """What the user sees last is one line, and no traceback."""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f'{kind}: ') and 'Traceback' not in done.stderr, done.stderr
+    for word in words:
+        assert word in line
+
+
+# ---------------------------------------------------------------------------- Shakespeare
+
+def test_shakespeare_char_takes_a_text_of_ones_own(prepare):
+    (prepare.here / 'speech.txt').write_text(SPEECH, encoding='utf-8')
+    out = prepare('shakespeare_char', '--input=speech.txt').stdout
+    folder, cut = prepare.data / 'shakespeare_char', len(SPEECH) * 9 // 10
+    assert decode(folder) == [SPEECH[:cut], SPEECH[cut:]]
+    assert f'train has {cut:,} tokens' in out and f'val has {len(SPEECH) - cut:,} tokens' in out
+    assert read(folder)[2]['source'] == 'speech.txt'
+    assert list(prepare.here.iterdir()) == [prepare.here / 'speech.txt']
+
+
+def test_shakespeare_takes_a_text_of_ones_own_in_bpe(bpe, prepare):
+    (prepare.data / 'shakespeare' / 'input.txt').write_text(SPEECH, encoding='utf-8')
+    prepare('shakespeare', **CUT_OFF)  # a file put there by hand needs no network
+    folder, cut = prepare.data / 'shakespeare', len(SPEECH) * 9 // 10
+    assert decode(folder) == [SPEECH[:cut], SPEECH[cut:]]
+    assert not (folder / 'meta.pkl').exists() and read(folder)[2]['vocab_size'] == 50257
+
+
+@with_shakespeare
+def test_shakespeare_char_has_the_known_counts(prepare):
+    prepare('shakespeare_char', f'--input={SHAKESPEARE}')
+    train, val, info = read(prepare.data / 'shakespeare_char')
+    assert (len(train), len(val), info['vocab_size']) == (1_003_854, 111_540, 65)
+    assert set(train) == set(range(65))
+
+
+@with_shakespeare
+def test_shakespeare_has_the_known_counts(bpe, prepare):
+    prepare('shakespeare', f'--input={SHAKESPEARE}')
+    train, val, _ = read(prepare.data / 'shakespeare')
+    assert (len(train), len(val)) == (301_966, 36_059)
+
+
+@pytest.mark.parametrize('dataset', ['shakespeare', 'shakespeare_char'])
+def test_failing_download_is_one_line_that_names_the_way_round(dataset, prepare):
+    done = prepare(dataset, ok=False, **CUT_OFF)
+    assert_mistake(done, 'FileNotFoundError', '--input=FILE', str(prepare.data / dataset / 'input.txt'))
+    assert done.stderr.count('\n') == 1
+    assert [p.name for p in (prepare.data / dataset).iterdir()] == ['prepare.py']
+
+
+def test_missing_input_is_told_and_a_mistyped_setting_too(prepare):
+    assert_mistake(prepare('shakespeare_char', '--input=no.txt', ok=False), 'FileNotFoundError', 'no.txt')
+    assert_mistake(prepare('shakespeare_char', '--inptu=no.txt', ok=False), 'ValueError', 'inptu', 'input')
+
+
+# ---------------------------------------------------------------------------- the standard library
+
+def test_standard_library_is_some_megabytes_of_ascii_and_the_same_every_time(prepare):
+    folder, digests = prepare.data / 'stdlib_char', []
+    for _ in range(2):
+        prepare('stdlib_char', **CUT_OFF)
+        digests.append([hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                        for name in ('train.bin', 'val.bin', 'meta.pkl', 'dataset.json')])
+    assert digests[0] == digests[1]
+    train, val = (np.fromfile(folder / f'{split}.bin', dtype=np.uint16) for split in ('train', 'val'))
+    assert 5e6 < len(train) + len(val) < 12e6 and abs(len(val) - len(train) / 9) < 1
+    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
+    assert ''.join(meta['itos'].values()).isascii() and '\r' not in meta['stoi']
+    start = ''.join(meta['itos'][i] for i in train[:100_000].tolist())
+    assert 'import ' in start and 'def ' in start
+
+
+# ---------------------------------------------------------------------------- one's own text
+
+@pytest.fixture
+def texts(prepare):
+    """Files and folders of text, and something that is no text."""
+    files = {'notes.txt': 'first\n' * 30, 'books/b.md': 'third, no newline', 'letters/d.txt': 'fifth\n',
+             'books/a.txt': 'é second\n', 'books/deep/c.txt': 'fourth\r\n'}
+    for name, text in files.items():
+        path = prepare.here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    (prepare.here / 'books' / 'picture.png').write_bytes(b'\x89PNG\r\n\x1a\n\0\0')
+    return ''.join(files[n] for n in ('notes.txt', 'books/a.txt', 'books/b.md')) + '\nfourth\r\nfifth\n'
+
+
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, request):
+    if tokenizer == 'gpt2':
+        request.getfixturevalue('bpe')
+    out = prepare('text', 'notes.txt', 'books', 'letters/', '--name=library', f'--tokenizer={tokenizer}',
+                  '--val_fraction=0.25').stdout
+    folder, cut = prepare.data / 'library', int(len(texts) * 0.75)
+    assert decode(folder) == [texts[:cut], texts[cut:]]
+    assert (folder / 'meta.pkl').exists() == (tokenizer == 'char')
+    assert 'left out 1 files' in out and 'picture.png' in out
+
+
+def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prepare):
+    prepare('text', prepare.here / 'notes.txt')
+    assert decode(prepare.data / 'my_text') == ['first\n' * 27, 'first\n' * 3]
+    prepare('text', prepare.here / 'notes.txt', '--name=2024')
+    assert decode(prepare.data / '2024') == ['first\n' * 27, 'first\n' * 3]
+
+
+@pytest.mark.parametrize('args, kind, words', [
+    ([], 'ValueError', ['FILE_OR_FOLDER']),
+    (['no.txt'], 'FileNotFoundError', ['no.txt is missing']),
+    (['notes.txt', 'books/picture.png'], 'ValueError', ['picture.png']),
+    (['empty'], 'ValueError', ['too few']),
+    (['notes.txt', '--tokenizer=words'], 'ValueError', ['tokenizer=words', 'char', 'gpt2']),
+    (['notes.txt', '--val_fraction=1.5'], 'ValueError', ['val_fraction=1.5']),
+    (['notes.txt', '--name=../up'], 'ValueError', ['name=../up']),
+    (['notes.txt', '--name=..'], 'ValueError', ['name=..']),
+    (['notes.txt', '--name='], 'ValueError', ['name=']),
+    (['notes.txt', '--nmae=x'], 'ValueError', ['nmae', 'name']),
+])
+def test_mistake_with_ones_own_text_is_one_line_and_nothing_is_written(args, kind, words, texts, prepare):
+    (prepare.here / 'empty').mkdir()
+    before = sorted(prepare.data.parent.rglob('*'))
+    done = prepare('text', *args, ok=False)
+    assert_mistake(done, kind, *words)
+    assert done.stderr.count('\n') == 1
+    assert [p for p in sorted(prepare.data.parent.rglob('*')) if '__pycache__' not in str(p)] == before
+
+
+# ---------------------------------------------------------------------------- documents
+
+DOCUMENTS = [f'Document {i}' + ' and more' * (i % 7) + '<|endoftext|>\n' * (i % 50 == 3) for i in range(1100)]
+
+
+@pytest.fixture
+def corpus(bpe, monkeypatch, tmp_path):
+    """data/corpus.py in this process, its caches in tmp_path."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.syspath_prepend(ROOT / 'data')
+    import datasets
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    import corpus
+    return corpus
+
+
+def documents_of(ids):
+    """Token ids cut at 50256 and decoded."""
+    import tiktoken
+    assert ids[-1] == 50256
+    ends = [-1, *(i for i, token in enumerate(ids) if token == 50256)]
+    return [tiktoken.get_encoding('gpt2').decode(ids[a + 1:b]) for a, b in zip(ends, ends[1:])]
+
+
+def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
+    import datasets
+    import tiktoken
+    datasets.Dataset.from_dict({'text': DOCUMENTS}).to_parquet(tmp_path / 'documents.parquet')
+    prepare('openwebtext', f'--source={tmp_path / "documents.parquet"}', '--num_proc=1')
+    train, val, info = read(prepare.data / 'openwebtext')
+
+    loaded = datasets.load_dataset('parquet', data_files=str(tmp_path / 'documents.parquet'),
+                                   cache_dir=str(tmp_path / 'cache'))['train']
+    splits = loaded.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    encode = tiktoken.get_encoding('gpt2').encode_ordinary
+    assert train == [i for text in splits['train']['text'] for i in encode(text) + [50256]]
+    assert val == [i for text in splits['test']['text'] for i in encode(text) + [50256]]
+    assert train.count(50256) == 1099 and val.count(50256) == 1 and info['tokenizer'] == 'gpt2'
+
+
+def test_number_of_threads_does_not_change_the_files(corpus, tmp_path):
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in DOCUMENTS))
+    for threads in (1, 3):
+        corpus.prepare_corpus(tmp_path / str(threads), str(tmp_path / 'a.jsonl'), num_proc=threads)
+    assert read(tmp_path / '1') == read(tmp_path / '3')
+
+
+@pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'json', 'txt'])
+def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_path):
+    import datasets
+    folder, names = tmp_path / 'documents', ['a', 'b/c', 'd']
+    documents = [f'Document {name}:\n\nits text\n' for name in names]
+    for name, text in zip(names, documents):
+        path = folder / f'{name}.{kind}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == 'parquet':
+            datasets.Dataset.from_dict({'text': [text]}).to_parquet(path)
+        else:
+            path.write_text(text if kind == 'txt' else json.dumps({'text': text}) + '\n', encoding='utf-8')
+    (folder / 'README').write_text('no document')
+    corpus.prepare_corpus(tmp_path / 'out', str(folder), num_proc=1)
+    train, val, _ = read(tmp_path / 'out')
+    assert sorted(documents_of(train) + documents_of(val)) == documents
+
+
+def test_limit_takes_the_first_documents_and_text_column_their_text(corpus, tmp_path):
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'id': i, 'body': t}) + '\n'
+                                              for i, t in enumerate(DOCUMENTS)))
+    corpus.prepare_corpus(tmp_path / 'out', str(tmp_path / 'a.jsonl'), text_column='body', limit=9)
+    train, val, _ = read(tmp_path / 'out')
+    texts = [t for ids in (train, val) for t in documents_of(ids)]
+    assert sorted(texts) == sorted(DOCUMENTS[:9])
+
+
+def test_folder_of_several_formats_takes_no_metadata_for_a_document(corpus, tmp_path):
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text(f'Document {i}')
+    (tmp_path / 'dataset_info.json').write_text('{"license": "MIT"}')
+    try:
+        documents = corpus.load_documents(str(tmp_path), 'text', 0)['text']
+    except ValueError as error:
+        assert 'json' in str(error) and '\n' not in str(error)
+    else:
+        assert list(documents) == ['Document 0', 'Document 1', 'Document 2']
+
+
+def write_sources(folder):
+    rows = [json.dumps({'text': t, 'id': i}) + '\n' for i, t in enumerate(DOCUMENTS[:5])]
+    (folder / 'good.jsonl').write_text(''.join(rows))
+    (folder / 'gaps.jsonl').write_text(''.join(rows) + '{"text": null, "id": 5}\n')
+    (folder / 'damaged.jsonl').write_text('{"text": \n')
+    (folder / 'damaged.parquet').write_text('PAR1')
+    (folder / 'empty.jsonl').write_text('')
+    (folder / 'one.txt').write_text('one document')
+    (folder / 'table.csv').write_text('text\na\n')
+    (folder / 'folder').mkdir()
+
+
+@pytest.mark.parametrize('source, column, words', [
+    ('good.jsonl', 'body', ['no column body', 'text, id', '--text_column']),
+    ('good.jsonl', 'id', ['id']),
+    ('gaps.jsonl', 'text', ['text']),
+    ('damaged.jsonl', 'text', ['damaged.jsonl', '--source=PATH']),
+    ('damaged.parquet', 'text', ['damaged.parquet', '--source=PATH']),
+    ('empty.jsonl', 'text', ['empty.jsonl']),
+    ('one.txt', 'text', ['1 documents', 'data/text/prepare.py']),
+    ('table.csv', 'text', ['.parquet, .jsonl']),
+    ('folder', 'text', ['.parquet, .jsonl']),
+    ('nothing.jsonl', 'text', ['nothing.jsonl', '--source=PATH']),
+])
+def test_source_without_documents_is_refused_in_one_line(source, column, words, corpus, tmp_path):
+    write_sources(tmp_path)
+    with pytest.raises(ValueError) as error:
+        corpus.prepare_corpus(tmp_path / 'out', str(tmp_path / source), text_column=column)
+    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words)
+    assert not (tmp_path / 'out').exists() or list((tmp_path / 'out').iterdir()) == []
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--source=nobody/nothing'], ['nobody/nothing', '--source=PATH']),
+    (['--source=good.jsonl', '--text_column=body'], ['no column body', '--text_column']),
+])
+def test_mistake_with_documents_is_one_line_for_the_user(args, words, bpe, prepare):
+    write_sources(prepare.here)
+    assert_mistake(prepare('openwebtext', *args, ok=False, **CUT_OFF), 'ValueError', *words)
+    assert [p.name for p in (prepare.data / 'openwebtext').iterdir()] == ['prepare.py']
+
+
+def test_missing_bpe_files_are_one_line(prepare, tmp_path):
+    (prepare.here / 'speech.txt').write_text(SPEECH)
+    nowhere = CUT_OFF | {'TIKTOKEN_CACHE_DIR': str(tmp_path / 'no')}
+    done = prepare('shakespeare', '--input=speech.txt', ok=False, **nowhere)
+    assert_mistake(done, 'FileNotFoundError', 'GPT-2 BPE', 'TIKTOKEN_CACHE_DIR')
+    assert done.stderr.count('\n') == 1

@@ -1,0 +1,188 @@
+"""runtime.py: what is asked for is had or refused; what is left open becomes what the machine does best."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import runtime
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+
+
+# ---------------------------------------------------------------------------- settings
+
+def test_cpu_gets_float32_uncompiled_with_gloo(without_gpu, capsys):
+    run = runtime.start()
+    assert (run.device, run.dtype, run.compile, run.backend) == ('cpu', 'float32', False, 'gloo')
+    assert (run.rank, run.world_size, run.is_master, run.device_type) == (0, 1, True, 'cpu')
+    line = capsys.readouterr().out
+    assert re.fullmatch(r'device: cpu \(\d+ threads\), dtype: float32, compile: False, backend: gloo, '
+                        r'processes: 1\n', line)
+
+
+@pytest.mark.parametrize('setting, value', [
+    ('dtype', 'bfloat16'), ('dtype', 'float16'), ('dtype', 'float32'), ('compile', True), ('compile', False),
+    ('backend', 'nccl'), ('backend', 'gloo'), ('device', 'cpu'), ('device', 'cpu:0'),
+])
+def test_explicit_value_is_taken_as_it_is(setting, value, capsys):
+    run = runtime.start(**({'device': 'cpu'} | {setting: value}))
+    assert getattr(run, setting) == value
+    assert f'{setting}: {value}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cpu:0'])
+def test_cpu_is_called_a_cpu(device, capsys):
+    runtime.start(device=device)
+    assert f'device: {device} ({torch.get_num_threads()} threads)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'dtype': 'int8'}, 'dtype=int8 is not one of auto, float32, bfloat16, float16'),
+    ({'dtype': 'bf16'}, 'dtype=bf16 is not one of'),
+    ({'compile': 'maybe'}, 'compile=maybe is not one of True, False, auto'),
+    ({'device': 'tpu'}, 'device=tpu is not on this machine'),
+    ({'device': 'cpu:7'}, 'device=cpu:7 is not on this machine'),
+    ({'device': ''}, 'device= is not on this machine'),
+    ({'device': 'cpu:'}, 'device=cpu: is not on this machine'),
+    ({'device': 'cpu:one'}, 'device=cpu:one is not on this machine'),
+])
+def test_value_that_this_machine_has_not_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=f'^{message}') as error:
+        runtime.start(**({'device': 'cpu'} | settings))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('device', ['cuda', 'cuda:0', 'cuda:1', 'mps'])
+def test_missing_gpu_is_refused_with_what_there_is(device, without_gpu):
+    with pytest.raises(ValueError, match=f'^device={device} is not on this machine, which has: cpu$'):
+        runtime.start(device=device)
+
+
+@no_gpu
+def test_cuda_without_a_gpu_is_one_line_for_the_user(run_script):
+    error = run_script('train.py', '--device=cuda', ok=False).stderr
+    assert error.startswith('ValueError: device=cuda is not on this machine') and error.count('\n') == 1
+
+
+def test_nccl_between_cpu_processes_is_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='backend=nccl needs CUDA devices.*--backend=gloo'):
+        runtime.start(device='cpu', backend='nccl')
+
+
+def test_best_device_is_cuda_then_mps_then_cpu(monkeypatch):
+    found = []
+    for cuda, mps in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda mps=mps: mps)
+        found.append(runtime.best_device())
+    assert found == ['cuda', 'mps', 'cpu']
+
+
+@pytest.mark.parametrize('has_bfloat16, dtype', [(True, 'bfloat16'), (False, 'float16')])
+def test_best_dtype_of_a_gpu_is_bfloat16_where_its_hardware_has_it(has_bfloat16, dtype, monkeypatch):
+    def is_bf16_supported(including_emulation=True):
+        return has_bfloat16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
+    assert runtime.best_dtype('cuda') == dtype
+    assert runtime.best_dtype('mps') == runtime.best_dtype('cpu') == 'float32'
+
+
+# ---------------------------------------------------------------------------- seeds, numbers, printing
+
+def test_seed_decides_torch_s_numbers():
+    draws = []
+    for seed in (1337, 1337, 1338):
+        runtime.start(device='cpu', seed=seed)
+        draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_autocast_computes_in_the_dtype_asked_for(dtype):
+    run = runtime.start(device='cpu', dtype=dtype)
+    with run.autocast():
+        result = torch.ones(4, 4) @ torch.ones(4, 4)
+    assert result.dtype == runtime.DTYPES[dtype]
+    assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.float32
+
+
+def test_sum_over_one_process_is_the_numbers_themselves():
+    run = runtime.start(device='cpu')
+    assert run.sum(1.5, 7) == [1.5, 7]
+    run.synchronize()
+    run.stop()
+
+
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    runtime.print0('one')
+    monkeypatch.setenv('RANK', '1')
+    runtime.print0('two')
+    assert capsys.readouterr().out == 'one\n'
+
+
+# ---------------------------------------------------------------------------- peak FLOP/s
+
+@pytest.mark.parametrize('name, flops', [
+    ('NVIDIA A100-SXM4-40GB', 312e12),
+    ('NVIDIA A100 80GB PCIe', 312e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H100 NVL', 835e12),
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA GH200 480GB', 989e12),
+    ('NVIDIA B200', 2250e12),
+    ('NVIDIA L4', 121e12),
+    ('NVIDIA L40', 181e12),
+    ('NVIDIA L40S', 362e12),
+    ('NVIDIA A40', 150e12),
+    ('NVIDIA A10', 125e12),
+    ('Tesla T4', 65e12),
+    ('Tesla V100-SXM2-16GB', 125e12),
+    ('NVIDIA GeForce RTX 3090', 71e12),
+    ('NVIDIA GeForce RTX 4090', 165e12),
+    ('NVIDIA RTX A4000', None),
+    ('NVIDIA A10G', None),
+    ('NVIDIA A1000', None),
+    ('NVIDIA GeForce GTX 1080', None),
+    ('Quadro T400', None),
+])
+def test_peak_of_a_gpu_is_its_data_sheet_s(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert runtime.peak_flops('cuda', 'bfloat16') == flops
+    assert runtime.peak_flops('cuda:1', 'float16') == flops
+    assert runtime.peak_flops('cuda', 'float32') is None
+
+
+def test_peak_of_an_apple_gpu_is_unknown():
+    assert runtime.peak_flops('mps', 'float16') is None
+
+
+def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert 0 < runtime.peak_flops('cpu', 'float32') < float('inf')
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+
+
+def test_measured_rate_is_operations_over_the_best_time(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 12.0])
+    monkeypatch.setattr(runtime, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert runtime.measure_matmul('cpu', 'float32', n=8, repeats=2) == 2 * 8**3 / 2.0
