@@ -1,13 +1,18 @@
 """
-Measure how fast a model trains on this machine: iterations of forward, backward and update.
+Measure how fast this machine trains a model, generates from it, and reads its data.
 
-    python bench.py                                          # 124M on data/openwebtext
-    python bench.py --real_data=False --batch_size=4 --block_size=256 --compile=False --num_steps=5
+    python bench.py                                          # training, 124M on data/openwebtext
+    python bench.py --mode=all --real_data=False --batch_size=4 --block_size=256 --num_steps=5
     python bench.py --dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
+    python bench.py --mode=decode --real_data=False --decode_batch=8
     python bench.py --profile=True                           # a trace, and the ten most expensive operators
+
+Prints a table, and the same with all that is known of the machine as one line of JSON.
 """
 
+import json
 import os
+import platform
 import statistics
 import time
 from contextlib import nullcontext
@@ -22,6 +27,7 @@ from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------- settings
 
+mode = 'train'  # train, decode, data, all
 batch_size = 12
 block_size = 1024
 n_layer = 12
@@ -32,6 +38,9 @@ real_data = True  # False: random tokens, no data needed
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
 num_steps = 20  # timed, after half as many to warm up
+decode_batch = 1  # samples generated at once
+decode_tokens = 100  # in each sample, after a prompt of one token
+activation_checkpointing = False  # in training
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
@@ -40,6 +49,9 @@ profile = False  # write bench_trace.json and print the operators that cost most
 peak_flops = 0.0  # FLOP/s that MFU is a share of; 0: looked up or, on a CPU, measured
 
 configure(globals())
+
+if mode not in ('train', 'decode', 'data', 'all'):
+    raise ValueError(f'mode={mode} is not one of train, decode, data, all')
 
 # ---------------------------------------------------------------------------- model, data
 
@@ -58,48 +70,102 @@ else:
     tokens = torch.randint(vocab_size, (1 << 20,)).to(torch.uint16).numpy()
 
 model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias)).to(run.device)
+model.activation_checkpointing = activation_checkpointing
 optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 if run.compile:
     model.compile()
+print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 
-def step(iteration):
-    """One iteration, without waiting for the device to finish it."""
+# ---------------------------------------------------------------------------- what is measured
+
+def get_batch(iteration):
     starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
-    x, y = (torch.from_numpy(a).to(run.device) for a in read_windows(tokens, starts, block_size))
+    return [torch.from_numpy(a).to(run.device) for a in read_windows(tokens, starts, block_size)]
+
+
+def train_step(iteration):
+    x, y = get_batch(iteration)
     with run.autocast():
         _, loss = model(x, y, return_logits=False)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+
+
+def decode(_):
+    model.eval()
+    with run.autocast():
+        model.generate(torch.zeros(1, 1, dtype=torch.int64, device=run.device), decode_tokens, top_k=200,
+                       n_samples=decode_batch)
+    model.train()
+
+
+def measure(function, n):
+    """Seconds of each of n calls, each begun and ended with the device at rest."""
+    for i in range(max(1, n // 2)):
+        function(i)
+    times = []
+    for i in range(n):
+        run.synchronize()
+        begin = time.perf_counter()
+        function(i)
+        run.synchronize()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def row(work, times, n_tokens, flops=None, n_bytes=None):
+    """A line of the table: seconds a call, and what the call's tokens, FLOPs and bytes make a second."""
+    median = statistics.median(times)
+    return {'work': work, 'median_s': median, 'min_s': min(times), 'max_s': max(times), 'calls': len(times),
+            'tokens_per_s': n_tokens / median, 'flops_per_s': flops and flops / median,
+            'bytes_per_s': n_bytes and n_bytes / median}
 
 
 # ---------------------------------------------------------------------------- measurement
 
-for i in range(max(3, num_steps // 2)):
-    loss = step(i)
-print(f'loss after the warm-up: {loss.item():.4f}')
+rows = []
+if mode in ('train', 'all'):
+    profiler = torch.profiler.profile() if profile else nullcontext()
+    with profiler:
+        times = measure(train_step, num_steps)
+    rows.append(row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0)))
+    if profile:
+        profiler.export_chrome_trace('bench_trace.json')
+        by = 'self_cuda_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'
+        print(profiler.key_averages().table(sort_by=by, row_limit=10))
+        print('wrote bench_trace.json (open it in chrome://tracing or ui.perfetto.dev)')
+    peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
+    mfu = f'{100 * rows[0]["flops_per_s"] / peak_flops:.2f}%' if peak_flops else 'n/a'
+    print(f'time per iteration: {1000 * rows[0]["median_s"]:.4f}ms, MFU: {mfu}')
+if mode in ('decode', 'all'):
+    # each token reads every weight once for all samples, and on average half the final keys and values
+    cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
+    n_bytes = 4 * decode_tokens * (model.get_num_params() + cached)
+    rows.append(row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
+                    n_bytes=n_bytes))
+if mode in ('data', 'all'):
+    rows.append(row('data', measure(get_batch, 10 * num_steps), batch_size * block_size,
+                    n_bytes=2 * batch_size * block_size))
 
-profiler = torch.profiler.profile() if profile else nullcontext()
-times = []
-with profiler:
-    for i in range(num_steps):
-        run.synchronize()
-        begin = time.perf_counter()
-        step(i)
-        run.synchronize()
-        times.append(time.perf_counter() - begin)
-if profile:
-    profiler.export_chrome_trace('bench_trace.json')
-    by = f'self_{run.device_type}_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'
-    print(profiler.key_averages().table(sort_by=by, row_limit=10))
-    print('wrote bench_trace.json (open it in chrome://tracing or ui.perfetto.dev)')
-
-median = statistics.median(times)
-peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-mfu = f'{100 * model.estimate_mfu(batch_size, median, peak_flops):.2f}%' if peak_flops else 'n/a'
-print(f'time per iteration: {median * 1000:.4f}ms, MFU: {mfu}, from {min(times) * 1000:.1f} to '
-      f'{max(times) * 1000:.1f}ms, {batch_size * block_size / median:.0f} tokens/s')
+limits = {'flops_per_s': runtime.measure_matmul(run.device, run.dtype),
+          'bytes_per_s': runtime.measure_bandwidth(run.device)}
+print(f'\n{"work":8} {"median":>10} {"min":>10} {"max":>10} {"tokens/s":>12} {"GFLOP/s":>10} {"GB/s":>8} '
+      f'{"of this machine":>16}')
+for r in rows:
+    rate = 'flops_per_s' if r['flops_per_s'] else 'bytes_per_s'
+    r['share'] = r[rate] / limits[rate]
+    print(f'{r["work"]:8}', *(f'{1000 * r[k]:8.2f}ms' for k in ('median_s', 'min_s', 'max_s')),
+          f'{r["tokens_per_s"]:12,.0f}', f'{(r["flops_per_s"] or 0) / 1e9:10.1f}',
+          f'{(r["bytes_per_s"] or 0) / 1e9:8.2f}', f'{r["share"]:16.1%}')
+print(f'{"limit":8} {"":32} {"":12} {limits["flops_per_s"] / 1e9:10.1f} {limits["bytes_per_s"] / 1e9:8.2f}'
+      '   a matrix product, a copy')
+print(json.dumps({
+    'rows': rows, 'measured_limits': limits, 'peak_memory_bytes': runtime.peak_memory(run.device),
+    'parameters': model.get_num_params(), 'batch_size': batch_size, 'block_size': block_size,
+    'decode_batch': decode_batch, 'device': runtime.device_name(run.device), 'dtype': run.dtype,
+    'compile': run.compile, 'torch': torch.__version__, 'python': platform.python_version(),
+    'machine': f'{platform.system()} {platform.machine()}'}))

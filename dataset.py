@@ -114,10 +114,13 @@ def read_meta(data_dir):
 def train_windows(seed, iteration, count, n_tokens, block_size):
     """Starts of the `count` windows that make the global batch of an iteration, (count,) int64.
 
-    Drawn from Philox (Salmon et al. 2011), which gives any iteration's numbers with no history before.
+    Window i starts at random in the i-th of `count` equal parts of the split: each start is as likely as
+    any other, but a batch never misses a part of the text (stratified sampling). The random numbers are
+    Philox's (Salmon et al. 2011), which gives any iteration's with no history before.
     """
     bits = np.random.Philox(key=np.array([seed, iteration], dtype=np.uint64)).random_raw(count)
-    return (bits % np.uint64(n_tokens - block_size)).astype(np.int64)
+    uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), all 53 bits of a double
+    return ((np.arange(count) + uniform) / count * (n_tokens - block_size)).astype(np.int64)
 
 
 def eval_windows(n_tokens, block_size, batch_size, n_batches=0):

@@ -12,6 +12,7 @@ A setting of 'auto' becomes what this machine does best; anything else is taken 
 import importlib.util
 import os
 import re
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -72,8 +73,7 @@ class Runtime:
 
     def synchronize(self):
         """Wait until the device has done all it was given."""
-        if self.device_type != 'cpu':
-            getattr(torch, self.device_type).synchronize()
+        synchronize(self.device_type)
 
     def sum(self, *values):
         """Each number summed over all processes, in float64."""
@@ -178,12 +178,44 @@ def peak_flops(device, dtype):
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf'\b{words}\b', name)), None)
 
 
-def measure_matmul(device, dtype, n=1024, repeats=5):
-    """FLOP/s of an n x n matrix product, the best of a few."""
-    a = b = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
-    best = float('inf')
+def synchronize(device_type):
+    if device_type != 'cpu':
+        getattr(torch, device_type).synchronize()
+
+
+def best_time(function, device, repeats=5):
+    """Seconds of the fastest call of a few."""
+    times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        synchronize(torch.device(device).type)
+        begin = time.perf_counter()
+        function()
+        synchronize(torch.device(device).type)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure_matmul(device, dtype):
+    """FLOP/s of a large square matrix product."""
+    n = 1024 if device == 'cpu' else 8192
+    a = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
+    return 2 * n**3 / best_time(lambda: a @ a, device)
+
+
+def measure_bandwidth(device):
+    """Bytes/s of memory, from copying an array larger than any cache; a copy reads and writes each byte."""
+    a = torch.ones(1 << 26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / best_time(lambda: b.copy_(a), device)
+
+
+def peak_memory(device):
+    """The most bytes held so far: on CUDA by PyTorch on the device, on a CPU by this process; else None."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -63,10 +63,10 @@ if not ids or max(ids) >= model.config.vocab_size:
 # ---------------------------------------------------------------------------- samples
 
 for first in range(0, num_samples, batch_size):
-    rows = min(batch_size, num_samples - first)
-    idx = torch.tensor([ids] * rows, device=run.device)  # (B, T)
+    idx = torch.tensor([ids], device=run.device)  # (1, T)
     with run.autocast():
-        samples = model.generate(idx, max_new_tokens, temperature, top_k, n_vocab=tokenizer.n_vocab)
+        samples = model.generate(idx, max_new_tokens, temperature, top_k, n_vocab=tokenizer.n_vocab,
+                                 n_samples=min(batch_size, num_samples - first))
     for sample in samples.tolist():
         print(tokenizer.decode(sample))
         print('---------------')

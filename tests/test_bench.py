@@ -17,6 +17,20 @@ def test_time_and_mfu_are_printed(run_script, char_data, real):
     assert mfu and 0 <= float(mfu[1].rstrip('%')) < 100
 
 
+def test_all_modes_are_in_the_table_and_in_the_json(run_script):
+    done = run_script('bench.py', *SIZES, '--real_data=False', '--mode=all', '--decode_tokens=5',
+                      '--decode_batch=3')
+    report = json.loads(done.stdout.splitlines()[-1])
+    train, decode, data = report['rows']
+    assert [r['work'] for r in report['rows']] == ['train', 'decode', 'data']
+    assert train['tokens_per_s'] == pytest.approx(2 * 16 / train['median_s'])
+    assert decode['tokens_per_s'] == pytest.approx(3 * 5 / decode['median_s'])
+    assert train['flops_per_s'] > 0 and decode['bytes_per_s'] > 0 and data['bytes_per_s'] > 0
+    assert all(r['min_s'] <= r['median_s'] <= r['max_s'] for r in report['rows'])
+    assert all(limit > 0 for limit in report['measured_limits'].values())
+    assert all(re.search(rf'^{work} ', done.stdout, re.M) for work in ('train', 'decode', 'data'))
+
+
 def test_mfu_is_a_share_of_the_given_peak(run_script):
     shares = []
     for peak in ('1e10', '1e8'):

@@ -22,6 +22,7 @@ from dataset import (
     download,
     eval_windows,
     open_split,
+    prefetch,
     read_info,
     read_meta,
     read_text,
@@ -60,7 +61,7 @@ def test_train_windows_follow_from_seed_and_iteration_alone():
 
 def test_train_windows_stay_the_same_from_version_to_version():
     """A run resumed with a later version goes on with the batches that it would have had."""
-    np.testing.assert_array_equal(train_windows(1337, 0, 4, 1_003_854, 256), [720011, 940031, 187240, 776619])
+    np.testing.assert_array_equal(train_windows(1337, 0, 4, 1_003_854, 256), [230731, 497885, 530148, 960125])
 
 
 def test_train_windows_reach_the_first_and_the_last_token_and_no_further():
@@ -77,9 +78,17 @@ def test_train_windows_fit_the_smallest_and_the_largest_split(n_tokens):
     assert starts.max() >= (n_tokens - 9) * 0.99
 
 
-def test_train_windows_are_spread_evenly():
-    counts = np.bincount(train_windows(0, 0, 80_000, 18, 10), minlength=8)
-    assert len(counts) == 8 and (abs(counts - 10_000) < 500).all()  # five standard deviations
+@pytest.mark.parametrize('count', [1, 3, 8, 11])
+def test_every_training_window_is_as_likely_as_any_other(count):
+    starts = np.concatenate([train_windows(0, i, count, 18, 10) for i in range(12_000 // count)])
+    counts = np.bincount(starts, minlength=8)
+    assert len(counts) == 8 and (abs(counts - 1500) < 200).all()  # more than five standard deviations
+
+
+def test_batch_has_a_window_from_every_equal_part_of_the_split():
+    for iteration in range(100):
+        starts = train_windows(1337, iteration, 10, 1008, 8)
+        np.testing.assert_array_equal(starts // 100, np.arange(10))
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 4])
@@ -93,10 +102,6 @@ def test_processes_share_the_global_batch_as_micro_steps_do(world_size):
             first = (micro_step * world_size + rank) * batch_size
             seen.append(starts[first:first + batch_size])
     np.testing.assert_array_equal(np.concatenate(seen), train_windows(1337, iteration, 12, 1000, 16))
-
-
-def test_a_smaller_global_batch_is_the_beginning_of_a_larger_one():
-    np.testing.assert_array_equal(train_windows(1, 2, 30, 999, 9)[:10], train_windows(1, 2, 10, 999, 9))
 
 
 def test_negative_seed_is_a_seed_too():
@@ -162,6 +167,27 @@ def test_targets_past_the_end_are_ignored_and_inputs_stay_in_the_vocabulary():
 def test_largest_uint16_stays_positive():
     _, y = read_windows(np.array([0, 65535], dtype=np.uint16), np.array([0]), 1)
     assert y.tolist() == [[65535]]
+
+
+def test_prefetched_results_are_the_function_s_in_order_and_one_ahead():
+    asked = []
+
+    def arguments():
+        for i in range(5):
+            asked.append(i)
+            yield i, 10
+
+    results = prefetch(lambda a, b: a + b, arguments())
+    assert next(results) == 10 and asked == [0, 1]
+    assert list(results) == [11, 12, 13, 14]
+    assert list(prefetch(max, [])) == [] and list(prefetch(max, [(3, 4)])) == [4]
+
+
+def test_error_while_prefetching_reaches_the_caller():
+    results = prefetch(lambda x: 1 // x, [(1,), (0,), (1,)])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 # ---------------------------------------------------------------------------- opening a split

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from dataset import GPT2Tokenizer
+
 SHAKESPEARE = ROOT.parent / 'shared/data/tinyshakespeare/input.txt'
 SPEECH = 'To be, or not to be, that is the question:\nWhether \'tis nobler in the mind to suffer\n' * 20
 CLOSED = 'http://127.0.0.1:9'  # nothing listens at this port
@@ -188,7 +190,7 @@ def test_mistake_with_ones_own_text_is_one_line_and_nothing_is_written(args, kin
 
 # ---------------------------------------------------------------------------- documents
 
-DOCUMENTS = [f'Document {i}' + ' and more' * (i % 7) + '<|endoftext|>\n' * (i % 50 == 3) for i in range(1100)]
+DOCUMENTS = [f'Document {i}' + ' and more' * (i % 7) + '<|endoftext|>\n' * (i % 50 == 3) for i in range(2500)]
 
 
 @pytest.fixture
@@ -223,14 +225,66 @@ def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
     encode = tiktoken.get_encoding('gpt2').encode_ordinary
     assert train == [i for text in splits['train']['text'] for i in encode(text) + [50256]]
     assert val == [i for text in splits['test']['text'] for i in encode(text) + [50256]]
-    assert train.count(50256) == 1099 and val.count(50256) == 1 and info['tokenizer'] == 'gpt2'
+    assert train.count(50256) == 2498 and val.count(50256) == 2 and info['tokenizer'] == 'gpt2'
+    assert sorted(p.name for p in (prepare.data / 'openwebtext').iterdir()) == [
+        'dataset.json', 'prepare.py', 'train.bin', 'val.bin']
 
 
-def test_number_of_threads_does_not_change_the_files(corpus, tmp_path):
-    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in DOCUMENTS))
-    for threads in (1, 3):
-        corpus.prepare_corpus(tmp_path / str(threads), str(tmp_path / 'a.jsonl'), num_proc=threads)
-    assert read(tmp_path / '1') == read(tmp_path / '3')
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / 'documents.jsonl'
+    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in DOCUMENTS))
+    return str(path)
+
+
+def test_threads_and_parts_do_not_change_the_files(corpus, jsonl, monkeypatch, tmp_path):
+    for threads, part in ((1, 100_000), (3, 100), (2, 2499)):
+        monkeypatch.setattr(corpus, 'PART', part)
+        corpus.prepare_corpus(tmp_path / str(threads), jsonl, num_proc=threads)
+    assert read(tmp_path / '1') == read(tmp_path / '2') == read(tmp_path / '3')
+
+
+def count_documents(monkeypatch, fail_at=float('inf')):
+    """A list that grows by every document encoded from now on; from the fail_at-th on it stops the run."""
+    encoded, encode_array = [], GPT2Tokenizer.encode_array
+
+    def encode(self, text):
+        encoded.append(text)
+        if len(encoded) >= fail_at:
+            raise KeyboardInterrupt
+        return encode_array(self, text)
+
+    monkeypatch.setattr(GPT2Tokenizer, 'encode_array', encode)
+    return encoded
+
+
+def test_stopped_run_goes_on_where_it_was(corpus, jsonl, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, 'PART', 100)
+    corpus.prepare_corpus(tmp_path / 'whole', jsonl, num_proc=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        count_documents(patch, fail_at=1050)
+        corpus.prepare_corpus(tmp_path / 'stopped', jsonl, num_proc=1)
+    assert not list((tmp_path / 'stopped').glob('*.*')) and not list(tmp_path.rglob('*.part'))
+    encoded = count_documents(monkeypatch)
+    corpus.prepare_corpus(tmp_path / 'stopped', jsonl, num_proc=1)
+    assert len(encoded) == len(DOCUMENTS) - 1000  # ten parts were there
+    assert read(tmp_path / 'stopped') == read(tmp_path / 'whole')
+    assert len(list((tmp_path / 'stopped').iterdir())) == 3
+
+
+@pytest.mark.parametrize('changed', [0, 1249, 2499])
+def test_stopped_run_takes_nothing_from_a_text_that_was_changed_since(changed, corpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, 'PART', 100)
+    path, texts = tmp_path / 'documents.jsonl', list(DOCUMENTS)
+    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        count_documents(patch, fail_at=2480)
+        corpus.prepare_corpus(tmp_path / 'out', str(path), num_proc=1)
+    texts[changed] = 'Another text, of another length'
+    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    corpus.prepare_corpus(tmp_path / 'out', str(path), num_proc=1)
+    train, val, _ = read(tmp_path / 'out')
+    assert sorted(documents_of(train) + documents_of(val)) == sorted(texts)
 
 
 @pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'json', 'txt'])

@@ -182,7 +182,19 @@ def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
 
 
-def test_measured_rate_is_operations_over_the_best_time(monkeypatch):
-    clock = iter([0.0, 4.0, 10.0, 12.0])
+def test_measured_time_is_that_of_the_fastest_call(monkeypatch):
+    clock, calls = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0]), []
     monkeypatch.setattr(runtime, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert runtime.measure_matmul('cpu', 'float32', n=8, repeats=2) == 2 * 8**3 / 2.0
+    assert runtime.best_time(lambda: calls.append(1), 'cpu', repeats=3) == 2.0
+    assert len(calls) == 3
+
+
+def test_measured_rate_is_operations_over_time(monkeypatch):
+    sizes = []
+
+    def half_a_second(function, device):
+        sizes.append(len(function()))
+        return 0.5
+
+    monkeypatch.setattr(runtime, 'best_time', half_a_second)
+    assert runtime.measure_matmul('cpu', 'float32') == 2 * sizes[0]**3 / 0.5
