@@ -21,8 +21,7 @@ import torch
 
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, CharTokenizer, check_split, open_split, read_tokenizer, read_windows,
-                     train_windows)
+from dataset import PADDED_GPT2_VOCAB, check_split, open_split, read_meta, read_windows, train_windows
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------- settings
@@ -63,8 +62,7 @@ if real_data:
         tokens = open_split(data_dir, 'train')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; or measure on random tokens: --real_data=False') from None
-    tokenizer = read_tokenizer(data_dir)
-    vocab_size = tokenizer.n_vocab if isinstance(tokenizer, CharTokenizer) else vocab_size
+    vocab_size = (read_meta(data_dir) or {'vocab_size': vocab_size})['vocab_size']
     check_split(tokens, os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
 else:
     tokens = torch.randint(vocab_size, (1 << 20,)).to(torch.uint16).numpy()

@@ -6,6 +6,7 @@ What survives a run: checkpoint files, written so that no crash can damage the o
 """
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 
 from dataset import replacing
 
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError)
+# what torch.load raises where a file is cut or is no checkpoint
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError,
+              struct.error, TypeError, AttributeError, AssertionError)
 
 
 def save(path, state):
@@ -33,8 +36,9 @@ def load(path, mmap=False):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except UNREADABLE as error:
-        state = str(error).splitlines()[0]
-    if not isinstance(state, dict) or not {'model', 'model_args'} <= set(state):
+        state = (str(error).splitlines() or [type(error).__name__])[0]
+    if not (isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ('model', 'model_args'))
+            and all(isinstance(name, str) for name in state['model'])):
         reason = state if isinstance(state, str) else 'it has no model and model_args'
         raise ValueError(f'{path} is not a checkpoint, or a damaged one ({reason[:200]})')
     state['model'] = clean_names(state['model'])

@@ -37,7 +37,7 @@ def configure(script, args=None):
     sys.excepthook = show_error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # redirected output on Windows can't encode most of Unicode
-            stream.reconfigure(encoding='utf-8')
+            stream.reconfigure(encoding='utf-8', errors='backslashreplace')
     args = sys.argv[1:] if args is None else args
     names = [k for k, v in script.items() if k.islower() and k[0] != '_' and isinstance(v, KINDS)]
     allowed = {k: allowed_types(script, k) for k in names}
@@ -71,7 +71,7 @@ def parse(text):
         return text.lower() == 'true'
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # TypeError: {[]}
         return text
 
 
@@ -79,7 +79,7 @@ def convert(key, value, text, allowed):
     """`value` as one of the `allowed` types; `text` is how it was written."""
     if type(value) in allowed:
         return value
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if str in allowed and value is not None:
         return text
@@ -89,7 +89,7 @@ def convert(key, value, text, allowed):
 
 def apply_file(script, allowed, path, say):
     """Execute a config in the script's globals, then check every name that it bound."""
-    source = path.read_text(encoding='utf-8')
+    source = path.read_text(encoding='utf-8-sig')
     say(f'Overriding config with {path}:\n{source}')
     tree = ast.parse(source, str(path))
     imported = {(a.asname or a.name).split('.')[0] for node in ast.walk(tree)
@@ -110,7 +110,7 @@ def find_config(name):
     """The config's path: as given, or a bare name's `config/NAME.py`."""
     choices = [Path(name), Path('config', f'{name}.py'), ROOT / 'config' / f'{name}.py']
     for path in choices:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, False where a name is too long
             return path
     known = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
     raise FileNotFoundError(f'no config {name}{nearest(Path(name).stem, known)}; '
@@ -142,7 +142,8 @@ def print_help(script, names):
 def show_error(kind, error, trace):
     """sys.excepthook: what this repository raises on purpose is one line, all else keeps its traceback."""
     last = traceback.extract_tb(trace)[-1] if trace else None
-    ours = last and Path(last.filename).is_relative_to(ROOT) and 'site-packages' not in last.filename
+    path = Path(last.filename).resolve() if last else Path()
+    ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
     raised = last and (linecache.getline(last.filename, last.lineno).strip().startswith('raise '))
     if ours and raised and issubclass(kind, (ValueError, FileNotFoundError)):
         print(f'{kind.__name__}: {error}', file=sys.stderr)

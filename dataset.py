@@ -12,6 +12,7 @@ Batches are functions, not state: the windows of iteration n follow from (seed, 
 
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -102,10 +103,11 @@ def read_meta(data_dir):
     try:
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         assert all(isinstance(i, int) and isinstance(c, str) for i, c in meta['itos'].items())
-        assert isinstance(meta['vocab_size'], int)
+        assert isinstance(meta['vocab_size'], int) and meta['itos']
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError,
             AssertionError, ImportError, OverflowError, MemoryError) as error:
-        raise ValueError(f'{path} is not a character vocabulary ({type(error).__name__}: {error})') from None
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{path} is not a character vocabulary ({type(error).__name__}: {reason})') from None
     return meta
 
 
@@ -118,7 +120,7 @@ def train_windows(seed, iteration, count, n_tokens, block_size):
     any other, but a batch never misses a part of the text (stratified sampling). The random numbers are
     Philox's (Salmon et al. 2011), which gives any iteration's with no history before.
     """
-    bits = np.random.Philox(key=np.array([seed, iteration], dtype=np.uint64)).random_raw(count)
+    bits = np.random.Philox(key=np.array([seed, iteration]).astype(np.uint64)).random_raw(count)
     uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), all 53 bits of a double
     return ((np.arange(count) + uniform) / count * (n_tokens - block_size)).astype(np.int64)
 
@@ -261,7 +263,8 @@ def write_tokens(path, chunks):
             if len(ids) == 0:
                 continue
             if ids.min() < 0 or ids.max() > 65535:
-                raise ValueError(f'token id {ids.max()} doesn\'t fit into uint16, which ends at 65535')
+                bad = ids.min() if ids.min() < 0 else ids.max()
+                raise ValueError(f'token id {bad} doesn\'t fit into uint16, which goes from 0 to 65535')
             count, largest = count + len(ids), max(largest, int(ids.max()))
             data = ids.astype(np.uint16).tobytes()
             digest.update(data)
@@ -323,7 +326,7 @@ def download(url, sha256, path, timeout=30):
     try:
         with replacing(path) as temporary, urllib.request.urlopen(url, timeout=timeout) as reply, \
                 open(temporary, 'wb') as file, \
-                tqdm(total=int(reply.headers.get('Content-Length', 0)) or None, unit='B', unit_scale=True,
+                tqdm(total=reply.length, unit='B', unit_scale=True,
                      desc=path.name) as bar:
             digest = hashlib.sha256()
             while chunk := reply.read(1 << 16):
@@ -332,8 +335,9 @@ def download(url, sha256, path, timeout=30):
                 bar.update(len(chunk))
             if digest.hexdigest() != sha256:
                 raise OSError('its checksum is wrong')
-    except OSError as error:
-        raise FileNotFoundError(f'{url} can\'t be downloaded ({error}); put the file at {path} yourself, '
+    except (OSError, http.client.HTTPException) as error:
+        reason = ' '.join(str(error).split())
+        raise FileNotFoundError(f'{url} can\'t be downloaded ({reason}); put the file at {path} yourself, '
                                 'or name one with --input=FILE') from None
 
 

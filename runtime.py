@@ -44,7 +44,7 @@ PEAK_FLOPS = {
     'RTX 4090': 165e12,
     'RTX 3090': 71e12,
     'MI300X': 1307e12,
-    'MI250X': 383e12,
+    'MI250X': 191.5e12,  # one of its two dies, which is what PyTorch sees as a device
 }
 
 
@@ -107,6 +107,8 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
         raise ValueError(f'compile={compile} is not one of True, False, auto')
     backend = ('nccl' if device_type == 'cuda' and dist.is_nccl_available() else 'gloo') \
         if backend == 'auto' else backend
+    if backend not in dist.Backend.backend_list:
+        raise ValueError(f'backend={backend} is not one of auto, {", ".join(dist.Backend.backend_list)}')
     if world_size > 1:
         if backend == 'nccl' and device_type != 'cuda':
             raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
@@ -139,7 +141,7 @@ def check_device(device):
     """The device's type; ValueError if this machine hasn't got it."""
     kind = device.split(':')[0]
     count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
-    index = device.partition(':')[2] or '0'
+    index = device.partition(':')[2] if ':' in device else '0'
     if kind not in count or not index.isdigit() or int(index) >= count[kind]:
         here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
         raise ValueError(f'device={device} is not on this machine, which has: {here}')
@@ -161,7 +163,7 @@ def can_compile(device_type):
 def device_name(device):
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
-    return f'{torch.get_num_threads()} threads' if device == 'cpu' else 'Apple GPU'
+    return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
 
 
 def peak_flops(device, dtype):
@@ -197,7 +199,7 @@ def best_time(function, device, repeats=5):
 
 def measure_matmul(device, dtype):
     """FLOP/s of a large square matrix product."""
-    n = 1024 if device == 'cpu' else 8192
+    n = 1024 if device.startswith('cpu') else 8192
     a = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
     return 2 * n**3 / best_time(lambda: a @ a, device)
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, CharTokenizer, check_split, eval_windows, open_split, prefetch,
+from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, open_split, prefetch, read_meta,
                      read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
 from runtime import print0
@@ -90,18 +90,17 @@ micro_steps = gradient_accumulation_steps // run.world_size
 
 data_dir = data_dir or os.path.join('data', dataset)
 data = {split: open_split(data_dir, split) for split in ('train', 'val')}
-tokenizer = read_tokenizer(data_dir)
-is_char = isinstance(tokenizer, CharTokenizer)
-if is_char:
-    print0(f'found vocab_size = {tokenizer.n_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
+tokenizer, meta = read_tokenizer(data_dir), read_meta(data_dir)
+data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
+if meta:
+    print0(f'found vocab_size = {data_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
 
 # ---------------------------------------------------------------------------- model, optimizer
 
 iter_num, best_val_loss = 0, float('inf')
 model = state = None
 if init_from == 'scratch':
-    vocab_size = tokenizer.n_vocab if is_char else PADDED_GPT2_VOCAB
-    model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias)
 elif init_from == 'resume':
     state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
     model_config = GPTConfig.from_args(state['model_args'] | {'dropout': dropout})
@@ -111,7 +110,7 @@ elif init_from == 'resume':
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
     model_config = model.config
-    if is_char and tokenizer.n_vocab != model_config.vocab_size:
+    if meta and data_vocab != model_config.vocab_size:
         raise ValueError(f'{data_dir} holds characters, but {init_from} has a vocabulary of '
                          f'{model_config.vocab_size}: prepare the text as GPT-2 BPE (data/shakespeare does)')
 

@@ -36,8 +36,8 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
     tokenizer.bpe  # noqa: B018  a missing BPE file is told before the long download
     documents = load_documents(source, text_column, limit)
     splits = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-    key = json.dumps([str(source), text_column, len(documents), documents[0][text_column],
-                      documents[-1][text_column], val_fraction, seed])  # parts of another text don't fit
+    # parts of another text or size don't fit
+    key = json.dumps([documents._fingerprint, text_column, val_fraction, seed, PART])
     parts = Path(folder, f'parts-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
 
     def encode(name, part):
@@ -56,6 +56,9 @@ def load_documents(source, text_column, limit):
     import datasets
     path = Path(source)
     files = sorted(p for p in path.rglob('*') if p.suffix in FORMATS) if path.is_dir() else [path]
+    kinds = sorted({p.suffix for p in files})
+    if len(kinds) > 1:
+        raise ValueError(f'{source} mixes {", ".join(kinds)} files: name a folder with one kind, or a file')
     if path.exists() and not (files and files[0].suffix in FORMATS):
         raise ValueError(f'{source} has no {", ".join(FORMATS)} files')
     try:
@@ -65,13 +68,18 @@ def load_documents(source, text_column, limit):
                                               split='train', **one_file_one_document)
         else:
             documents = datasets.load_dataset(source, split='train')
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, RuntimeError, ValueError, StopIteration,  # the last for an empty jsonl file
+            datasets.exceptions.DatasetGenerationError) as error:
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f'can\'t load {source}: {reason[:300]}. A local parquet, jsonl or text file, or a '
                          'folder of them, will do as well: --source=PATH') from None
     if text_column not in documents.column_names:
         raise ValueError(f'{source} has no column {text_column}, only {", ".join(documents.column_names)}: '
                          'name one with --text_column')
+    if documents.features[text_column].dtype not in ('string', 'large_string') \
+            or documents.data.column(text_column).null_count:
+        raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
+                         '--text_column')
     documents = documents.select(range(min(limit or len(documents), len(documents))))
     if len(documents) < 2:
         raise ValueError(f'{source} has {len(documents)} documents, too few to split; for one long text take '

@@ -272,9 +272,9 @@ def test_gradients_are_synchronised_in_the_last_micro_step_only(train, monkeypat
             yield
             self.held = False
 
-        def forward(self, *args):
+        def forward(self, *args, **kwargs):
             synchronised.append(not self.held)
-            return self.module(*args)
+            return self.module(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', Recorder)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)

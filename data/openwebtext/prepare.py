@@ -5,8 +5,8 @@ OpenWebText (Gokaslan & Cohen 2019), or any corpus of documents, in GPT-2's byte
     python data/openwebtext/prepare.py --source=stas/openwebtext-10k    # ten thousand documents, for a try
     python data/openwebtext/prepare.py --source=my_corpus/ --text_column=content --limit=100000
 
-The whole needs the network, about 55 GB of disk for the documents (in the Hugging Face cache, HF_HOME
-moves it) and 18 GB for train.bin.
+The whole needs the network, room for the documents in the Hugging Face cache (55 GB; HF_HOME moves it), and
+36 GB here, half of it until the end. A run that was stopped goes on where it was.
 """
 
 import sys

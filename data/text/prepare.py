@@ -28,8 +28,8 @@ configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 named = [Path(a) for a in sys.argv[1:] if not a.startswith('-')]
 if not named:
     raise ValueError('name at least one text file or folder: python data/text/prepare.py FILE_OR_FOLDER...')
-if Path(name).name != name:
-    raise ValueError(f'name={name} must be a plain folder name; the dataset goes to data/{Path(name).name}')
+if Path(name).name != name or name in ('', '..'):
+    raise ValueError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
 files = []
 for path in named:
     files += sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
