@@ -26,6 +26,7 @@ ACTIVATIONS = {
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # the approximation GPT-2 was trained with
 }
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 
 @dataclass
@@ -78,6 +79,17 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; without gradients on a CPU it is computed by oneDNN, which uses all cores for the few rows
+    of a decoding step, where the default library uses one."""
+
+    def forward(self, x):
+        if (HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_grad_enabled()
+                and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()):
+            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, 'none', [], '')
+        return super().forward(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to oneself and the past (Vaswani et al. 2017, section 3.2)."""
 
@@ -85,8 +97,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -131,8 +143,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
@@ -167,7 +179,7 @@ class GPT(nn.Module):
             'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             'ln_f': LayerNorm(config),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
         self.init_weights()
 
@@ -327,14 +339,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = logits.sub_(log_sum).exp_()
                 p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
                 dx[at] = p @ w
-                dw += p.T @ x[at]
+                if torch.is_autocast_enabled(x.device.type):
+                    dw += p.T @ x[at]
+                else:
+                    dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None
 
 
 def draw(logits, temperature, top_k):

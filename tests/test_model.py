@@ -119,6 +119,16 @@ def test_without_targets_the_last_position_is_given():
     torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_decoding_products_equal_training_products(bias):
+    model = tiny(bias=bias).eval()
+    idx = tokens(3, 7)
+    with_gradients, _ = model(idx)
+    with torch.no_grad():
+        without, _ = model(idx)
+    torch.testing.assert_close(without, with_gradients.detach(), rtol=0, atol=1e-6)
+
+
 def test_targets_of_minus_one_do_not_count():
     model = tiny().eval()
     idx, targets = tokens(2, 10), tokens(2, 10)
