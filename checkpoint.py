@@ -54,7 +54,12 @@ def clean_names(weights):
 
 def load_optimizer(optimizer, saved):
     """Give an optimizer the buffers of a saved state, keeping its own settings: a resumed run takes its
-    weight decay and betas from its config. Raises ValueError if the parameters don't match."""
+    weight decay and betas from its config. Buffers of a tensor that was cropped are cropped as it was.
+    Raises ValueError if the parameters don't match."""
     groups = [{**own, 'params': theirs['params']} for own, theirs in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    for p, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if buffer.dim() and buffer.shape != p.shape:
+                buffers[name] = buffer[tuple(map(slice, p.shape))].clone()

@@ -180,7 +180,7 @@ def estimate_loss():
                 _, loss = model(to_device(x), to_device(y), return_logits=False)
             losses.append(loss)
             counts.append(int((y >= 0).sum()))
-        total = torch.stack(losses).double().cpu() @ torch.tensor(counts).double()
+        total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
         loss_sum, n_targets = run.sum(total.item(), sum(counts))
         means[split] = loss_sum / n_targets
     model.train()

@@ -175,6 +175,7 @@ def test_block_size_on_resume_shrinks_the_model_or_gives_way_to_it(train, tmp_pa
     state = checkpoint.load(tmp_path / 'out/ckpt.pt')
     assert state['model_args']['block_size'] == 8
     assert state['model']['transformer.wpe.weight'].shape == (8, 32)
+    assert state['optimizer']['state'][1]['exp_avg'].shape == (8, 32)  # wpe is the second parameter
 
 
 def test_a_checkpoint_in_the_old_format_is_resumed(train, tmp_path):
