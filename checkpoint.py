@@ -36,7 +36,7 @@ def load(path, mmap=False):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except UNREADABLE as error:
-        state = (str(error).splitlines() or [type(error).__name__])[0]
+        state = f'{type(error).__name__}: {error}'.splitlines()[0]
     if not (isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ('model', 'model_args'))
             and all(isinstance(name, str) for name in state['model'])):
         reason = state if isinstance(state, str) else 'it has no model and model_args'
