@@ -61,7 +61,10 @@ def configure(script, args=None):
 
 def allowed_types(script, key):
     """Types a setting may take: its annotation's (`compile: bool | str = 'auto'`), else its default's."""
-    hint = script.get('__annotations__', {}).get(key, type(script[key]))
+    hints = script.get('__annotations__') or {}
+    if '__annotate__' in script:  # from Python 3.14 on, annotations are computed when asked for
+        hints = script['__annotate__'](1)
+    hint = hints.get(key, type(script[key]))
     return typing.get_args(hint) or (hint,)
 
 

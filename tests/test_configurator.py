@@ -152,6 +152,13 @@ def test_bare_name_is_for_booleans(argument):
         configured(argument)
 
 
+@pytest.mark.parametrize('annotations', [{'__annotations__': {'compile': bool | str}},
+                                         {'__annotate__': lambda form: {'compile': bool | str}}])
+def test_annotations_tell_the_types_in_old_and_new_pythons(annotations):
+    for text, value in (('False', False), ('auto', 'auto')):
+        assert configure({'compile': 'auto'} | annotations, [f'--compile={text}']) == {'compile': value}
+
+
 def test_unknown_key_is_refused_with_the_nearest_names():
     with pytest.raises(ValueError, match=r'^Unknown config key: bach_size \(did you mean batch_size\?\)$'):
         configured('--bach_size=3')
