@@ -99,6 +99,7 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     device_type = check_device(device)
     if device == 'cuda' and world_size > 1:
         device = f'cuda:{local_rank}'
+        check_device(device)
     dtype = best_dtype(device_type) if dtype == 'auto' else dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')

@@ -77,6 +77,12 @@ def test_evaluation_leaves_no_trace_in_the_training(train, dropout):
     assert losses(often) == losses(rarely)
 
 
+def test_dropout_acts_after_an_evaluation_and_not_in_it(train):
+    without, with_it = (train('--max_iters=2', f'--dropout={p}')['log'] for p in ('0.0', '0.5'))
+    assert evaluations(without)[0] == evaluations(with_it)[0]
+    assert all(losses(without)[i] != losses(with_it)[i] for i in range(3))
+
+
 def test_activation_checkpointing_changes_no_number(train, tmp_path):
     args = ('--max_iters=5', '--dropout=0.2', '--learning_rate=1e-2')
     plain = train(*args)['log']
