@@ -124,11 +124,11 @@ def test_resumed_run_equals_uninterrupted_run(train, tmp_path):
 
 
 def test_eval_only_evaluates_once_and_writes_nothing(train, tmp_path):
-    fresh = train('--eval_only')['log']
+    fresh = train('--eval_only', '--max_iters=6')['log']
     assert list(evaluations(fresh)) == [0] and not losses(fresh) and not (tmp_path / 'out').exists()
     train('--max_iters=4')
     before = (tmp_path / 'out/ckpt.pt').stat()
-    resumed = train('--eval_only', '--init_from=resume', '--eval_interval=3')['log']
+    resumed = train('--eval_only', '--init_from=resume', '--eval_interval=3', '--max_iters=6')['log']
     assert list(evaluations(resumed)) == [4] and not losses(resumed)
     assert (tmp_path / 'out/ckpt.pt').stat() == before and len(list((tmp_path / 'out').iterdir())) == 1
 
