@@ -14,11 +14,11 @@ LINE = '---------------\n'
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, char_data):
-    """A checkpoint of an untrained model on the characters of the small data."""
+    """A checkpoint of an untrained model on the characters of the small data, its vocabulary padded."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('trained')
     tokenizer = read_tokenizer(char_data)
-    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.n_vocab + 40, n_layer=2, n_head=2, n_embd=32))
     checkpoint.save(folder / 'ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.to_args(),
                                          'iter_num': 1, 'best_val_loss': 3.0, 'config': {'dataset': 'gone'},
                                          'tokenizer': tokenizer.to_dict()})

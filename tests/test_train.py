@@ -148,7 +148,7 @@ def test_best_loss_is_remembered_when_every_state_is_saved(train, tmp_path):
 
 def test_a_worse_model_does_not_replace_a_better_one(train, tmp_path):
     train('--max_iters=20', '--eval_interval=20', '--learning_rate=1e-2')
-    train('--max_iters=25', *SPOIL, '--always_save_checkpoint=False')
+    train('--max_iters=25', *SPOIL, '--eval_interval=7', '--always_save_checkpoint=False')  # 21 is the first
     assert checkpoint.load(tmp_path / 'out/ckpt.pt')['iter_num'] == 20
 
 
