@@ -70,7 +70,7 @@ else:
 model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias)).to(run.device)
 model.activation_checkpointing = activation_checkpointing
 optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), run.device_type)
-scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
+scaler = run.grad_scaler()
 if run.compile:
     model.compile()
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')

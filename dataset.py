@@ -28,7 +28,8 @@ import numpy as np
 
 GPT2_VOCAB = 50257  # BPE ids, the last of which, 50256, ends a text
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
-TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
+                    'data/tinyshakespeare/input.txt',
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # sha256
 
 

@@ -237,7 +237,7 @@ class GPT(nn.Module):
         Keys and values of past tokens are kept while all fits into block_size. Past it the window slides,
         every token's position changes, and with it all that was kept: each new token costs a whole window.
         """
-        B, T = idx.shape
+        T = idx.shape[1]
         first = T if lengths is None else int(lengths.min())  # from here on a row may need a new token
         out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
         given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)

@@ -71,6 +71,11 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.dtype])
 
+    def grad_scaler(self):
+        """For float16 on CUDA, whose small gradients would vanish; elsewhere it does nothing."""
+        needed = self.dtype == 'float16' and self.device_type == 'cuda'
+        return torch.amp.GradScaler(self.device_type, enabled=needed)
+
     def synchronize(self):
         """Wait until the device has done all it was given."""
         synchronize(self.device_type)

@@ -138,8 +138,7 @@ for name, group in zip(('decayed', 'non-decayed'), optimizer.param_groups, stric
 if state and not eval_only:
     checkpoint.load_optimizer(optimizer, state['optimizer'])
 del state
-# float16 alone needs its loss scaled, and only on CUDA are the kernels for that
-scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
+scaler = run.grad_scaler()
 
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
