@@ -80,7 +80,7 @@ print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 def get_batch(iteration):
     starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
-    return [torch.from_numpy(a).to(run.device) for a in read_windows(tokens, starts, block_size)]
+    return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
 
 
 def train_step(iteration):

@@ -1,11 +1,23 @@
 """
-What survives a run: checkpoint files, written so that no crash can damage the one before.
+What survives a run: its states, written so that no crash can damage the one before and no damage goes unseen.
 
-    save('out/ckpt.pt', {'model': ..., 'optimizer': ..., 'model_args': ..., 'iter_num': ..., ...})
-    state = load('out/ckpt.pt')
+    save('out/latest.pt', state, keep='out/previous.pt')
+    path, state, damaged = newest('out')
+
+A run's folder holds
+    ckpt.pt       the model to sample from: the best one, or that of the last evaluation
+    latest.pt     the newest state, to resume from
+    previous.pt   the one before it, should latest.pt be damaged
+    log.jsonl     a line for each logged iteration and evaluation (runlog.py)
+A state is a zip archive, as torch.save writes it, with its SHA-256 as the archive's comment, which readers
+skip.
 """
 
+import hashlib
+import mmap
+import os
 import pickle
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -14,27 +26,86 @@ import torch
 
 from dataset import replacing
 
+RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # the newest first
+MARK = b'sha256:'
+MARK_LENGTH = len(MARK) + 64  # and the digest in hex
 # what torch.load raises where a file is cut or is no checkpoint
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError,
-              struct.error, TypeError, AttributeError, AssertionError)
+              struct.error, TypeError, AttributeError, AssertionError, OSError)
 
 
-def save(path, state):
-    """Write `state` to `path` so that the file is at all times the old one or the new one, whole."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+def save(path, state, keep=None):
+    """Write `state` to `path` so that the file is at all times the old one or the new one, whole.
+
+    keep: the old one is renamed to this, in place of what was there. Raises OSError, naming the space that is
+    needed and free, where the file can't be written; then all is as it was before.
+    """
+    needed, folder = size_of(state), Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError('no space left')
+        with replacing(path, keep) as temporary:
+            torch.save(state, temporary)
+            sign(temporary)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f'{path} could not be written: it needs {needed / 1e6:,.1f} MB, '
+                      f'{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free ({reason})') from None
 
 
-def load(path, mmap=False):
+def size_of(state):
+    """Bytes of a state's file, near enough: those of its tensors, each storage once, and a little more."""
+    if isinstance(state, torch.Tensor):
+        return state.untyped_storage().nbytes()
+    tensors, stack = {}, [state]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            tensors[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, (dict, list, tuple)):
+            stack.extend(item.values() if isinstance(item, dict) else item)
+    return sum(tensors.values()) + 1024 * (len(tensors) + 16)
+
+
+def sign(path):
+    """Give a zip archive the SHA-256 of all before it as its comment."""
+    with open(path, 'rb+') as file:
+        file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment, then the comment
+        file.write(struct.pack('<H', MARK_LENGTH))
+        file.seek(0)
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(MARK + digest.encode())
+
+
+def is_damaged(path):
+    """Whether a file isn't what `save` wrote. Other programs' files have no checksum: an archive that ends
+    without a comment, or something that is no archive, is given the benefit of the doubt."""
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        mark = content[-MARK_LENGTH:]
+        if mark.startswith(MARK):
+            with memoryview(content) as whole, whole[:-MARK_LENGTH] as signed:
+                return hashlib.sha256(signed).hexdigest().encode() != mark[len(MARK):]
+        is_plain_archive = content[-22:-18] == b'PK\5\6' and content[-2:] == b'\0\0'
+        return content[:2] == b'PK' and not is_plain_archive
+
+
+def load(path, verify=True):
     """A checkpoint as a dict of CPU tensors and plain values; no code in the file is run.
 
-    mmap: read tensors from the file as they are used; right for a reader that doesn't need them all.
-    Raises FileNotFoundError or ValueError, in one line, if it isn't there or isn't a checkpoint.
+    Tensors are read from the file when they are used: only what is copied out of them takes memory.
+    verify: compare the checksum; for the first reader of several. Raises FileNotFoundError or ValueError, in
+    one line, if it isn't there, is damaged or isn't a checkpoint.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} is missing: train a model there first, or name another --out_dir')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        if verify and is_damaged(path):
+            raise ValueError('its checksum is wrong')
+        with open(path, 'rb') as file:
+            is_archive = file.read(2) == b'PK'  # torch's format before 1.6 isn't, and can't be mapped
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
     except UNREADABLE as error:
         state = f'{type(error).__name__}: {error}'.splitlines()[0]
     if not (isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ('model', 'model_args'))
@@ -43,6 +114,43 @@ def load(path, mmap=False):
         raise ValueError(f'{path} is not a checkpoint, or a damaged one ({reason[:200]})')
     state['model'] = clean_names(state['model'])
     return state
+
+
+def newest(out_dir):
+    """path, state, damaged: the newest state in `out_dir` that is whole and has an optimizer, or None and
+    None; and the errors, by path, of newer files that are damaged."""
+    damaged = {}
+    for path in (Path(out_dir, name) for name in RESUMABLE):
+        if path.is_file():
+            try:
+                state = load(path)
+            except ValueError as error:
+                damaged[path] = error
+            else:
+                if 'optimizer' in state and 'iter_num' in state:
+                    return path, state, damaged
+    return None, None, damaged
+
+
+def set_aside(path):
+    """Rename a damaged file, so that nothing replaces it; returns its new path."""
+    names = (path.with_name(f'{path.name}.damaged{n}') for n in range(1, 1000))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def move_earlier_run(out_dir):
+    """Make room for a new run: checkpoints that are there, with their log, go to `out_dir`/earlier, in place
+    of those that an even earlier run left there. Returns that folder, or None where there was nothing."""
+    found = [Path(out_dir, name) for name in RESUMABLE if Path(out_dir, name).is_file()]
+    if not found:
+        return None
+    earlier = Path(out_dir, 'earlier')
+    shutil.rmtree(earlier, ignore_errors=True)
+    earlier.mkdir()
+    for path in [*found, Path(out_dir, 'log.jsonl')]:
+        if path.is_file():
+            path.rename(earlier / path.name)
+    return earlier
 
 
 def clean_names(weights):
@@ -61,5 +169,5 @@ def load_optimizer(optimizer, saved):
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
     for p, buffers in optimizer.state.items():
         for name, buffer in buffers.items():
-            if buffer.dim() and buffer.shape != p.shape:
-                buffers[name] = buffer[tuple(map(slice, p.shape))].clone()
+            if isinstance(buffer, torch.Tensor):  # copied: the file behind it may go away
+                buffers[name] = buffer[tuple(map(slice, p.shape)) if buffer.dim() else ...].clone()

@@ -148,7 +148,7 @@ def show_error(kind, error, trace):
     path = Path(last.filename).resolve() if last else Path()
     ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
     raised = last and (linecache.getline(last.filename, last.lineno).strip().startswith('raise '))
-    if ours and raised and issubclass(kind, (ValueError, FileNotFoundError)):
+    if ours and raised and issubclass(kind, (ValueError, FileNotFoundError, FloatingPointError, MemoryError)):
         print(f'{kind.__name__}: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -50,7 +50,15 @@ def open_split(data_dir, split):
     if size % 2 or size == 0:
         raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or no file of '
                          'uint16 tokens. Prepare it again')
-    tokens = np.memmap(path, dtype=np.uint16, mode='r')
+    try:
+        tokens = np.memmap(path, dtype=np.uint16, mode='r')
+    except OSError as error:
+        raise ValueError(f'{path} can\'t be read: {error.strerror}') from None
+    start = tokens[:4096]
+    if start.tobytes().startswith(b'\x93NUMPY') or (start[::2].any() and len(start) > 16
+                                                   and not start[1::2].any()):
+        raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: write it '
+                         'with array.astype(numpy.uint16).tofile(path)')
     expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
     if len(tokens) != expected:
         raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
@@ -75,6 +83,21 @@ def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
                          'the data was prepared for another tokenizer')
 
 
+def fingerprint(data_dir, split, tokens, at_most=1 << 26):
+    """SHA-256 of a split in hex: of the whole file up to `at_most` tokens, else of its length and 64 pieces
+    spread over it. ValueError if a whole file isn't the one that dataset.json tells of."""
+    n_places = 1 if len(tokens) <= at_most else 64
+    piece = min(len(tokens), at_most) // n_places
+    digest = hashlib.sha256(b'' if n_places == 1 else str(len(tokens)).encode())
+    for start in np.linspace(0, len(tokens) - piece, n_places, dtype=np.int64):
+        digest.update(tokens[start:start + piece])
+    expected = read_info(data_dir).get('sha256', {}).get(f'{split}.bin')
+    if n_places == 1 and expected not in (None, digest.hexdigest()):
+        raise ValueError(f'{Path(data_dir, split)}.bin isn\'t the file that dataset.json tells of: damaged, '
+                         'or written by another program. Prepare the data again, or delete dataset.json')
+    return digest.hexdigest()
+
+
 def read_info(data_dir):
     """dataset.json as a dict, {} where there is none."""
     path = Path(data_dir, 'dataset.json')
@@ -84,7 +107,7 @@ def read_info(data_dir):
         info = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         info = error
-    if not isinstance(info, dict) or not isinstance(info.get('tokens', {}), dict):
+    if not isinstance(info, dict) or not all(isinstance(info.get(k, {}), dict) for k in ('tokens', 'sha256')):
         raise ValueError(f'{path} is damaged ({info}). Prepare the data again')
     return info
 
@@ -228,15 +251,18 @@ def read_tokenizer(data_dir):
 # ---------------------------------------------------------------------------- writing
 
 @contextmanager
-def replacing(path):
+def replacing(path, keep=None):
     """A temporary path beside `path`. At the end it is flushed to the disk and takes the place of `path` in
-    one step; if anything goes wrong it is deleted and `path` stays as it was."""
+    one step, the old file being renamed to `keep` if that is given; if anything goes wrong it is deleted and
+    `path` stays as it was. What a killed process left is overwritten by the next."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.part')
+    temporary = path.with_name(f'{path.name}.part')
     try:
         yield temporary
         flush_to_disk(temporary, os.O_RDWR)
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -289,7 +289,8 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
+        fused = device_type in ('cuda', 'cpu', 'mps')
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):

@@ -12,11 +12,14 @@ A setting of 'auto' becomes what this machine does best; anything else is taken 
 import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -80,6 +83,33 @@ class Runtime:
         """Wait until the device has done all it was given."""
         synchronize(self.device_type)
 
+    def seed(self, seed, iteration):
+        """Make the random numbers of an iteration, dropout's, follow from (seed, process, iteration) alone:
+        a resumed run then has no state of a generator to restore."""
+        source = np.random.SeedSequence((seed % 2**64, self.rank, iteration))
+        torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
+
+    def to_device(self, array):
+        """A NumPy array on the device; CUDA's through pinned memory, which PyTorch keeps, without waiting."""
+        x = torch.from_numpy(array)
+        if self.device_type == 'cuda':
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
+    def mean(self, x):
+        """A tensor averaged over all processes, in place, on the device."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+            x /= self.world_size
+        return x
+
+    def broadcast(self, value):
+        """The first process's value, on all."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, *values):
         """Each number summed over all processes, in float64."""
         if self.world_size == 1:
@@ -93,9 +123,10 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, timeout=600.0):
     """Resolve the settings, join the other processes (torchrun's environment) and seed torch.
 
+    timeout: seconds that a process waits for the others before it gives up.
     Returns a Runtime. Raises ValueError where a setting can't be had on this machine.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
@@ -120,7 +151,8 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
             raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
         if device_type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        sys.excepthook = end_with_error(sys.excepthook, rank, timeout)
     if device_type == 'cuda':
         # TF32 on tensor cores for what autocast leaves in float32: 10-bit mantissas, several times the rate
         torch.set_float32_matmul_precision('high')
@@ -129,6 +161,61 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     print0(f'device: {device} ({device_name(device)}), dtype: {dtype}, compile: {compile}, '
            f'backend: {backend}, processes: {world_size}')
     return run
+
+
+def end_with_error(hook, rank, timeout):
+    """An excepthook for one of several processes: it says in words what a failed collective means, shows the
+    error and ends the process without the usual clean-up, which would wait for the others."""
+    def show(kind, error, trace):
+        if re.search(r'timed? ?out|connection (closed|reset)|broken pipe|watchdog', str(error), re.I):
+            print(f'rank {rank}: another process has died, or has not answered for {timeout:g} s '
+                  '(dist_timeout)', file=sys.stderr)
+        hook(kind, error, trace)
+        sys.stdout.flush()
+        os._exit(1)
+    return show
+
+
+class StopRequest:
+    """SIGTERM and SIGINT, to any of the processes, as a request that all of them see at the same iteration.
+
+    A second signal ends the process at once; within half a second it counts as the first one, which launchers
+    and terminals often deliver twice.
+    """
+
+    def __init__(self, run):
+        self.received = None  # when, by time.monotonic
+        self.group = dist.new_group(backend='gloo') if run.world_size > 1 else None
+        self.votes = self.work = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received is None:
+            self.received = time.monotonic()
+            name = signal.Signals(number).name
+            os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
+        elif time.monotonic() - self.received > 0.5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def agreed(self):
+        """Whether to stop, the same answer on all processes. Call it once an iteration: several processes
+        exchange their votes meanwhile, on the CPU, and learn the result at the next call."""
+        if self.group is None:
+            return self.received is not None
+        result = self.close()
+        self.votes = torch.tensor([self.received is not None], dtype=torch.int32)
+        self.work = dist.all_reduce(self.votes, group=self.group, async_op=True)
+        return result
+
+    def close(self):
+        """Finish the last exchange of votes; its result."""
+        if self.work is None:
+            return False
+        self.work.wait()
+        self.work = None
+        return bool(self.votes.item())
 
 
 def print0(*args, **kwargs):
@@ -215,6 +302,16 @@ def measure_bandwidth(device):
     a = torch.ones(1 << 26, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / best_time(lambda: b.copy_(a), device)
+
+
+def total_memory(device):
+    """Bytes of the device's memory, of the machine's on a CPU; None if unknown."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError):  # Windows
+        return None
 
 
 def peak_memory(device):

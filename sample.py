@@ -43,7 +43,7 @@ prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') els
 run = runtime.start(device, dtype, compile, seed=seed)
 
 if init_from == 'resume':
-    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'), mmap=True)
+    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
     model = GPT(GPTConfig.from_args(state['model_args'] | {'dropout': 0.0}))
     model.load_state_dict(state['model'])
     trained = state.get('config', {})  # older files carry no tokenizer but name their dataset

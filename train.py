@@ -13,6 +13,8 @@ Every setting below can be given in a config file or as --key=value; --help list
 import itertools
 import math
 import os
+import secrets
+import statistics
 import time
 from contextlib import nullcontext
 
@@ -20,29 +22,35 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import plan
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, open_split, prefetch, read_meta,
-                     read_tokenizer, read_windows, train_windows)
+from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, fingerprint, open_split, prefetch,
+                     read_meta, read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
+from runlog import RunLog, Wandb
 from runtime import print0
 
 # ---------------------------------------------------------------------------- settings
 
 # run
-out_dir = 'out'  # where checkpoints go
-init_from = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a GPT-2's folder
+out_dir = 'out'  # where checkpoints and the log go
+init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2, ..., gpt2-xl, or a GPT-2's folder
 eval_interval = 2000  # iterations between evaluations
 eval_iters = 200  # batches an evaluation reads of each split; 0: the whole split
 eval_only = False  # evaluate once, write nothing
 log_interval = 1  # iterations between lines of the log
-always_save_checkpoint = True  # at every evaluation, not only where the validation loss improves
+always_save_checkpoint = True  # ckpt.pt at every evaluation, not only where the validation loss improves
+checkpoint_interval = 1000  # iterations between states to resume from; 0: only when the run is told to stop
+ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
+dry_run = False  # tell what the run needs, measure a few iterations, write nothing
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>
+allow_changed_data = False  # resume on other data than the run has seen so far
 gradient_accumulation_steps = 40  # micro-steps an iteration, over all processes
 batch_size = 12  # sequences a micro-step
 block_size = 1024  # tokens a sequence
@@ -59,6 +67,7 @@ weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
+skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
 warmup_iters = 2000
@@ -66,6 +75,7 @@ lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
 # machine
 backend = 'auto'  # nccl, gloo
+dist_timeout = 600.0  # seconds a process waits for the others before the run ends
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
@@ -77,7 +87,7 @@ config = configure(globals())
 
 # ---------------------------------------------------------------------------- machine, data
 
-run = runtime.start(device, dtype, compile, backend, seed)
+run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
 
 if min(batch_size, block_size, gradient_accumulation_steps, eval_interval, log_interval) < 1:
@@ -97,16 +107,33 @@ if meta:
 
 # ---------------------------------------------------------------------------- model, optimizer
 
-iter_num, best_val_loss = 0, float('inf')
+def load_state():
+    """The state to go on with, None to start afresh; damaged files are named and set aside."""
+    if eval_only:
+        path = os.path.join(out_dir, 'ckpt.pt')
+        return checkpoint.load(path) if init_from == 'resume' or os.path.isfile(path) else None
+    path, state, damaged = checkpoint.newest(out_dir) if run.is_master else (None, None, {})
+    if run.is_master and path is None and init_from == 'resume':
+        raise next(iter(damaged.values()), None) or FileNotFoundError(
+            f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
+    for bad, error in damaged.items():
+        print0(f'{error}; set aside as {checkpoint.set_aside(bad)}')
+    path = run.broadcast(path and str(path))
+    if path is None:
+        return None
+    print0(f'resuming from {path}')
+    return state or checkpoint.load(path, verify=False)
+
+
 model = state = None
-if init_from == 'scratch':
-    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias)
-elif init_from == 'resume':
-    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+if init_from in ('resume', 'auto'):
+    state = load_state()
+if state:
     model_config = GPTConfig.from_args(state['model_args'] | {'dropout': dropout})
-    iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
         raise ValueError(f'{out_dir} was trained with another tokenizer than that of {data_dir}')
+elif init_from in ('scratch', 'auto'):
+    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias)
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
     model_config = model.config
@@ -119,12 +146,15 @@ if block_size > model_config.block_size:
     block_size = model_config.block_size
 for split, tokens in data.items():
     check_split(tokens, os.path.join(data_dir, f'{split}.bin'), block_size, model_config.vocab_size)
+fingerprints = {split: fingerprint(data_dir, split, tokens) for split, tokens in data.items()}
+if state and not (eval_only or allow_changed_data) and state.get('data', fingerprints) != fingerprints:
+    raise ValueError(f'{data_dir} is not the data that {out_dir} was trained on: to go on with other data, '
+                     'add --allow_changed_data=True')
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}')
 
 model = model or GPT(model_config)
 if state:
     model.load_state_dict(state['model'])
-    print0(f'resuming from {out_dir} at iteration {iter_num}')
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
 model.to(run.device)
@@ -135,11 +165,27 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 for name, group in zip(('decayed', 'non-decayed'), optimizer.param_groups, strict=True):
     count = sum(p.numel() for p in group['params'])
     print0(f'num {name} parameter tensors: {len(group["params"])}, with {count:,} parameters')
-if state and not eval_only:
-    checkpoint.load_optimizer(optimizer, state['optimizer'])
-del state
 scaler = run.grad_scaler()
 
+# what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
+iter_num, best_val_loss = 0, math.inf
+seconds = 0.0  # of training, evaluations and saving aside
+n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
+wandb_id = secrets.token_hex(4)
+if state:
+    iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
+    seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
+    n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)
+    print0(f'resuming at iteration {iter_num}')
+    if not eval_only:
+        checkpoint.load_optimizer(optimizer, state['optimizer'])
+        scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
+del state
+first_iter = saved_iter = iter_num
+
+if not eval_only:
+    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, max(0, max_iters + 1 - iter_num),
+                         batch_size, gradient_accumulation_steps, out_dir))
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     model.compile()  # in place: no wrapper, no prefix on the parameters' names
@@ -150,19 +196,13 @@ hold_gradients = ddp_model.no_sync if run.world_size > 1 else nullcontext
 
 # ---------------------------------------------------------------------------- what the loop calls
 
-def to_device(x):
-    """On CUDA through pinned memory, which PyTorch keeps for the next time, and without waiting."""
-    x = torch.from_numpy(x)
-    return x.pin_memory().to(run.device, non_blocking=True) if run.device_type == 'cuda' else x.to(run.device)
-
-
 def get_batch(iteration, micro_step):
     """x, y: (B, T), this process's part of the iteration's global batch."""
     count = gradient_accumulation_steps * batch_size
     starts = train_windows(seed, iteration, count, len(data['train']), block_size)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], block_size)
-    return to_device(x), to_device(y)
+    return run.to_device(x), run.to_device(y)
 
 
 @torch.no_grad()
@@ -176,7 +216,7 @@ def estimate_loss():
         for starts in batches[run.rank::run.world_size]:
             x, y = read_windows(tokens, starts, block_size)
             with run.autocast():
-                _, loss = model(to_device(x), to_device(y), return_logits=False)
+                _, loss = model(run.to_device(x), run.to_device(y), return_logits=False)
             losses.append(loss)
             counts.append(int((y >= 0).sum()))
         total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
@@ -196,85 +236,175 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def call_wandb(function, *args, **kwargs):
-    """A service that the run doesn't depend on: where it fails, the run says so and goes on without."""
-    global wandb_log
-    if wandb_log and run.is_master:
-        try:
-            import wandb
-            getattr(wandb, function)(*args, **kwargs)
-        except Exception as error:
-            wandb_log = False
-            print0(f'wandb is off from here on: {type(error).__name__}: {error}')
+def save(name, keep=None, with_optimizer=True):
+    """Write all that an exact resume needs to out_dir, on the first process. A full disk costs a warning, not
+    the run: returns False where the file could not be written."""
+    if not run.is_master:
+        return True
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise FloatingPointError(f'iteration {iter_num}: a parameter is not finite, so nothing was saved. '
+                                 f'{last_state()}')
+    state = {
+        'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'model_args': model.config.to_args(),
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'config': config,
+        'tokenizer': tokenizer.to_dict(),
+        'scaler': scaler.state_dict(),
+        'data': fingerprints,
+        'seconds': seconds,
+        'n_skipped': n_skipped,
+        'recent': recent,
+        'wandb_id': wandb_id,
+    }
+    if not with_optimizer:
+        del state['optimizer']
+    try:
+        checkpoint.save(os.path.join(out_dir, name), state, keep and os.path.join(out_dir, keep))
+    except OSError as error:
+        print0(f'NOT SAVED: {error}. The run goes on and tries again at the next interval')
+        return False
+    return True
+
+
+def last_state():
+    return f'The last good state is that of iteration {saved_iter}, in {out_dir}' if saved_iter > 0 else \
+        'No state was saved before'
+
+
+def stop_if_not_finite(*values):
+    """End the run, on all processes, if an update was held back or one of `values`, the same on all, is not
+    finite. It waits for the device, so it is called where that is done anyway."""
+    if first_bad.item() < math.inf or not all(map(math.isfinite, values)):
+        raise FloatingPointError(
+            f'iteration {min(first_bad.item(), iter_num):.0f}: the loss or the gradient is not finite; no '
+            f'update was made with it. {last_state()}. A lower learning_rate or a longer warm-up may help')
+
+
+def is_spike(values):
+    """Whether the loss or the gradient norm lies far above those of the last 128 updates."""
+    if not skip_spikes or len(recent) < 128:
+        return False
+    limits = [statistics.mean(c) + skip_spikes * statistics.pstdev(c) for c in zip(*recent)]
+    return any(v > limit for v, limit in zip(values, limits))
 
 
 # ---------------------------------------------------------------------------- training loop
 
+is_writing = run.is_master and not (eval_only or dry_run)
+if is_writing:
+    if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
+        print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
+    print0('to go on after a stop: the same command with --init_from=resume')
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num)
+wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
+               'resume': 'allow'} if is_writing and wandb_log else None)
 if not eval_only:
-    call_wandb('init', project=wandb_project, name=wandb_run_name, config=config)
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps)))
 mfu = float('nan')
-clock, timed_iters = time.perf_counter(), 0
+first_bad = torch.full((), math.inf, device=run.device)  # the first iteration whose gradient was not finite
+stop, stopped = runtime.StopRequest(run), False
+clock, timed_iters, times = time.perf_counter(), 0, []
 
 while iter_num <= max_iters:
+    stopped = stop.agreed() or (dry_run and len(times) == 12)
+    if stopped:
+        break
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
 
-    # evaluation, before the update; its time doesn't count
-    if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
+    # evaluation and saving, before the update; their time doesn't count
+    evaluating = iter_num % eval_interval == 0 or iter_num == max_iters
+    saving = checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > first_iter
+    if eval_only or (evaluating or saving) and not dry_run:
         run.synchronize()
         pause = time.perf_counter()
-        losses = estimate_loss()
-        print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        if eval_only:
-            break
-        call_wandb('log', {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                           'lr': lr, 'mfu': mfu * 100})
-        improved = losses['val'] < best_val_loss
-        best_val_loss = min(best_val_loss, losses['val'])
-        if iter_num > 0 and (improved or always_save_checkpoint) and run.is_master:
-            print0(f'saving checkpoint to {out_dir}')
-            checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), {
-                'model': model.state_dict(),
-                'optimizer': optimizer.state_dict(),
-                'model_args': model.config.to_args(),
-                'iter_num': iter_num,
-                'best_val_loss': best_val_loss,
-                'config': config,
-                'tokenizer': tokenizer.to_dict(),
-            })
+        stop_if_not_finite()
+        if evaluating or eval_only:
+            losses = estimate_loss()
+            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            if eval_only:
+                break
+            stop_if_not_finite(*losses.values())
+            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
+            wandb.call('log', {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+                               'lr': lr, 'mfu': mfu * 100})
+            best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
+            if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
+                print0(f'saving checkpoint to {out_dir}')
+                if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
+                    best_val_loss = best_before
+        if saving and save('latest.pt', keep='previous.pt'):
+            saved_iter = iter_num
         clock += time.perf_counter() - pause
 
     # forward and backward; DDP averages the gradients in the last micro-step only
-    loss_sum = torch.zeros((), device=run.device)
-    for micro_step in range(micro_steps):
-        x, y = next(batches)
-        with hold_gradients() if micro_step < micro_steps - 1 else nullcontext():
-            with run.autocast():
-                _, loss = ddp_model(x, y, return_logits=False)
-                loss = loss / micro_steps
-            scaler.scale(loss).backward()
-        loss_sum += loss.detach()
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
+    run.seed(seed, iter_num)
+    loss = torch.zeros((), device=run.device)
+    with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
+        for micro_step in range(micro_steps):
+            x, y = next(batches)
+            with hold_gradients() if micro_step < micro_steps - 1 else nullcontext():
+                with run.autocast():
+                    _, micro_loss = ddp_model(x, y, return_logits=False)
+                    micro_loss = micro_loss / micro_steps
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+    loss = run.mean(loss)  # of the whole batch, on the device
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+    # the update, which the optimizer leaves out where it finds found_inf set: the host needn't wait for it
+    finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + norm)
+    first_bad = torch.where(finite, first_bad, first_bad.clamp(max=iter_num))
+    optimizer.found_inf = (~finite).float()
+    if skip_spikes and is_spike((loss.item(), norm.item())):
+        n_skipped += 1
+        print0(f'iter {iter_num}: update skipped, a spike ({n_skipped} so far)')
+    else:
+        scaler.step(optimizer)
+        if skip_spikes:
+            recent = [*recent[-127:], (loss.item(), norm.item())]
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     # log: the mean loss of the whole batch, the mean time since the last line
     timed_iters += 1
-    if iter_num % log_interval == 0:
-        loss = run.sum(loss_sum.item())[0] / run.world_size
+    if iter_num % log_interval == 0 or dry_run:
+        stop_if_not_finite()
+        loss, norm = loss.item(), norm.item()
         dt = (time.perf_counter() - clock) / timed_iters
+        times.append(dt)
+        seconds += dt * timed_iters
+        rate = gradient_accumulation_steps * batch_size * block_size / dt
         mfu = model.estimate_mfu(batch_size * micro_steps, dt, peak_flops) if peak_flops else float('nan')
         print0(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, '
-               f'mfu {f"{mfu * 100:.2f}%" if peak_flops else "n/a"}, lr {lr:.2e}, '
-               f'{gradient_accumulation_steps * batch_size * block_size / dt:.0f} tokens/s')
+               f'mfu {f"{mfu * 100:.2f}%" if peak_flops else "n/a"}, lr {lr:.2e}, norm {norm:.2f}, '
+               f'{rate:.0f} tokens/s')
+        log.write({'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
+                   'seconds': seconds, 'ms': dt * 1000, 'tokens_per_s': rate})
         clock, timed_iters = time.perf_counter(), 0
     iter_num += 1
 
-call_wandb('finish')
+# ---------------------------------------------------------------------------- the end
+
+stop.close()
+if dry_run:
+    iterations = range(first_iter, max_iters + 1)
+    n_batches = sum(len(eval_windows(len(v), block_size, batch_size, eval_iters)) for v in data.values())
+    n_evals = sum(i % eval_interval == 0 or i == max_iters for i in iterations)
+    print0('time    ' + plan.time_needed(statistics.median(times[2:] or times), len(iterations), n_evals,
+                                         n_batches / run.world_size, micro_steps))
+elif not eval_only:
+    stop_if_not_finite()
+    if iter_num > saved_iter and (checkpoint_interval or stopped):
+        save('latest.pt', keep='previous.pt')
+    if stopped:
+        print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
+wandb.call('finish')
+log.close()
 run.stop()

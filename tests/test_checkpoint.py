@@ -14,7 +14,6 @@ STATE = {
     'model_args': {'n_layer': 2, 'bias': False, 'dropout': 0.0}, 'iter_num': 7, 'best_val_loss': 1.5,
     'config': {'out_dir': 'out', 'top_k': None}, 'tokenizer': {'kind': 'char', 'itos': {0: 'é'}},
 }
-both_ways = pytest.mark.parametrize('mmap', [False, True])
 loading_warns = pytest.mark.filterwarnings('ignore::UserWarning')  # torch, of odd pickle protocols
 
 
@@ -30,9 +29,9 @@ def assert_equal_trees(one, other):
         assert one == other
 
 
-def assert_refused(path, mmap=False):
+def assert_refused(path):
     with pytest.raises(ValueError) as error:
-        checkpoint.load(path, mmap=mmap)
+        checkpoint.load(path,)
     message = str(error.value)
     assert message.startswith(f'{path} is not a checkpoint') and '\n' not in message
 
@@ -49,11 +48,10 @@ class Evil:
 
 # ---------------------------------------------------------------------------- what is saved comes back
 
-@both_ways
-def test_loaded_state_equals_the_saved_one(mmap, tmp_path):
+def test_loaded_state_equals_the_saved_one(tmp_path):
     path = tmp_path / 'new' / 'folder' / 'ckpt.pt'
     checkpoint.save(path, STATE)
-    assert_equal_trees(checkpoint.load(path, mmap=mmap), STATE)
+    assert_equal_trees(checkpoint.load(path,), STATE)
     assert [p.name for p in path.parent.iterdir()] == ['ckpt.pt']
 
 
@@ -85,27 +83,25 @@ def test_missing_file_is_told(tmp_path):
     assert '\n' not in str(error.value)
 
 
-@both_ways
 @pytest.mark.parametrize('data', [
     b'', b'To be, or not to be\n', b'\n', b'\x80', pickle.dumps([1, 2]), pickle.dumps({'itos': {0: 'a'}}),
     pickle.dumps({'model': 1, 'model_args': 2})[:-9], b'PK\x03\x04 is how a zip file begins', bytes(1000),
 ], ids=['empty', 'text', 'newline', 'one byte', 'list', 'meta', 'cut pickle', 'zip', 'zeros'])
 @loading_warns
-def test_file_of_another_kind_is_refused_in_one_line(data, mmap, tmp_path):
+def test_file_of_another_kind_is_refused_in_one_line(data, tmp_path):
     (tmp_path / 'ckpt.pt').write_bytes(data)
-    assert_refused(tmp_path / 'ckpt.pt', mmap)
+    assert_refused(tmp_path / 'ckpt.pt')
 
 
-@both_ways
 @pytest.mark.parametrize('state', [
     {'weight': torch.ones(2)}, {'model': STATE['model']}, {'model_args': {}}, [1], torch.ones(3), 'text',
     None, STATE | {'model': None}, STATE | {'model': [torch.ones(2)]},
     STATE | {'model': {0: torch.ones(2)}},
 ], ids=['weights', 'no args', 'no model', 'list', 'tensor', 'string', 'None',
         'model is None', 'model is a list', 'names are numbers'])
-def test_torch_file_without_a_model_is_refused_in_one_line(state, mmap, tmp_path):
+def test_torch_file_without_a_model_is_refused_in_one_line(state, tmp_path):
     torch.save(state, tmp_path / 'ckpt.pt')
-    assert_refused(tmp_path / 'ckpt.pt', mmap)
+    assert_refused(tmp_path / 'ckpt.pt')
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -117,17 +113,15 @@ def test_truncated_checkpoint_is_refused_wherever_it_ends(zipped, tmp_path):
     for size in [*range(0, len(data), 53), *range(40), len(data) - 1]:
         path.write_bytes(data[:size])
         assert_refused(path)
-        assert_refused(path, mmap=True)
 
 
-@both_ways
 @pytest.mark.parametrize('write', [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))],
                          ids=['torch', 'pickle'])
 @loading_warns
-def test_file_that_would_run_code_is_refused_and_runs_none(write, mmap, tmp_path):
+def test_file_that_would_run_code_is_refused_and_runs_none(write, tmp_path):
     path, marker = tmp_path / 'ckpt.pt', tmp_path / 'marker'
     write(STATE | {'config': Evil(marker)}, path)
-    assert_refused(path, mmap)
+    assert_refused(path)
     assert not marker.exists()
     torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
     assert marker.exists()  # so it was no blank shot

@@ -50,7 +50,7 @@ def test_loss_falls(train):
 
 def test_nothing_is_saved_at_iteration_0(train, tmp_path):
     train('--max_iters=0')
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'out/ckpt.pt').exists()
 
 
 def test_a_run_shorter_than_eval_interval_is_saved(train, tmp_path):
@@ -117,8 +117,8 @@ def test_resumed_run_equals_uninterrupted_run(train, tmp_path):
     whole = train('--max_iters=8', *args, out_dir=tmp_path / 'whole')['log']
     train('--max_iters=4', *args, out_dir=tmp_path / 'parts')
     resumed = train('--max_iters=8', *args, '--init_from=resume', out_dir=tmp_path / 'parts')['log']
-    assert losses(resumed) == {i: x for i, x in losses(whole).items() if i >= 4}
-    a, b = (checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('whole', 'parts'))
+    assert losses(resumed) == {i: x for i, x in losses(whole).items() if i >= 5}
+    a, b = (checkpoint.load(tmp_path / name / 'latest.pt') for name in ('whole', 'parts'))
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     assert a['best_val_loss'] == b['best_val_loss']
 
@@ -130,7 +130,7 @@ def test_eval_only_evaluates_once_and_writes_nothing(train, tmp_path):
     before = (tmp_path / 'out/ckpt.pt').stat()
     resumed = train('--eval_only', '--init_from=resume', '--eval_interval=3', '--max_iters=6')['log']
     assert list(evaluations(resumed)) == [4] and not losses(resumed)
-    assert (tmp_path / 'out/ckpt.pt').stat() == before and len(list((tmp_path / 'out').iterdir())) == 1
+    assert (tmp_path / 'out/ckpt.pt').stat() == before and len(list((tmp_path / 'out').iterdir())) == 3
 
 
 # five iterations that make a trained model worse
@@ -177,7 +177,7 @@ def test_block_size_on_resume_shrinks_the_model_or_gives_way_to_it(train, tmp_pa
     train('--max_iters=2')
     longer = train('--max_iters=3', '--init_from=resume', '--block_size=1000')
     assert longer['block_size'] == 16 and 'block_size is 16' in longer['log']
-    train('--max_iters=5', '--init_from=resume', '--block_size=8')
+    train('--max_iters=6', '--init_from=resume', '--block_size=8')
     state = checkpoint.load(tmp_path / 'out/ckpt.pt')
     assert state['model_args']['block_size'] == 8
     assert state['model']['transformer.wpe.weight'].shape == (8, 32)
@@ -193,6 +193,7 @@ def test_a_checkpoint_in_the_old_format_is_resumed(train, tmp_path):
     old['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)
     torch.save({k: v for k, v in state.items() if k != 'tokenizer'}
                | {'model': old, 'best_val_loss': torch.tensor(9.0)}, path)
+    (path.parent / 'latest.pt').unlink()
     assert list(losses(train('--max_iters=4', '--init_from=resume')['log'])) == [2, 3, 4]
 
 
@@ -284,8 +285,10 @@ def test_gradients_are_synchronised_in_the_last_micro_step_only(train, monkeypat
             return self.module(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', Recorder)
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
-    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda tensor: None)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, timeout: None)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda tensor, **_: None)
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', lambda values: None)
+    monkeypatch.setattr(torch.distributed, 'new_group', lambda backend: None)
     monkeypatch.setenv('WORLD_SIZE', '2')
     train('--max_iters=1', '--gradient_accumulation_steps=6')
     assert synchronised == [False, False, True] * 2
