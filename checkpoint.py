@@ -26,7 +26,7 @@ import torch
 
 from dataset import replacing
 
-RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # the newest first
+RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # the first of those that are equally far
 MARK = b'sha256:'
 MARK_LENGTH = len(MARK) + 64  # and the digest in hex
 # what torch.load raises where a file is cut or is no checkpoint
@@ -118,8 +118,8 @@ def load(path, verify=True):
 
 def newest(out_dir):
     """path, state, damaged: the newest state in `out_dir` that is whole and has an optimizer, or None and
-    None; and the errors, by path, of newer files that are damaged."""
-    damaged = {}
+    None; and the errors, by path, of files that are damaged."""
+    states, damaged = {}, {}
     for path in (Path(out_dir, name) for name in RESUMABLE):
         if path.is_file():
             try:
@@ -128,8 +128,9 @@ def newest(out_dir):
                 damaged[path] = error
             else:
                 if 'optimizer' in state and 'iter_num' in state:
-                    return path, state, damaged
-    return None, None, damaged
+                    states[path] = state
+    path = max(states, key=lambda path: states[path]['iter_num'], default=None)
+    return path, states.get(path), damaged
 
 
 def set_aside(path):

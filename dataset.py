@@ -105,7 +105,7 @@ def read_info(data_dir):
         return {}
     try:
         info = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         info = error
     if not isinstance(info, dict) or not all(isinstance(info.get(k, {}), dict) for k in ('tokens', 'sha256')):
         raise ValueError(f'{path} is damaged ({info}). Prepare the data again')
@@ -129,7 +129,7 @@ def read_meta(data_dir):
         assert all(isinstance(i, int) and isinstance(c, str) for i, c in meta['itos'].items())
         assert isinstance(meta['vocab_size'], int) and meta['itos']
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-            AssertionError, ImportError, OverflowError, MemoryError) as error:
+            AssertionError, ImportError, OverflowError, MemoryError, OSError) as error:
         reason = ' '.join(str(error).split())
         raise ValueError(f'{path} is not a character vocabulary ({type(error).__name__}: {reason})') from None
     return meta

@@ -7,8 +7,11 @@ What a run will need, told before it begins: data, arithmetic, memory, disk, tim
 """
 
 import os
+import re
 import shutil
 from contextlib import contextmanager
+
+import torch
 
 import runtime
 
@@ -84,7 +87,8 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and 'allocate memory' not in str(error):  # a CPU's own words
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not re.search('(allocate|out of) memory', str(error)):  # as a CPU, and MPS, say it
             raise
         smaller = smaller_batch(batch_size, gradient_accumulation_steps)
         how = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]} trains on the same '

@@ -35,9 +35,11 @@ class RunLog:
 
     def write(self, entry):
         """entry: a dict of plain values, with the iteration as 'iter'."""
-        if self.file is None:
-            return
-        self.waiting += json.dumps(entry).encode() + b'\n'
+        if self.file is not None:
+            self.waiting += json.dumps(entry).encode() + b'\n'
+            self.write_waiting()
+
+    def write_waiting(self):
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting):]
@@ -49,6 +51,7 @@ class RunLog:
 
     def close(self):
         if self.file is not None:
+            self.write_waiting()
             self.file.close()
 
 

@@ -9,11 +9,15 @@ Where are we: device, number type, compilation, processes, seeds, and how fast t
 A setting of 'auto' becomes what this machine does best; anything else is taken as it is or refused.
 """
 
+import atexit
+import functools
 import importlib.util
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -121,6 +125,7 @@ class Runtime:
     def stop(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+            atexit.register(end_at_once)  # a thread of Gloo's that needs Python while it ends would abort
 
 
 def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, timeout=600.0):
@@ -151,7 +156,7 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
             raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
         if device_type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **own_store(rank, world_size))
         sys.excepthook = end_with_error(sys.excepthook, rank, timeout)
     if device_type == 'cuda':
         # TF32 on tensor cores for what autocast leaves in float32: 10-bit mantissas, several times the rate
@@ -161,6 +166,26 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     print0(f'device: {device} ({device_name(device)}), dtype: {dtype}, compile: {compile}, '
            f'backend: {backend}, processes: {world_size}')
     return run
+
+
+def own_store(rank, world_size):
+    """After a restart by torchrun --max-restarts, arguments of init_process_group for keys of this attempt's
+    own. The store through which processes find each other is torchrun's and outlives them: without that, a
+    process may get the address of one that is dead. Across nodes the counts of restarts may differ: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for torchrun, does the same."""
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if attempt == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1' \
+            or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    return {'store': dist.PrefixStore(f'attempt{attempt}', store), 'rank': rank, 'world_size': world_size}
+
+
+def end_at_once():
+    """Leave without Python's clean-up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def end_with_error(hook, rank, timeout):
@@ -184,20 +209,18 @@ class StopRequest:
     """
 
     def __init__(self, run):
-        self.received = None  # when, by time.monotonic
+        self.received = None  # the first signal
         self.group = dist.new_group(backend='gloo') if run.world_size > 1 else None
         self.votes = self.work = None
+        # Python runs handlers in the main thread, which may wait for a hung process: a thread hears them too
+        alarm = signal_socket()
+        alarm.send(b'\0')
+        signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.received is None:
-            self.received = time.monotonic()
-            name = signal.Signals(number).name
-            os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
-        elif time.monotonic() - self.received > 0.5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self.received = self.received or number
 
     def agreed(self):
         """Whether to stop, the same answer on all processes. Call it once an iteration: several processes
@@ -216,6 +239,30 @@ class StopRequest:
         self.work.wait()
         self.work = None
         return bool(self.votes.item())
+
+
+@functools.cache
+def signal_socket():
+    """Where to write numbers of signals to, for a thread of this process that acts on them."""
+    numbers, alarm = socket.socketpair()
+    alarm.setblocking(False)
+    # the thread holds both: a socket that is closed when Python ends would wake it, which aborts the process
+    threading.Thread(target=end_at_second, args=(numbers, alarm), daemon=True).start()
+    return alarm
+
+
+def end_at_second(numbers, _):
+    """Announce the first signal after a 0, end the process at another, half a second later or more."""
+    first = None  # when, by time.monotonic
+    while True:
+        number = numbers.recv(1)[0]
+        if number == 0:
+            first = None
+        elif first is None:
+            first, name = time.monotonic(), signal.Signals(number).name
+            os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
+        elif time.monotonic() - first > 0.5:
+            os._exit(128 + number)
 
 
 def print0(*args, **kwargs):

@@ -1,10 +1,18 @@
 """checkpoint.py: what is saved comes back, and nothing that happens on the way does harm."""
 
+import builtins
+import contextlib
+import hashlib
 import os
 import pickle
+import shutil
+import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 
@@ -31,7 +39,7 @@ def assert_equal_trees(one, other):
 
 def assert_refused(path):
     with pytest.raises(ValueError) as error:
-        checkpoint.load(path,)
+        checkpoint.load(path)
     message = str(error.value)
     assert message.startswith(f'{path} is not a checkpoint') and '\n' not in message
 
@@ -51,7 +59,7 @@ class Evil:
 def test_loaded_state_equals_the_saved_one(tmp_path):
     path = tmp_path / 'new' / 'folder' / 'ckpt.pt'
     checkpoint.save(path, STATE)
-    assert_equal_trees(checkpoint.load(path,), STATE)
+    assert_equal_trees(checkpoint.load(path), STATE)
     assert [p.name for p in path.parent.iterdir()] == ['ckpt.pt']
 
 
@@ -153,6 +161,245 @@ def test_old_checkpoint_is_whole_while_the_new_one_is_written(monkeypatch, tmp_p
     assert seen == [7] and checkpoint.load(path)['iter_num'] == 8
 
 
+@pytest.fixture
+def file_size_limit():
+    """Sets the size, in bytes, beyond which no file of this process grows: its disk is full there."""
+    resource = pytest.importorskip('resource')  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_that_fills_up_at_any_byte_of_a_save_leaves_the_old_files(file_size_limit, tmp_path):
+    path, keep = tmp_path / 'latest.pt', tmp_path / 'previous.pt'
+    for i in (7, 8):
+        checkpoint.save(path, STATE | {'iter_num': i}, keep)
+    before, size = [path.read_bytes(), keep.read_bytes()], path.stat().st_size
+    for limit in [*range(0, size, size // 20), size - 71, size - 70, size - 1]:
+        file_size_limit(limit)
+        with pytest.raises(OSError, match=r'latest.pt could not be written: it needs [\d.]+ MB, '
+                                          r'[\d.,]+ MB are free \(.') as error:
+            checkpoint.save(path, STATE | {'iter_num': 9}, keep)
+        file_size_limit(-1)
+        assert '\n' not in str(error.value)
+        assert [path.read_bytes(), keep.read_bytes()] == before and len(list(tmp_path.iterdir())) == 2
+    checkpoint.save(path, STATE | {'iter_num': 9}, keep)
+    assert [checkpoint.load(p)['iter_num'] for p in (path, keep)] == [9, 8]
+
+
+def test_disk_without_the_space_is_not_written_to(monkeypatch, tmp_path):
+    needed = checkpoint.size_of(STATE)
+    monkeypatch.setattr(torch, 'save', lambda *_: pytest.fail('it was written to'))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(OSError, match='it needs 0.0 MB, 0.0 MB are free .no space left'):
+        checkpoint.save(tmp_path / 'latest.pt', STATE)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=needed))
+    checkpoint.save(tmp_path / 'latest.pt', STATE)
+
+
+def test_size_is_foretold(tmp_path):
+    weight = torch.ones(300, 300)
+    half = torch.ones(600, 300)[::2]  # saved with all of its storage
+    state = STATE | {'model': {'a': weight, 'b': weight, 'c': [weight.T, (half,)]}}
+    checkpoint.save(tmp_path / 'ckpt.pt', state)
+    size = (tmp_path / 'ckpt.pt').stat().st_size
+    assert 3 * 300 * 300 * 4 < size <= checkpoint.size_of(state) < 1.05 * size
+
+
+def test_kept_file_is_the_one_before(tmp_path):
+    latest, previous = tmp_path / 'latest.pt', tmp_path / 'previous.pt'
+    found = []
+    for i in (1, 2, 3):
+        checkpoint.save(latest, STATE | {'iter_num': i}, previous)
+        found.append([checkpoint.load(p)['iter_num'] for p in (latest, previous) if p.exists()])
+    assert found == [[1], [2, 1], [3, 2]] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_state_is_on_the_disk_before_it_takes_the_old_one_s_place(monkeypatch, tmp_path):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda handle: (done.append('flushed'), fsync(handle)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(f'{a.name} to {b.name}'), replace(a, b)))
+    for _ in range(2):
+        done.clear()
+        checkpoint.save(tmp_path / 'latest.pt', STATE, tmp_path / 'previous.pt')
+    assert done[:3] == ['flushed', 'latest.pt to previous.pt', 'latest.pt.part to latest.pt']
+    assert done[3:] == ['flushed'] * (os.name == 'posix')  # the folder
+
+
+# ---------------------------------------------------------------------------- the checksum
+
+@pytest.mark.parametrize('options', [{}, {'mmap': True}, {'weights_only': True}, {'weights_only': False}])
+def test_signed_file_is_plain_torch(options, tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(path, STATE)
+    assert_equal_trees(torch.load(path, map_location='cpu', **options), STATE)
+
+
+def test_signed_file_is_a_zip_archive_with_its_sha256_as_comment(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(path, STATE)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        kind, digest = archive.comment.decode().split(':')
+    assert kind == 'sha256' and digest == hashlib.sha256(path.read_bytes()[:-71]).hexdigest()
+
+
+def test_file_without_a_checksum_is_taken_as_it_is(tmp_path):
+    torch.save(STATE, tmp_path / 'ckpt.pt')
+    assert not checkpoint.is_damaged(tmp_path / 'ckpt.pt')
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 7
+
+
+@pytest.fixture(scope='session')
+def signed(tmp_path_factory):
+    """The content of a signed file, with a place to write damaged ones to."""
+    path = tmp_path_factory.mktemp('signed') / 'ckpt.pt'
+    checkpoint.save(path, STATE)
+    return path.read_bytes(), path.with_name('damaged.pt')
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+@loading_warns
+def test_any_damage_is_seen(signed, data):
+    whole, path = signed
+    at = data.draw(st.integers(0, len(whole) - 1) | st.integers(1, 150).map(lambda n: len(whole) - n)
+                   | st.integers(0, 100))
+    piece = data.draw(st.binary(max_size=9) | st.just(None))
+    damaged = whole[:at] if piece is None else whole[:at] + piece + whole[at + len(piece):]
+    if damaged != whole:
+        path.write_bytes(damaged)
+        assert_refused(path)
+
+
+@loading_warns
+def test_flipped_bit_is_seen_at_every_byte(signed):
+    whole, path = signed
+    for at in [*range(0, len(whole) - 200, 11), *range(len(whole) - 200, len(whole))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
+        assert_refused(path)
+    path.write_bytes(whole)
+    assert checkpoint.load(path)['iter_num'] == 7
+
+
+def test_checksum_can_be_left_to_the_first_reader(signed):
+    whole, path = signed
+    at = whole.index(b'\0\0\x80?\0\0\x80?') + 3  # within lm_head's ones
+    path.write_bytes(whole[:at] + b'@' + whole[at + 1:])
+    assert not torch.equal(checkpoint.load(path, verify=False)['model']['lm_head.weight'], torch.ones(2, 3))
+    assert_refused(path)
+
+
+# ---------------------------------------------------------------------------- which state is taken
+
+def save_states(folder, **iterations):
+    """latest=9, previous=8, ckpt=3: files that hold these iterations; None: a file that is cut."""
+    for name, iteration in iterations.items():
+        checkpoint.save(folder / f'{name}.pt', STATE | {'iter_num': iteration or 99})
+        if iteration is None:
+            (folder / f'{name}.pt').write_bytes((folder / f'{name}.pt').read_bytes()[:-1])
+
+
+@pytest.mark.parametrize('files, name, damaged', [
+    ({}, None, []),
+    ({'latest': 9, 'previous': 8, 'ckpt': 8}, 'latest', []),
+    ({'previous': 8, 'ckpt': 8}, 'previous', []),  # killed between two renamings
+    ({'ckpt': 8}, 'ckpt', []),
+    ({'latest': 9, 'ckpt': 9}, 'latest', []),
+    ({'latest': 1000, 'previous': 999, 'ckpt': 1250}, 'ckpt', []),  # evaluated more often than kept
+    ({'latest': None, 'previous': 8, 'ckpt': 5}, 'previous', ['latest']),
+    ({'latest': None, 'previous': 8, 'ckpt': 9}, 'ckpt', ['latest']),
+    ({'latest': None, 'previous': None, 'ckpt': 5}, 'ckpt', ['latest', 'previous']),
+    ({'latest': None, 'previous': None, 'ckpt': None}, None, ['latest', 'previous', 'ckpt']),
+    ({'latest': 9, 'previous': None}, 'latest', ['previous']),
+])
+def test_newest_whole_state_is_taken_and_damaged_ones_are_told(files, name, damaged, tmp_path):
+    save_states(tmp_path, **files)
+    path, state, errors = checkpoint.newest(tmp_path)
+    assert path == (name and tmp_path / f'{name}.pt')
+    assert (state and state['iter_num']) == files.get(name)
+    assert [p.stem for p in errors] == damaged
+    for bad, error in errors.items():
+        assert str(error).startswith(f'{bad} is not a checkpoint, or a damaged one (')
+        assert '\n' not in str(error)
+
+
+@pytest.mark.parametrize('missing', ['optimizer', 'iter_num'])
+def test_state_without_what_resuming_needs_is_passed_by(missing, tmp_path):
+    save_states(tmp_path, previous=8)
+    checkpoint.save(tmp_path / 'latest.pt', {k: v for k, v in STATE.items() if k != missing})
+    path, state, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, state['iter_num'], damaged) == ('previous.pt', 8, {})
+    path.unlink()
+    assert checkpoint.newest(tmp_path) == (None, None, {})
+
+
+def test_damaged_file_is_set_aside_under_a_name_of_its_own(tmp_path):
+    for i in range(3):
+        (tmp_path / 'latest.pt').write_text(f'damaged {i}')
+        checkpoint.set_aside(tmp_path / 'latest.pt')
+    files = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert files == {f'latest.pt.damaged{i + 1}': f'damaged {i}' for i in range(3)}
+
+
+def test_earlier_run_is_moved_as_a_whole_in_place_of_an_even_earlier_one(tmp_path):
+    assert checkpoint.move_earlier_run(tmp_path / 'nowhere') is None
+    (tmp_path / 'log.jsonl').write_text('of a run that saved nothing')
+    assert checkpoint.move_earlier_run(tmp_path) is None and not (tmp_path / 'earlier').exists()
+    for run, names in (('a', ['latest.pt', 'previous.pt', 'ckpt.pt', 'log.jsonl']),
+                       ('b', ['ckpt.pt', 'log.jsonl'])):
+        for name in [*names, 'notes.txt']:
+            (tmp_path / name).write_text(run)
+        assert checkpoint.move_earlier_run(tmp_path) == tmp_path / 'earlier'
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['earlier', 'notes.txt']
+        assert {p.name: p.read_text() for p in (tmp_path / 'earlier').iterdir()} == dict.fromkeys(names, run)
+
+
+# ---------------------------------------------------------------------------- files that would run code
+
+class Call:
+    """What a malicious file unpickles to: the result of any call, and more that pickle lets it do."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def malicious(marker):
+    """{name: an object whose unpickling makes the folder or file `marker`}"""
+    make = f'__import__("os").mkdir({str(marker)!r})'
+    plain = {'os.system': Call(os.system, f'mkdir {marker}'), 'os.mkdir': Call(os.mkdir, str(marker)),
+             'eval': Call(builtins.eval, make), 'exec': Call(builtins.exec, make),
+             'open': Call(builtins.open, str(marker), 'w'), 'torch.save': Call(torch.save, 1, str(marker))}
+    nested = {'in a list': [[Call(os.mkdir, str(marker))]], 'as a key': {Call(os.mkdir, str(marker)): 1},
+              'in an argument': Call(str, Call(os.mkdir, str(marker))),
+              'in a tensor\'s state': Call(torch.Tensor, state={'x': Call(os.mkdir, str(marker))})}
+    return plain | nested
+
+
+@pytest.mark.parametrize('name', malicious('x'))
+@pytest.mark.parametrize('place', ['config', 'model', 'all', 'by hand'])
+@loading_warns
+def test_no_malicious_file_runs_anything(name, place, tmp_path):
+    path, marker = tmp_path / 'latest.pt', tmp_path / 'marker'
+    evil = malicious(marker)[name]
+    if place == 'by hand':
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        state = {'config': STATE | {'config': {'a': evil}}, 'all': evil,
+                 'model': STATE | {'model': STATE['model'] | {'transformer.wpe.weight': evil}}}[place]
+        checkpoint.save(path, state)  # with a checksum that is right
+    assert_refused(path)
+    assert checkpoint.newest(tmp_path)[:2] == (None, None)
+    assert not marker.exists()
+    with contextlib.suppress(ValueError):  # of what isn't a tensor's state
+        pickle.loads(pickle.dumps(evil))
+    assert marker.exists()  # so it was no blank shot
+
+
 # ---------------------------------------------------------------------------- the optimizer
 
 def adamw(weight_decay, betas, n_biases=1):
@@ -171,7 +418,10 @@ def adamw(weight_decay, betas, n_biases=1):
 def test_resumed_optimizer_keeps_its_settings_and_takes_the_saved_buffers(tmp_path):
     old, new = adamw(0.1, (0.9, 0.95)), adamw(0.3, (0.8, 0.99))
     checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'optimizer': old.state_dict()})
-    checkpoint.load_optimizer(new, checkpoint.load(tmp_path / 'ckpt.pt')['optimizer'])
+    saved = checkpoint.load(tmp_path / 'ckpt.pt')['optimizer']
+    checkpoint.load_optimizer(new, saved)
+    own = new.state[new.param_groups[0]['params'][0]]['exp_avg']
+    assert own.data_ptr() != saved['state'][0]['exp_avg'].data_ptr()  # nothing of the file stays mapped
     assert [g['weight_decay'] for g in new.param_groups] == [0.3, 0.0]
     assert all(g['betas'] == (0.8, 0.99) and g['lr'] == 0.3 for g in new.param_groups)
     assert_equal_trees(new.state_dict()['state'], old.state_dict()['state'])

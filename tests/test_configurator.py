@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import os
+import random
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from soak import misspellings
 
 from configurator import configure
 
@@ -359,6 +361,56 @@ def test_help_lists_every_setting_with_its_default_and_comment(script, capsys):
 def test_help_wins_over_everything_else_on_the_line(run_script):
     out = run_script('sample.py', 'no_such_config', '--help', '--no_such_key=1').stdout
     assert "start='\\n'" in out and 'the prompt, or FILE:path' in out
+
+
+@pytest.mark.parametrize('place', ['command line', 'config'])
+def test_misspelt_setting_of_train_is_refused_with_the_right_name(place, tmp_path):
+    script, _ = settings_of('train.py')
+    names, suggested, tried = configure(dict(script), []), 0, 0
+    for name, value in names.items():
+        wrong = sorted(w for w in misspellings(name) - set(names) if w.isidentifier() and w[0] != '_')
+        for word in random.Random(0).sample(wrong, 15):
+            arg = f'--{word}={value}'
+            if place == 'config':
+                arg = config_file(tmp_path, f'{word} = {value!r}')
+            with pytest.raises(ValueError, match=f'^Unknown config key: {word} ') as error, \
+                    contextlib.redirect_stdout(io.StringIO()):
+                configure(dict(script), [arg])
+            tried += 1
+            suggested += f'did you mean {name}' in str(error.value) or f' or {name}' in str(error.value)
+    assert tried == 15 * len(names) > 500 and suggested > 0.98 * tried
+
+
+def test_misspellings_are_the_names_one_edit_away():
+    found = misspellings('ab')
+    assert {'a', 'b', 'ba', 'cb', 'ac', 'abc', 'cab', 'acb', 'a_b', '_ab'} <= found and len(found) > 100
+    assert not {'', 'abcd', 'cd'} & found
+
+
+statements = st.builds('{} = {}'.format,
+                       st.sampled_from([*SETTINGS, 'bach_size', 'N', '_own', 'print', 'é', '1']),
+                       st.sampled_from(['1', '"x"', 'None', 'True', '2.5', '[1]', 'out_dir', '1 +', '(',
+                                        'len', '1 / 0', 'undefined', '10 ** 400', r'"\0"', 'lambda: 1']))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(statements | st.text(max_size=30), max_size=4))
+def test_random_config_is_taken_or_refused_and_never_leaves_a_wrong_type(tmp_path_factory, lines):
+    text = '\n'.join(lines)
+    path = tmp_path_factory.getbasetemp() / 'random_config.py'
+    path.write_bytes(text.encode('utf-8', 'surrogatepass'))
+    script = dict(SETTINGS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            configure(script, [str(path)])
+    except (ValueError, FileNotFoundError) as error:
+        assert '\n' not in str(error) or isinstance(error, UnicodeDecodeError)
+        return
+    except Exception as error:  # the config's own
+        assert isinstance(error, SyntaxError | NameError | ZeroDivisionError | TypeError | AttributeError)
+        return
+    for key in ('out_dir', 'batch_size', 'learning_rate', 'bias'):
+        assert type(script[key]) is type(SETTINGS[key])
 
 
 # ---------------------------------------------------------------------------- what a user sees

@@ -2,6 +2,7 @@
 
 import builtins
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from dataset import (
     check_split,
     download,
     eval_windows,
+    fingerprint,
     open_split,
     prefetch,
     read_info,
@@ -279,6 +281,102 @@ def test_long_split_is_not_read_from_end_to_end():
     check_split(tokens, 'train.bin', 8, 64, at_most=640)
 
 
+@pytest.mark.parametrize('kind', ['int32', 'int64', 'uint32', 'npy'])
+def test_split_of_another_type_is_refused(kind, tmp_path):
+    ids = np.arange(1, 100, dtype=np.uint16)
+    if kind == 'npy':
+        np.save(tmp_path / 'train.npy', ids)
+        (tmp_path / 'train.npy').rename(tmp_path / 'train.bin')
+    else:
+        ids.astype(kind).tofile(tmp_path / 'train.bin')
+    with pytest.raises(ValueError, match='not raw uint16 tokens: write it with') as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize('ids', [[0] * 50, [5, 0] * 8, [1, 1], [0, 7] * 100])
+def test_split_of_many_zeros_is_read(ids, tmp_path):
+    write_bin(tmp_path, 'train', ids)
+    assert open_split(tmp_path, 'train').tolist() == ids
+
+
+def test_folder_in_the_place_of_a_split_is_told(tmp_path):
+    (tmp_path / 'train.bin').mkdir()
+    with pytest.raises(FileNotFoundError, match='train.bin is missing') as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize('name, function', [('train.bin', lambda folder: open_split(folder, 'train')),
+                                            ('meta.pkl', read_meta), ('dataset.json', read_info)])
+def test_file_that_may_not_be_read_is_told(name, function, tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    write_bin(tmp_path, 'train', [1, 2])
+    (tmp_path / name).touch()
+    monkeypatch.setattr(builtins, 'open', refuse)
+    monkeypatch.setattr(io, 'open', refuse)
+    with pytest.raises(ValueError, match=f'{name}.* denied') as error:
+        function(tmp_path)
+    assert_one_line(error)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=200), st.none() | st.binary(max_size=40) | st.integers(-1, 110))
+@example(b'\x93NUMPY\1\0', None)
+@example(bytes(2), 0)
+def test_random_files_are_read_whole_or_refused_in_one_line(tmp_path_factory, data, info):
+    folder = tmp_path_factory.mktemp('fuzz', numbered=True)
+    (folder / 'train.bin').write_bytes(data)
+    if info is not None:
+        text = info if isinstance(info, bytes) else json.dumps({'tokens': {'train': info}}).encode()
+        (folder / 'dataset.json').write_bytes(text)
+    try:
+        tokens = open_split(folder, 'train')
+        check_split(tokens, 'train.bin', 3, 30_000)
+    except ValueError as error:
+        assert str(error) and '\n' not in str(error)
+    else:
+        assert tokens.tobytes() == data and info in (None, len(tokens))
+
+
+# ---------------------------------------------------------------------------- fingerprints
+
+def test_fingerprint_is_the_file_s_sha256(tmp_path):
+    write_bin(tmp_path, 'train', range(100))
+    digest = hashlib.sha256((tmp_path / 'train.bin').read_bytes()).hexdigest()
+    assert fingerprint(tmp_path, 'train', open_split(tmp_path, 'train')) == digest
+
+
+@pytest.mark.parametrize('at_most', [640, 1 << 26])
+def test_fingerprint_changes_with_any_token_that_is_read_and_with_the_length(at_most, tmp_path):
+    tokens = np.zeros(10_000, dtype=np.uint16)  # 64 places of 10 tokens, 158.6 apart
+    found = {fingerprint(tmp_path, 'train', t, at_most) for t in (tokens, tokens[:-1])}
+    for at in (0, 9, 158, 167, 9990, 9999):
+        changed = tokens.copy()
+        changed[at] = 1
+        found.add(fingerprint(tmp_path, 'train', changed, at_most))
+    assert len(found) == 8
+
+
+def test_long_split_is_fingerprinted_in_places(tmp_path):
+    tokens = np.zeros(10_000, dtype=np.uint16)
+    first = fingerprint(tmp_path, 'train', tokens, at_most=640)
+    tokens[75] = 1  # between the first place and the second
+    assert fingerprint(tmp_path, 'train', tokens, at_most=640) == first
+
+
+def test_file_that_dataset_json_does_not_tell_of_is_refused(tmp_path):
+    write_dataset(tmp_path, {'train': [[1, 2, 1, 0]], 'val': [[0, 1]]}, CharTokenizer(META['itos']), 'a test')
+    assert fingerprint(tmp_path, 'train', open_split(tmp_path, 'train'))
+    write_bin(tmp_path, 'train', [1, 2, 1, 1])
+    with pytest.raises(ValueError, match=r'train.bin isn.t the file that dataset.json tells of') as error:
+        fingerprint(tmp_path, 'train', open_split(tmp_path, 'train'))
+    assert_one_line(error)
+    assert fingerprint(tmp_path, 'val', open_split(tmp_path, 'val'))
+
+
 # ---------------------------------------------------------------------------- meta.pkl
 
 class Evil:
@@ -451,6 +549,18 @@ def test_old_file_is_whole_until_the_new_one_is(tmp_path):
         temporary.write_text('new')
         assert path.read_text() == 'old'
     assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_old_file_is_kept_under_another_name_where_there_is_one(tmp_path):
+    path, keep = tmp_path / 'file', tmp_path / 'kept'
+    for text, kept in (('a', None), ('b', 'a'), ('c', 'b')):
+        with replacing(path, keep) as temporary:
+            temporary.write_text(text)
+        assert path.read_text() == text and (keep.read_text() if keep.exists() else None) == kept
+    with suppress(RuntimeError), replacing(path, keep) as temporary:
+        temporary.write_text('d')
+        raise RuntimeError
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {'file': 'c', 'kept': 'b'}
 
 
 def test_dataset_json_tells_what_the_files_hold(tmp_path):

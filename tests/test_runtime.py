@@ -1,6 +1,12 @@
 """runtime.py: what is asked for is had or refused; what is left open becomes what the machine does best."""
 
+import ctypes
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,3 +204,147 @@ def test_measured_rate_is_operations_over_time(monkeypatch):
 
     monkeypatch.setattr(runtime, 'best_time', half_a_second)
     assert runtime.measure_matmul('cpu', 'float32') == 2 * sizes[0]**3 / 0.5
+
+
+# ---------------------------------------------------------------------------- several processes
+
+def test_random_numbers_follow_from_seed_process_and_iteration():
+    def draw(seed, rank, iteration):
+        runtime.Runtime('cpu', 'float32', False, 'gloo', rank, 2).seed(seed, iteration)
+        return torch.rand(2).tolist()
+
+    first = draw(1337, 0, 5)
+    torch.rand(100)
+    assert draw(1337, 0, 5) == first
+    others = [draw(*at) for at in ((1338, 0, 5), (1337, 1, 5), (1337, 0, 6), (-1, 0, 5))]
+    assert all(a != b for i, a in enumerate([first, *others]) for b in others[i:])
+
+
+def test_one_process_agrees_with_itself():
+    run = runtime.start(device='cpu')
+    x = torch.tensor([3.0])
+    assert run.mean(x) is x and x.item() == 3 and run.broadcast({'a': 1}) == {'a': 1}
+
+
+@pytest.mark.parametrize('message, is_told', [
+    ('[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer', True),
+    ('[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3', True),
+    ('Timed out waiting 3000ms for recv operation to complete', True),
+    ('Watchdog caught collective operation timeout', True),
+    ('writev [127.0.0.1]:1: Broken pipe', True),
+    ('mat1 and mat2 shapes cannot be multiplied', False),
+])
+def test_death_of_another_process_is_told_in_words(message, is_told, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(os, '_exit', lambda status: done.append(f'exit {status}'))
+    show = runtime.end_with_error(lambda kind, error, trace: done.append(error), rank=3, timeout=600.0)
+    error = RuntimeError(message)
+    show(RuntimeError, error, None)
+    assert done == [error, 'exit 1']
+    words = 'rank 3: another process has died, or has not answered for 600 s (dist_timeout)\n'
+    assert capsys.readouterr().err == (words if is_told else '')
+
+
+def test_process_of_several_ends_without_python_s_clean_up(monkeypatch):
+    done = []
+    monkeypatch.setattr(runtime.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(runtime.dist, 'destroy_process_group', lambda: done.append('destroyed'))
+    monkeypatch.setattr(runtime.atexit, 'register', done.append)
+    runtime.Runtime('cpu', 'float32', False, 'gloo', 1, 2).stop()
+    assert done == ['destroyed', runtime.end_at_once]
+    monkeypatch.setattr(os, '_exit', lambda status: done.append(f'exit {status}'))
+    runtime.end_at_once()
+    assert done[2:] == ['exit 0']
+
+
+def test_restarted_processes_find_each_other_by_keys_of_their_own(monkeypatch):
+    assert runtime.own_store(0, 2) == {}
+    server = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    for name, value in {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': server.port, 'GROUP_WORLD_SIZE': 1,
+                        'TORCHELASTIC_USE_AGENT_STORE': True, 'TORCHELASTIC_RESTART_COUNT': 0}.items():
+        monkeypatch.setenv(name, str(value))
+    assert runtime.own_store(0, 2) == {}
+    for attempt in ('1', '2'):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', attempt)
+        arguments = runtime.own_store(1, 2)
+        assert (arguments['rank'], arguments['world_size']) == (1, 2)
+        assert not arguments['store'].check(['address'])  # of the attempt before
+        arguments['store'].set('address', attempt)
+    monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # whose counts may differ
+    assert runtime.own_store(0, 2) == {}
+
+
+# ---------------------------------------------------------------------------- signals
+
+@pytest.fixture
+def stop_request():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo'))
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_a_request_that_stays(number, stop_request, capfd):
+    assert not stop_request.agreed()
+    signal.raise_signal(number)
+    assert stop_request.agreed() and stop_request.agreed()
+    assert stop_request.close() is False  # there is no exchange to finish
+    time.sleep(0.1)  # for the thread that tells it
+    message = f'{number.name}: stopping at the next iteration, once more to stop at once\n'
+    assert capfd.readouterr().err == message
+
+
+def test_second_signal_within_half_a_second_counts_as_the_first(stop_request, capfd):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as torchrun and a terminal send them
+        signal.raise_signal(number)
+    time.sleep(0.1)
+    assert stop_request.agreed() and capfd.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a mutex of zeros is Linux\'s')
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_ends_the_process_at_once_even_where_its_main_thread_is_stuck(number):
+    child = os.fork()
+    if child == 0:
+        runtime.signal_socket.cache_clear()  # its thread is the parent's
+        runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo'))
+        signal.raise_signal(signal.SIGTERM)
+        subprocess.Popen(['sh', '-c', f'sleep 0.7; kill -{number} {os.getpid()}'])
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):  # the second time it waits for itself, in C, where no handler of Python's runs
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+
+
+def test_signal_is_seen_by_all_processes_one_call_later(monkeypatch):
+    """With the exchange of votes of two processes, the other of which never has a signal, in its place."""
+    exchanged = []
+
+    def all_reduce(votes, group, async_op):
+        assert group == 'gloo' and async_op
+        return SimpleNamespace(wait=lambda: exchanged.append(votes.item()))
+
+    monkeypatch.setattr(runtime.dist, 'new_group', lambda backend: backend)
+    monkeypatch.setattr(runtime.dist, 'all_reduce', all_reduce)
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(signal, 'set_wakeup_fd', lambda *_, **__: None)
+    request = runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo', 0, 2))
+    answers = [request.agreed(), request.agreed()]
+    request.received = signal.SIGTERM
+    answers += [request.agreed(), request.agreed()]
+    assert answers == [False, False, False, True] and exchanged == [0, 0, 1]
+    assert request.close() is True and len(exchanged) == 4 and request.close() is False
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='sysconf')
+def test_memory_of_the_machine_is_known(monkeypatch):
+    assert 1 << 28 < runtime.total_memory('cpu') < 1 << 50
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=7))
+    assert runtime.total_memory('cuda:1') == 7
+    monkeypatch.delattr(os, 'sysconf')
+    assert runtime.total_memory('cpu') is None

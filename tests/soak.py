@@ -1,0 +1,620 @@
+"""
+Do to runs what months of training do to them, and count what is lost.
+
+    python tests/soak.py                     # every fault, half an hour on one core
+    python tests/soak.py kill flip           # these two
+    python tests/soak.py kill --count=10     # fewer times than FAULTS says
+
+Prints a line for each fault, such as `kill: 100 SIGKILLs, 61 inside a save, 0 runs lost`, and exits with
+status 1 if anything was lost. Linux only: it looks into /proc, and `disk` mounts a tmpfs of its own.
+"""
+
+import contextlib
+import gc
+import io
+import itertools
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from conftest import ROOT, TINY_ARGS
+
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+from dataset import write_text_dataset  # noqa: E402
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+TIMES = ('seconds', 'ms', 'tokens_per_s')  # of log.jsonl: these differ from run to run
+STATE = ('model', 'optimizer', 'iter_num', 'best_val_loss', 'n_skipped', 'recent', 'scaler', 'data')
+
+
+# ---------------------------------------------------------------------------- runs
+
+class Ranks:
+    """Processes that run train.py again and again, which spares the import of torch each time."""
+
+    def __init__(self, n=1, launcher=()):
+        self.errors = tempfile.TemporaryFile('w+')  # noqa: SIM115, it is open as long as they live
+        command = [*launcher, sys.executable, __file__, '--worker']
+        self.processes = [subprocess.Popen(
+            [*command, str(rank), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            text=True, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for rank in range(n)]
+
+    def train(self, *args, **fault):
+        """Run train.py on all ranks with a fault (see Fault); what each has to say, as namespaces."""
+        request = json.dumps({'args': [*TINY_ARGS, *map(str, args)], 'fault': fault, 'port': free_port()})
+        for process in self.processes:
+            process.stdin.write(request + '\n')
+            process.stdin.flush()
+        replies = [process.stdout.readline() for process in self.processes]
+        if not all(replies):
+            self.errors.seek(0)
+            raise RuntimeError(f'a worker has died:\n{self.errors.read()[-3000:]}')
+        return [SimpleNamespace(**json.loads(reply)) for reply in replies]
+
+    def close(self):
+        for process in self.processes:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
+        self.errors.close()
+
+
+class Fault:
+    """What goes wrong in one run, in a worker. Iterations are counted from 1, in this process's run.
+
+    kind: 'stop' (a SIGTERM), 'gradient', 'weight', 'moment' (one number becomes `value`), 'loss' (times
+    `value`), 'sum' (the loss alone, not its gradient), 'disk' (the file system has `leave` bytes from
+    iteration `at` to `until`). rank_of: None for all.
+    """
+
+    def __init__(self, rank, kind=None, at=0, rank_of=None, value=0.0, leave=0, until=0, out_dir=None,
+                 lie=False, export=None):
+        self.kind, self.at, self.value = kind if rank_of in (None, rank) else None, at, float(value)
+        self.leave, self.until, self.out_dir, self.lie, self.export = leave, until, out_dir, lie, export
+        self.parameters, self.before, self.after = [], None, None
+
+    @contextlib.contextmanager
+    def __call__(self):
+        import model
+        clip, step, forward = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step, model.GPT.forward
+        clips, steps, forwards = itertools.count(1), itertools.count(1), itertools.count(1)
+
+        def faulty_clip(parameters, *args):
+            self.parameters, n = list(parameters), next(clips)
+            if self.kind == 'disk':
+                self.fill(n)
+            if self.kind == 'stop' and n == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            if self.kind == 'gradient' and n == self.at:
+                self.parameters[-1].grad.view(-1)[3] = self.value
+            return clip(self.parameters, *args)
+
+        def faulty_step(optimizer, *args):
+            result, weight = step(optimizer, *args), optimizer.param_groups[0]['params'][0]
+            if self.kind in ('weight', 'moment') and next(steps) == self.at:
+                spoiled = weight.data if self.kind == 'weight' else optimizer.state[weight]['exp_avg']
+                spoiled[1, 3] = self.value
+            return result
+
+        def faulty_forward(module, *args, **kwargs):
+            logits, loss = forward(module, *args, **kwargs)
+            if module.training and next(forwards) == self.at:
+                loss = loss * self.value if self.kind == 'loss' else loss + self.value
+            return logits, loss
+
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(mock.patch.multiple(torch.nn.utils, clip_grad_norm_=faulty_clip))
+            stack.enter_context(mock.patch.object(torch.optim.AdamW, 'step', faulty_step))
+            if self.kind in ('loss', 'sum'):
+                stack.enter_context(mock.patch.object(model.GPT, 'forward', faulty_forward))
+            if self.lie:
+                stack.enter_context(mock.patch.object(shutil, 'disk_usage', lambda path: SimpleNamespace(
+                    total=10**12, used=0, free=10**12)))
+            yield patch
+        if self.export:
+            shutil.copytree(self.out_dir, self.export)
+            shutil.rmtree(self.out_dir)
+
+    def fill(self, n):
+        filler, latest = Path(self.out_dir).parent / 'filler', Path(self.out_dir, 'latest.pt')
+        if n == self.at:
+            self.before = latest.read_bytes()
+            stat = os.statvfs(self.out_dir)
+            with open(filler, 'wb') as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - self.leave))
+        if n == self.until:
+            self.after = latest.read_bytes()
+            filler.unlink()
+
+
+def work(rank, n):
+    """A worker's life: a request a line, a reply a line."""
+    replies, sys.stdout = sys.stdout, io.StringIO()
+    for line in sys.stdin:
+        request = json.loads(line)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
+                          MASTER_PORT=str(request['port']))
+        sys.argv = ['train.py', *request['args']]
+        fault, error, sys.stdout = Fault(rank, **request['fault']), None, io.StringIO()
+        try:
+            with fault():
+                runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+        except (Exception, SystemExit) as e:
+            error = f'{type(e).__name__}: {e}'
+            traceback.print_exc()
+            traceback.clear_frames(e.__traceback__)
+        gc.collect()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        reply = {'output': sys.stdout.getvalue(), 'error': error,
+                 'finite': all(p.isfinite().all().item() for p in fault.parameters),
+                 'kept': fault.before == fault.after}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def make_data(folder):
+    words = ['king', 'queen', 'crown', 'sword', 'night', 'day', 'love', 'war']
+    text = ' '.join(np.random.default_rng(0).choice(words, 4000)) + '\n'
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_text_dataset(folder, text, 'char', 'made by soak.py')
+    return folder
+
+
+def read_log(folder):
+    """log.jsonl without the times."""
+    lines = Path(folder, 'log.jsonl').read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def equal(one, other):
+    """Whether two trees of dicts, lists and tensors are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return type(one) is type(other) and one == other
+
+
+def differences(one, other):
+    """What two finished runs' folders don't share, [] if nothing: of log.jsonl and of the last state."""
+    found = [] if read_log(one) == read_log(other) else ['log.jsonl']
+    a, b = (checkpoint.load(Path(folder, 'latest.pt')) for folder in (one, other))
+    return found + [key for key in STATE if not equal(a[key], b[key])]
+
+
+def numbers_of(state):
+    """The tensors of a tree."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for item in items for tensor in numbers_of(item)]
+
+
+def ranks_under(torchrun):
+    """{rank: process id} of a torchrun's workers."""
+    found = {}
+    for pid in Path(f'/proc/{torchrun}/task/{torchrun}/children').read_text().split():
+        with contextlib.suppress(OSError):
+            rank = re.search(rb'\0RANK=(\d+)\0', Path(f'/proc/{pid}/environ').read_bytes())
+            if rank:
+                found[int(rank[1])] = int(pid)
+    return found
+
+
+def start(script_args, launcher=()):
+    """train.py as a user starts it, its output piped."""
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / 'train.py'), *TINY_ARGS, *script_args],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                            env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(process, start_of_line):
+    """What a process prints up to a line, '' if it ends before."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start_of_line):
+            return ''.join(lines)
+    return ''
+
+
+def uninterrupted(folder, args, launcher=()):
+    process = start([*args, f'--out_dir={folder}'], launcher)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return folder
+
+
+# ---------------------------------------------------------------------------- faults
+
+def exact(folder, data, count):
+    """A run stopped at any step and gone on with equals the one that wasn't, bit for bit."""
+    args = [f'--data_dir={data}', '--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20',
+            '--learning_rate=1e-2', '--always_save_checkpoint=False']
+    stops, lost = 0, []
+    for n in (1, 2):
+        ranks = Ranks(n)
+        for dropout, accumulation, compiled in [(0.0, n, False), (0.0, 4, False), (0.2, n, False),
+                                                (0.2, 4, False)] + [(0.2, 1, True)] * (n == 1):
+            case = [*args, f'--dropout={dropout}', f'--gradient_accumulation_steps={accumulation}',
+                    f'--compile={compiled}']
+            name = f'{n}-{dropout}-{accumulation}-{compiled}'
+            whole = folder / name
+            assert not any(r.error for r in ranks.train(*case, f'--out_dir={whole}'))
+            for step in (1, 7, 20) if compiled else range(1, count + 1):
+                out_dir = folder / f'{name}-{step}'
+                replies = ranks.train(*case, f'--out_dir={out_dir}', kind='stop', at=step, rank_of=step % n)
+                stopped_at = checkpoint.load(out_dir / 'latest.pt')['iter_num']
+                replies += ranks.train(*case, f'--out_dir={out_dir}', '--init_from=resume')
+                wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
+                stops += 1
+                if wrong or stopped_at != min(21, step + n - 1):
+                    lost.append(f'{name} stopped at {step}: {stopped_at}, {wrong}')
+                shutil.rmtree(out_dir)
+        ranks.close()
+    return f'{stops} stops, {len(lost)} runs that differ from the uninterrupted one', lost
+
+
+def kill(folder, data, count):
+    """SIGKILL at random moments, most of them inside a save."""
+    args = [f'--data_dir={data}', '--n_embd=256', f'--max_iters={4 * count}', '--eval_interval=9',
+            '--eval_iters=1', '--checkpoint_interval=1', '--init_from=auto']
+    whole, out_dir = uninterrupted(folder / 'whole', args), folder / 'out0'
+    kills, inside, finished, lost = 0, 0, 0, []
+    parts = ('latest.pt.part', 'ckpt.pt.part')
+    while True:
+        process = start([*args, f'--out_dir={out_dir}'])
+        if kills < count:
+            if random.random() < 0.8:  # inside a save: the n-th since the start
+                wait_for(process, 'iter ')
+                for writing in [True, False] * random.randint(0, 3) + [True]:
+                    while process.poll() is None and writing != any((out_dir / p).exists() for p in parts):
+                        pass
+                time.sleep(random.uniform(0, 0.02))
+            else:
+                time.sleep(random.uniform(0, 4))
+            process.kill()
+        output = process.communicate()[0]
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+            inside += any((out_dir / p).exists() for p in parts)
+        elif process.returncode:
+            lost.append(output[-500:])
+        if process.returncode != -signal.SIGKILL:  # the run is done, or lost
+            finished += 1
+            lost += [] if process.returncode else differences(whole, out_dir)
+            if kills >= count:
+                break
+            out_dir = folder / f'out{finished}'
+    return f'{kills} SIGKILLs, {inside} inside a save, {len(lost)} runs lost', lost
+
+
+def signals(folder, data, count):
+    """SIGTERM or SIGINT to a random rank of two: it ends well, and no step is lost."""
+    args = [f'--data_dir={data}', '--gradient_accumulation_steps=2', f'--max_iters={20 * count}',
+            '--eval_interval=50', '--init_from=auto']
+    whole, out_dir = uninterrupted(folder / 'whole', args, TORCHRUN), folder / 'out0'
+    sent, good, finished, lost = 0, 0, 0, []
+    while True:
+        process = start([*args, f'--out_dir={out_dir}'], TORCHRUN)
+        seen = sent < count and wait_for(process, 'iter ')
+        if seen:
+            time.sleep(random.uniform(0, 0.15))
+            with contextlib.suppress(KeyError, OSError):  # it may have ended
+                os.kill(ranks_under(process.pid)[random.randrange(2)],
+                        random.choice([signal.SIGTERM, signal.SIGINT]))
+        output = (seen or '') + process.communicate()[0]
+        stopped = 'stopped at iteration' in output
+        sent += stopped
+        good += stopped and process.returncode == 0
+        state, last = checkpoint.load(out_dir / 'latest.pt')['iter_num'], read_log(out_dir)[-1]['iter']
+        if process.returncode or state != last + 1:
+            lost.append(f'status {process.returncode}, state {state}, last line {last}: {output[-6000:]}')
+            break
+        if not stopped:
+            finished += 1
+            lost += differences(whole, out_dir)
+            if sent >= count:
+                break
+            out_dir = folder / f'out{finished}'
+    return f'{sent} signals, {good} exits with status 0, {len(lost)} times a step lost', lost
+
+
+def restart(folder, data, count):
+    """A rank killed under torchrun --max-restarts: the job goes on by itself."""
+    args = [f'--data_dir={data}', '--gradient_accumulation_steps=2', '--max_iters=200', '--eval_interval=50',
+            '--checkpoint_interval=5', '--init_from=auto']
+    launcher = [*TORCHRUN, '--max-restarts=2']
+    whole, kills, good, lost = uninterrupted(folder / 'whole', args, launcher), 0, 0, []
+    for i in itertools.count():
+        if kills == count:
+            break
+        out_dir = folder / f'out{i}'
+        process = start([*args, f'--out_dir={out_dir}'], launcher)
+        output = wait_for(process, 'iter ')
+        time.sleep(random.uniform(0, 0.4))
+        before = ranks_under(process.pid)
+        with contextlib.suppress(KeyError, OSError):
+            os.kill(before[random.randrange(2)], signal.SIGKILL)
+        output += process.communicate()[0]
+        restarted = output.count('\ndevice: ') > 1
+        wrong = differences(whole, out_dir) if process.returncode == 0 else [output[-1500:]]
+        kills += restarted
+        good += restarted and not wrong
+        lost += wrong
+    return f'{kills} ranks killed, {good} finished runs with the same log and weights', lost
+
+
+def flip(folder, data, count):
+    """Bytes flipped and files cut: seen each time, and an older state is taken where there is one."""
+    ranks, source = Ranks(), folder / 'source'
+    args = [f'--data_dir={data}', '--checkpoint_interval=2', '--eval_interval=4']
+    assert ranks.train(*args, '--max_iters=8', f'--out_dir={source}')[0].error is None
+    iterations = {p.name: checkpoint.load(p)['iter_num'] for p in source.glob('*.pt')}
+    assert iterations == {'ckpt.pt': 8, 'previous.pt': 8, 'latest.pt': 9}, iterations
+    seen, taken, runs, lost = 0, 0, 0, []
+    for i in range(count):
+        out_dir = folder / 'out'
+        shutil.rmtree(out_dir, ignore_errors=True)
+        shutil.copytree(source, out_dir)
+        names = random.choice([['latest.pt']] * 3 + [['latest.pt', 'previous.pt'], [*iterations]])
+        for name in names:
+            damage(out_dir / name)
+        files = {p.name: p.read_bytes() for p in out_dir.iterdir()}
+        if i % 20:
+            path, state, damaged = checkpoint.newest(out_dir)
+            aside = [checkpoint.set_aside(bad) for bad in damaged]
+            resumed = state and state['iter_num']
+        else:  # through train.py itself
+            runs += 1
+            reply = ranks.train(*args, '--max_iters=8', f'--out_dir={out_dir}', '--init_from=resume')[0]
+            resumed = re.search(r'^resuming at iteration (\d+)', reply.output, re.M)
+            resumed = int(resumed[1]) if resumed else None
+            aside = [*out_dir.glob('*.damaged*')]
+            if len(names) == len(iterations) and 'is not a checkpoint' in str(reply.error):
+                aside = [checkpoint.set_aside(out_dir / name) for name in names]  # all were left there
+        whole = max((n for name, n in iterations.items() if name not in names), default=None)
+        now = {p.name: p.read_bytes() for p in out_dir.iterdir()}
+        kept = all(files[p.name.partition('.damaged')[0]] == now[p.name] for p in aside)
+        untouched = i % 20 == 0 or all(now[name] == files[name] for name in files if name not in names)
+        seen += len(aside) == len(names)
+        taken += resumed is not None
+        if len(aside) != len(names) or resumed != whole or not kept or not untouched:
+            lost.append(f'{names}: {len(aside)} set aside, resumed at {resumed}, kept {kept}, {untouched}')
+    ranks.close()
+    return (f'{count} damaged folders, {seen} seen, {taken} resumed from an older state ({runs} of all by '
+            f'train.py), {len(lost)} overwritten, missed or wrong'), lost
+
+
+def damage(path):
+    """Flip a bit or a byte, or cut the file."""
+    content, at = bytearray(path.read_bytes()), 0
+    at = random.choice([random.randrange(len(content)), random.randrange(min(len(content), 200)),
+                        len(content) - 1 - random.randrange(200)])  # its ends are the delicate parts
+    if random.random() < 0.3:
+        del content[at:]
+    else:
+        content[at] ^= random.choice([1 << random.randrange(8), random.randrange(1, 256)])
+    path.write_bytes(content)
+
+
+def disk(folder, data, count):
+    """A file system that is full at any place of a save: the old file stays, the run goes on, saves later."""
+    room = folder / 'room'
+    room.mkdir()
+    mount = ('unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=16m t "$0" && exec "$@"', str(room))
+    ranks, args = Ranks(launcher=mount), [f'--data_dir={data}', '--max_iters=12', '--checkpoint_interval=3',
+                                          '--eval_interval=1000']
+    plain = Ranks()
+    assert plain.train(*args, f'--out_dir={folder / "whole"}')[0].error is None
+    plain.close()
+    size, kept, told, later, lost = (folder / 'whole/latest.pt').stat().st_size, 0, 0, 0, []
+    for i in range(count):
+        leave, export = (2 * i + 1) * size // (2 * count), folder / f'out{i}'
+        reply = ranks.train(*args, f'--out_dir={room / str(i)}', kind='disk', at=4, until=8, leave=leave,
+                            out_dir=str(room / str(i)), lie=i % 4 > 0, export=str(export))[0]
+        said = re.findall(r'^NOT SAVED: .*it needs [\d.]+ MB, [\d,.]+ MB are free', reply.output, re.M)
+        wrong = [reply.error] if reply.error else differences(folder / 'whole', export)
+        wrong += [p.name for p in export.glob('*.part')]
+        kept, told, later = kept + reply.kept, told + (len(said) == 1), later + (not wrong)
+        if wrong or not reply.kept or len(said) != 1:
+            lost.append(f'{leave} bytes left: {wrong}, {said}, kept {reply.kept}')
+    ranks.close()
+    return (f'{count} full file systems, {kept} old states intact, {told} messages with the space needed and '
+            f'free, {later} runs that saved later with the same log and state'), lost
+
+
+def nan(folder, data, count):
+    """One number that isn't finite, anywhere: all ranks stop, and none gets into a file."""
+    cases, stopped, finite, lost = 0, 0, 0, []
+    for n in (1, 2):
+        ranks = Ranks(n)
+        whole = itertools.product(('gradient', 'loss', 'sum', 'weight', 'moment'), (1, 3, 9, 13), (1, 10),
+                                  ('nan', 'inf', '-inf'))
+        for kind, at, interval, value in [*whole][:count]:
+            cases += 1
+            out_dir = folder / f'{n}-{kind}-{at}-{interval}-{value}'
+            rank_of = n - 1 if kind in ('loss', 'sum') else None
+            replies = ranks.train(
+                f'--data_dir={data}', '--max_iters=30', '--checkpoint_interval=3', '--eval_interval=9',
+                f'--gradient_accumulation_steps={n}', f'--log_interval={interval}', '--dist_timeout=20',
+                f'--out_dir={out_dir}', kind=kind, at=at, value=value, rank_of=rank_of)
+            bad = at if kind in ('weight', 'moment') else at - 1  # whose gradient is the first one not finite
+            told = re.match(r'FloatingPointError: iteration (\d+): .*'
+                            r'(No state was saved|last good state is that of iteration (\d+))',
+                            str(replies[0].error))
+            saved = Path(out_dir, 'latest.pt')
+            good = checkpoint.load(saved)['iter_num'] if saved.exists() else None
+            right = told and good == (told[3] and int(told[3])) and (
+                kind == 'moment' or int(told[1]) == bad) and (good is None or good <= bad)
+            in_files = [f'{p.name} has {t.shape}' for p in out_dir.glob('*.pt')
+                        for t in numbers_of(checkpoint.load(p)) if not t.isfinite().all()]
+            held = kind in ('weight', 'moment') or all(r.finite for r in replies)
+            stopped += all(r.error for r in replies) and held
+            finite += not in_files
+            if not right or in_files or not held or not all(r.error for r in replies):
+                lost.append(f'{out_dir.name}: {[r.error for r in replies]}, {good}, {in_files}, {held}')
+        ranks.close()
+    return (f'{cases} numbers that are not finite, {stopped} stopped on all ranks before an update with '
+            f'them, {finite} folders without such a number, {len(lost)} wrong'), lost
+
+
+def misspellings(name):
+    letters = 'abcdefghijklmnopqrstuvwxyz_'
+    parts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
+    return {a + b[1:] for a, b in parts if b} | {a + c + b for a, b in parts for c in letters} \
+        | {a + c + b[1:] for a, b in parts if b for c in letters} \
+        | {a + b[1] + b[0] + b[2:] for a, b in parts if len(b) > 1}
+
+
+def misspell(folder, data, count):
+    """Every name one edit away from a setting, on the command line and in a config file."""
+    from test_configurator import settings_of
+
+    from configurator import configure
+    script, _ = settings_of('train.py')
+    names = configure(dict(script), [])
+    tried, suggested, private, lost = 0, 0, 0, []
+    config = folder / 'config.py'
+    for name in names:
+        wrong = sorted(w for w in misspellings(name) - set(names) if w.isidentifier())
+        for word in wrong if count >= len(wrong) else random.sample(wrong, count):
+            config.write_text(f'{word} = {names[name]!r}\n')
+            for args in ([f'--{word}={names[name]}'], [str(config)]):
+                if word.startswith('_') and len(args[0]) == len(str(config)):
+                    private += 1
+                    continue
+                tried += 1
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        configure(dict(script), args)
+                    lost.append(args[0])
+                except ValueError as error:
+                    suggested += bool(re.search(rf'did you mean [^?]*\b{name}\b', str(error)))
+    sys.excepthook = sys.__excepthook__
+    return (f'{len(names)} settings, {tried:,} misspellings, {tried - len(lost):,} refused, the right name '
+            f'suggested for {suggested / tried:.2%}; {private} more begin with _, as a config may'), lost
+
+
+def spoil(data, kind):
+    """Damage a copy of a data folder."""
+    path = data / 'train.bin'
+    tokens = np.fromfile(path, np.uint16)
+    if kind != 'cut':
+        (data / 'dataset.json').unlink()
+    if kind in ('missing', 'a folder', 'unreadable'):
+        path.unlink()
+    content = {'odd size': tokens.tobytes()[:-1], 'cut': tokens[:-100].tobytes(), 'empty': b'',
+               'int32': tokens.astype(np.int32).tobytes(), 'id beyond the vocabulary': tokens.tobytes()[:-2]
+               + b'\x60\xea', 'unreadable': tokens.tobytes()}.get(kind)
+    if content is not None:
+        path.write_bytes(content)
+    if kind == 'npy':
+        np.save(path.with_suffix('.npy'), tokens)
+        path.with_suffix('.npy').rename(path)
+    if kind == 'a folder':
+        path.mkdir()
+    if kind == 'unreadable':
+        path.chmod(0)
+    if kind == 'changed':
+        tokens[0] = tokens[1]
+        tokens.tofile(path)
+    if kind == 'meta.pkl':
+        (data / 'meta.pkl').write_bytes(b'cos\nsystem\n.')
+
+
+def data_faults(folder, data, count):
+    """What can be wrong with data: one line, soon."""
+    rights = '-dac_override,-dac_read_search'  # by which root may read all files
+    no_root = ('setpriv', f'--inh-caps={rights}', f'--bounding-set={rights}') if os.getuid() == 0 else ()
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, '-c', 'import torch'], check=True)
+    torch_takes, slowest, lines, lost = time.perf_counter() - begin, 0.0, 0, []
+    ranks, source = Ranks(), folder / 'source'
+    shutil.copytree(data, source)
+    out = f'--out_dir={folder / "out"}'
+    assert ranks.train(f'--data_dir={source}', out, '--max_iters=4')[0].error is None
+    kinds = ['odd size', 'cut', 'empty', 'int32', 'npy', 'id beyond the vocabulary', 'missing', 'a folder',
+             'unreadable', 'meta.pkl', 'changed'][:count]
+    for kind in kinds:
+        spoiled = shutil.copytree(source, folder / kind)
+        spoil(spoiled, kind)
+        begin = time.perf_counter()
+        args = [*TINY_ARGS, f'--data_dir={spoiled}', out, '--init_from=resume']
+        done = subprocess.run([*no_root, sys.executable, str(ROOT / 'train.py'), *args], capture_output=True,
+                              text=True)
+        slowest = max(slowest, time.perf_counter() - begin)
+        if done.returncode and len(done.stderr.splitlines()) == 1:
+            lines += 1
+        else:
+            lost.append(f'{kind}: {done.stderr}')
+        print(f'  {kind}: {done.stderr.strip()[-300:]}')
+    allowed = ranks.train(f'--data_dir={folder / kinds[-1]}', out, '--max_iters=8', '--init_from=resume',
+                          '--allow_changed_data=True')[0]
+    if kinds[-1] == 'changed' and allowed.error:
+        lost.append(allowed.error)
+    ranks.close()
+    return (f'{len(kinds)} faults, {lines} refused in one line, the slowest after {slowest:.1f} s, of which '
+            f'importing torch takes {torch_takes:.1f} s'), lost
+
+
+FAULTS = {  # how often, where --count doesn't say
+    'exact': (exact, 20), 'kill': (kill, 100), 'signal': (signals, 50), 'restart': (restart, 20),
+    'flip': (flip, 1000), 'disk': (disk, 20), 'nan': (nan, 1000), 'misspell': (misspell, 10**6),
+    'data': (data_faults, 100),
+}
+
+
+def main(args):
+    counts = [int(arg.partition('=')[2]) for arg in args if arg.startswith('--count=')]
+    names = [arg for arg in args if not arg.startswith('--')] or [*FAULTS]
+    unknown = [arg for arg in args if not arg.startswith('--count=') and arg not in FAULTS]
+    if unknown:
+        raise SystemExit(f'{unknown[0]} is not one of {", ".join(FAULTS)}, --count=N')
+    os.environ['OMP_NUM_THREADS'] = '1'
+    random.seed(0)
+    bad = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        data = make_data(Path(scratch, 'data'))
+        for name in names:
+            fault, count = FAULTS[name]
+            Path(scratch, name + '_runs').mkdir()
+            begin = time.perf_counter()
+            text, lost = fault(Path(scratch, name + '_runs'), data, counts[0] if counts else count)
+            print(f'{name}: {text}  ({time.perf_counter() - begin:.0f} s)', flush=True)
+            for item in lost[:20]:
+                print(f'  LOST {item}', flush=True)
+            bad += len(lost)
+            shutil.rmtree(Path(scratch, name + '_runs'))
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--worker']:
+        work(int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main(sys.argv[1:])
