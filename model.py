@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dataset import go_offline_if_cut_off
-from optim import Muon
+from optim import AdamW, Muon
 
 def relu2(x):
     """Squared ReLU (So et al. 2021, "Primer")"""
@@ -416,14 +416,12 @@ class GPT(nn.Module):
                 self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; the position embeddings aside by default, as GPT sizes are quoted.
-
-        The token embeddings count: tied, they are the output layer's weights.
-        """
+        """Number of parameters; by default without the tables that are only looked up, as GPT sizes are quoted:
+        positions, n-grams, and token embeddings, unless these are the output layer's weights too."""
         count = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.pos_emb == 'learned':
-            count -= self.transformer.wpe.weight.numel()
-        return count
+        t = self.transformer
+        tables = (t.wpe, t.wne, None if self.config.tie_weights else t.wte)
+        return count - sum(e.weight.numel() for e in tables if e is not None) * non_embedding
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Share of `peak_flops` (default: an A100's, bfloat16) used by an iteration of `dt` seconds that
@@ -454,7 +452,7 @@ class GPT(nn.Module):
         if muon is not None:
             blocks = {'params': [p for _, p in blocks], 'parts': parts, **muon}
             return Muon(groups, [blocks], learning_rate, betas, fused)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):

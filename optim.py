@@ -19,7 +19,22 @@ SCHEDULES = {
 }
 
 
-class Muon(torch.optim.AdamW):
+def plain(method):
+    """A method of PyTorch's optimizers without its wrapper for torch.compile."""
+    return getattr(method, '__wrapped__', method)
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW (Loshchilov & Hutter 2019), but for wrappers that import all of torch.compile, which
+    takes a second. Optimizers aren't compiled here."""
+    step = torch.no_grad()(plain(torch.optim.AdamW.step))
+    zero_grad = plain(torch.optim.AdamW.zero_grad)
+    state_dict = plain(torch.optim.AdamW.state_dict)
+    load_state_dict = plain(torch.optim.AdamW.load_state_dict)
+    add_param_group = plain(torch.optim.AdamW.add_param_group)
+
+
+class Muon(AdamW):
     """Muon for some matrices, AdamW for all else, as one optimizer.
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") moves a matrix by its

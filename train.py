@@ -13,7 +13,6 @@ Every setting below can be given in a config file or as --key=value; --help list
 import itertools
 import math
 import os
-import secrets
 import statistics
 import time
 from contextlib import nullcontext
@@ -196,7 +195,7 @@ scaler = run.grad_scaler()
 iter_num, best_val_loss = 0, math.inf
 seconds = 0.0  # of training, evaluations and saving aside
 n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
-wandb_id = secrets.token_hex(4)
+wandb_id = os.urandom(4).hex()
 if state:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
@@ -266,9 +265,10 @@ def save(name, keep=None, with_optimizer=True):
     the run: returns False where the file could not be written."""
     if not run.is_master:
         return True
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise FloatingPointError(f'iteration {iter_num}: a parameter is not finite, so nothing was saved. '
-                                 f'{last_state()}')
+    buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
+    if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
+        raise FloatingPointError(f'iteration {iter_num}: a parameter or a buffer of the optimizer is not finite, '
+                                 f'so nothing was saved. {last_state()}')
     state = {
         'model': model.state_dict(),
         'optimizer': optimizer.state_dict(),
