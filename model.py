@@ -416,8 +416,8 @@ class GPT(nn.Module):
                 self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; by default without the tables that are only looked up, as GPT sizes are quoted:
-        positions, n-grams, and token embeddings, unless these are the output layer's weights too."""
+        """Number of parameters; by default, as GPT sizes are quoted, without the tables that are only looked
+        up: positions, n-grams, and token embeddings, unless these are the output layer's weights too."""
         count = sum(p.numel() for p in self.parameters())
         t = self.transformer
         tables = (t.wpe, t.wne, None if self.config.tie_weights else t.wte)

@@ -267,7 +267,7 @@ def save(name, keep=None, with_optimizer=True):
         return True
     buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
     if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
-        raise FloatingPointError(f'iteration {iter_num}: a parameter or a buffer of the optimizer is not finite, '
+        raise FloatingPointError(f'iteration {iter_num}: the weights or the optimizer\'s buffers are not finite, '
                                  f'so nothing was saved. {last_state()}')
     state = {
         'model': model.state_dict(),
