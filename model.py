@@ -20,10 +20,30 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dataset import go_offline_if_cut_off
+from optim import AdamW, Muon
+
+def relu2(x):
+    """Squared ReLU (So et al. 2021, "Primer")"""
+    return F.relu(x).square()
+
+
+def swiglu(x):
+    """Gated SiLU (Shazeer 2020, "GLU Variants"): (..., 2 n) -> (..., n)"""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
 
 ACTIVATIONS = {
     'gelu': F.gelu,
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # the approximation GPT-2 was trained with
+    'relu2': relu2,
+    'swiglu': swiglu,
+}
+CHOICES = {
+    'activation': tuple(ACTIVATIONS),
+    'pos_emb': ('learned', 'rope', 'alibi', 'none'),
+    'norm': ('layernorm', 'rmsnorm'),
+    'init': ('gpt2', 'fan_in', 'zero_proj'),
 }
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -39,18 +59,38 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in the linear and normalisation layers, as GPT-2 has them
-    activation: str = 'gelu'  # a key of ACTIVATIONS
+    # what GPT-2 hasn't got
+    activation: str = 'gelu'  # gelu, gelu_tanh, relu2, swiglu
+    pos_emb: str = 'learned'  # learned, rope, alibi, none
+    norm: str = 'layernorm'  # layernorm, rmsnorm
+    qk_norm: bool = False  # queries and keys of length sqrt(hs)
+    tie_weights: bool = True  # one matrix for the token embedding and the output layer
+    value_residual: bool = False  # layers mix their values with the first layer's
+    residual_scale: bool = False  # learned weights of the residual stream and of the embedding in each block
+    logit_softcap: float = 0.0  # logits between -cap and cap; 0: unlimited
+    n_kv_head: int = 0  # heads of keys and values, shared by n_head / n_kv_head queries; 0: n_head
+    ngram: int = 1  # embeddings of the last 2 to `ngram` tokens together; 1: none
+    ngram_rows: int = 16384  # of the table of these, which they are hashed into
+    init: str = 'gpt2'  # gpt2, fan_in, zero_proj: see GPT.init_weights
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout} must lie in [0, 1)')
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f'activation={self.activation} is not one of {", ".join(ACTIVATIONS)}')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name}={getattr(self, name)} is not one of {", ".join(choices)}')
+        if self.n_kv_head and (self.n_kv_head < 0 or self.n_head % self.n_kv_head):
+            raise ValueError(f'n_kv_head={self.n_kv_head} must be a divisor of n_head={self.n_head}')
+        if self.pos_emb == 'rope' and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f'pos_emb=rope turns pairs of channels: n_embd / n_head = '
+                             f'{self.n_embd // self.n_head} must be even')
+        if self.logit_softcap < 0:
+            raise ValueError(f'logit_softcap={self.logit_softcap} must not be negative')
 
     def to_args(self):
         """The dict that checkpoints keep: GPT-2's seven settings, and any other that isn't at its default."""
@@ -79,6 +119,44 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the channels (Zhang & Sennrich 2019)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+
+
+NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
+
+
+def rotation(positions, hs, base=10000.0):
+    """cos and sin of the angles of rotary positions (Su et al. 2021, eq. 15): (T,) -> twice (T, hs / 2)"""
+    frequency = base ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs / 2,)
+    angle = positions[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel i with channel i + hs / 2 by their angle. x: (B, nh, T, hs) -> (B, nh, T, hs)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def alibi_bias(positions, n_keys, nh):
+    """Attention with linear biases (Press et al. 2022): minus the distance to a key, times a slope for each
+    head; -inf for keys to come. positions of the queries (T,) -> (nh, T, n_keys)"""
+    n = 2 ** math.floor(math.log2(nh))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (nh - n), 2)]  # their recipe for other counts
+    distance = positions[:, None] - torch.arange(n_keys, device=positions.device)  # (T, n_keys)
+    bias = -torch.tensor(slopes, device=positions.device)[:, None, None] * distance
+    return bias.masked_fill(distance < 0, -math.inf)
+
+
 class Linear(nn.Linear):
     """nn.Linear; without gradients on a CPU it is computed by oneDNN, which uses all cores for the few rows
     of a decoding step, where the default library uses one."""
@@ -90,25 +168,47 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+@dataclass
+class Shared:
+    """What all blocks of a forward pass use, each None where the configuration has no need of it."""
+    cos_sin: tuple | None = None  # of the positions' angles, for rope
+    bias: torch.Tensor | None = None  # (nh, T, T so far), added to the attention's scores, for alibi
+    embedding: torch.Tensor | None = None  # (B, T, C), what the first block gets, for residual_scale
+    first_v: torch.Tensor | None = None  # (B, n_kv_head, T, hs), the first block's, for value_residual
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to oneself and the past (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.n_head = config.n_head
+        hs, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+        self.heads = (config.n_head, n_kv_head, n_kv_head)  # of queries, keys and values
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.heads) * hs, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.qk_norm = config.qk_norm
+        # Zhou et al. 2024, "Value Residual Learning"
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and layer else None
 
-    def forward(self, x, cache=None):
+    def forward(self, x, shared, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3 nh, T, hs)
-        q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)  # (B, heads, T, hs)
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, t.shape[-1:]) for t in (q, k))
+        if shared.cos_sin is not None:
+            q, k = rotate(q, *shared.cos_sin), rotate(k, *shared.cos_sin)
+        if self.value_mix is None:
+            shared.first_v = v
+        else:
+            v = self.value_mix[0] * v + self.value_mix[1] * shared.first_v
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, T so far, hs)
+            k, v = cache.append(k, v)  # (B, n_kv_head, T so far, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, shared.bias, dropout, shared.bias is None and T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -122,6 +222,7 @@ class KVCache:
     def __init__(self, n_positions):
         self.n_positions = n_positions
         self.length = 0
+        self.last_ids = None  # (B, ngram - 1), in the first layer's only: what GPT.embed_ngrams needs
 
     def append(self, k, v):
         """k, v: (B, nh, T, hs) -> all so far, (B, nh, length, hs)"""
@@ -136,6 +237,8 @@ class KVCache:
     def repeat(self, n):
         """Each row n times, for n continuations of one prompt."""
         self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
+        if self.last_ids is not None:
+            self.last_ids = self.last_ids.repeat_interleave(n, dim=0)
 
 
 class MLP(nn.Module):
@@ -143,8 +246,11 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        hidden = 4 * config.n_embd
+        if config.activation == 'swiglu':  # three matrices instead of two, so two thirds as wide
+            hidden = -(-2 * hidden // 3 // 64) * 64
+        self.c_fc = Linear(config.n_embd, hidden * (1 + (config.activation == 'swiglu')), bias=config.bias)
+        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
@@ -154,15 +260,18 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_1 = NORMS[config.norm](config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
+        self.residual_scale = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scale else None
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, shared, cache=None):
+        if self.residual_scale is not None:
+            x = self.residual_scale[0] * x + self.residual_scale[1] * shared.embedding
+        x = x + self.attn(self.ln_1(x), shared, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -174,30 +283,37 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # for training: keep the blocks' inputs only (Chen et al. 2016)
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd) if config.pos_emb == 'learned' else None,
+            'wne': nn.Embedding(config.ngram_rows, config.n_embd) if config.ngram > 1 else None,
             'drop': nn.Dropout(config.dropout),
-            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            'ln_f': LayerNorm(config),
+            'h': nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            'ln_f': NORMS[config.norm](config),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight  # Press & Wolf 2017
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation.
+        """Normal weights, biases 0, normalisations' weights 1. Standard deviations:
 
-            embeddings, linear layers          normal, std 0.02
-            projections into the residual      normal, std 0.02 / sqrt(2 n_layer), as 2 n_layer of them add up
-            biases                             0
-            normalisations                     weight 1, bias 0
+            init         embeddings   linear layers       projections into the residual (2 n_layer of them)
+            gpt2         0.02         0.02                0.02 / sqrt(2 n_layer)
+            fan_in       0.02         1 / sqrt(inputs)    1 / sqrt(inputs) / sqrt(2 n_layer)
+            zero_proj    0.02         1 / sqrt(inputs)    0
         """
+        init, depth = self.config.init, math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() < 2:
-                p.fill_(float('ln_' in name and name.endswith('weight')))
-            else:
-                scale = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
-                p.normal_(std=0.02 / scale)
+            if p.dim() == 2:
+                std = 0.02 if init == 'gpt2' or name.startswith('transformer.w') else p.shape[1] ** -0.5
+                if name.endswith('c_proj.weight'):
+                    std = 0.0 if init == 'zero_proj' else std / depth
+                p.normal_(std=std)
+            elif 'ln_' in name and name.endswith('weight'):
+                p.fill_(1.0)
+            elif name.endswith('bias'):
+                p.zero_()
 
     def forward(self, idx, targets=None, caches=None, return_logits=True):
         """idx, targets: (B, T) int64; a target of -1 counts for nothing.
@@ -210,20 +326,53 @@ class GPT(nn.Module):
         end, most = start + idx.shape[1], self.config.block_size
         assert end <= most, f'{end} positions, but block_size is {most}'
         positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.pos_emb == 'learned':
+            x = x + self.transformer.wpe(positions)
+        if self.config.ngram > 1:
+            x = x + self.embed_ngrams(idx, caches and caches[0])
+        x = self.transformer.drop(x)
+        shared = Shared(embedding=x)
+        if self.config.pos_emb == 'rope':
+            shared.cos_sin = rotation(positions, self.config.n_embd // self.config.n_head)
+        elif self.config.pos_emb == 'alibi':
+            shared.bias = alibi_bias(positions, end, self.config.n_head).to(x.dtype)
         for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, shared, use_reentrant=False)
             else:
-                x = block(x, caches[i] if caches else None)
+                x = block(x, shared, caches[i] if caches else None)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            return self.softcap(self.lm_head(x[:, -1:])), None
         if not return_logits and not torch.compiler.is_compiling():  # a compiler fuses the two by itself
             x, targets = x.flatten(0, 1), targets.flatten()
-            return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
-        logits = self.lm_head(x)  # (B, T, V)
+            return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled(),
+                                                  self.config.logit_softcap)
+        logits = self.softcap(self.lm_head(x))  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def embed_ngrams(self, idx, cache):
+        """Embeddings of each position's last 2 to `ngram` tokens, added up: idx (B, T) -> (B, T, C).
+
+        An n-gram's row is a hash of it, so that rare ones share rows (Huang et al. 2025, "Over-Tokenized
+        Transformer"). Before the window's first token there is token -1.
+        """
+        n_before, T = self.config.ngram - 1, idx.shape[1]
+        before = cache.last_ids if cache and cache.length else idx.new_full((len(idx), n_before), -1)
+        ids = torch.cat((before, idx), dim=1)  # (B, n_before + T)
+        if cache:
+            cache.last_ids = ids[:, T:]
+        x, key = 0, idx
+        for n in range(1, n_before + 1):
+            key = key * (self.config.vocab_size + 1) + ids[:, n_before - n:n_before - n + T] + 1
+            x = x + self.transformer.wne((key * 2654435761 >> 15) % self.config.ngram_rows)
+        return x
+
+    def softcap(self, logits):
+        """Logits between -cap and cap, as in Gemma 2 (2024, section 2)."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1,
@@ -262,16 +411,17 @@ class GPT(nn.Module):
         """Forget the positions from block_size on, to train or run a model on shorter windows."""
         assert block_size <= self.config.block_size, f'{block_size} > {self.config.block_size}'
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
+        if self.config.pos_emb == 'learned':
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; the position embeddings aside by default, as GPT sizes are quoted.
-
-        The token embeddings count: tied, they are the output layer's weights.
-        """
+        """Number of parameters; by default, as GPT sizes are quoted, without the tables that are only looked
+        up: positions, n-grams, and token embeddings, unless these are the output layer's weights too."""
         count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+        t = self.transformer
+        tables = (t.wpe, t.wne, None if self.config.tie_weights else t.wte)
+        return count - sum(e.weight.numel() for e in tables if e is not None) * non_embedding
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Share of `peak_flops` (default: an A100's, bfloat16) used by an iteration of `dt` seconds that
@@ -283,14 +433,26 @@ class GPT(nn.Module):
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
         """AdamW in two groups, in `named_parameters` order: matrices and embeddings, which are decayed,
-        then biases and normalisation weights, which are not."""
+        then biases and normalisation weights, which are not.
+
+        muon: arguments of a third group, for optim.Muon: the matrices of the blocks.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
+        fused = device_type in ('cuda', 'cpu', 'mps')
+        if muon is not None:
+            blocks = [(n, p) for n, p in self.transformer.h.named_parameters() if p.dim() == 2]
+            parts = [[h * self.config.n_embd // self.config.n_head for h in self.transformer.h[0].attn.heads]
+                     if 'c_attn' in n else [p.shape[0]] for n, p in blocks]
+            ids = {id(p) for _, p in blocks}
+            params = [p for p in params if id(p) not in ids]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = device_type in ('cuda', 'cpu', 'mps')
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        if muon is not None:
+            blocks = {'params': [p for _, p in blocks], 'parts': parts, **muon}
+            return Muon(groups, [blocks], learning_rate, betas, fused)
+        return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -323,8 +485,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     CHUNK = 1 << 24  # logits in memory at a time
 
     @staticmethod
-    def forward(ctx, x, w, targets, with_grad):
-        """x: (N, C), w: (V, C), targets: (N,) with -1 for none -> mean loss in nats"""
+    def forward(ctx, x, w, targets, with_grad, cap=0.0):
+        """x: (N, C), w: (V, C), targets: (N,) with -1 for none; cap: see GPT.softcap -> mean loss in nats"""
         rows = max(1, LinearCrossEntropy.CHUNK // w.shape[0])
         exact = torch.promote_types(x.dtype, torch.float32)  # for sums, where autocast multiplies in 16 bits
         kept = targets != -1
@@ -333,12 +495,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = (torch.zeros_like(x), torch.zeros_like(w)) if with_grad else (None, None)
         for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits = (x[at] @ w.T).to(exact)  # (rows, V)
+            capped = logits.div_(cap).tanh_().mul_(cap) / cap if cap else None
             target = targets[at].clamp(min=0)[:, None]
             log_sum = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((log_sum - logits.gather(1, target))[:, 0] * weight[at]).sum()
             if with_grad:
                 p = logits.sub_(log_sum).exp_()
                 p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
+                if cap:
+                    p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
                 dx[at] = p @ w
                 if torch.is_autocast_enabled(x.device.type):
                     dw += p.T @ x[at]
@@ -350,7 +515,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None
 
 
 def draw(logits, temperature, top_k):

@@ -13,7 +13,6 @@ Every setting below can be given in a config file or as --key=value; --help list
 import itertools
 import math
 import os
-import secrets
 import statistics
 import time
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from configurator import configure
 from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, fingerprint, open_split, prefetch,
                      read_meta, read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
+from optim import SCHEDULES
 from runlog import RunLog, Wandb
 from runtime import print0
 
@@ -60,7 +60,25 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more where the data is seen many times
 bias = False  # biases in the linear and normalisation layers
-# AdamW
+# model, beyond GPT-2 (model.py has the sources)
+activation = 'gelu'  # gelu, gelu_tanh, relu2, swiglu
+pos_emb = 'learned'  # learned, rope, alibi, none
+norm = 'layernorm'  # layernorm, rmsnorm
+qk_norm = False  # queries and keys normalised
+tie_weights = True  # one matrix for the token embedding and the output layer
+value_residual = False  # layers mix their values with the first layer's
+residual_scale = False  # learned weights of the residual stream and the embedding
+logit_softcap = 0.0  # logits between -cap and cap; 0: unlimited
+n_kv_head = 0  # heads of keys and values; 0: n_head
+ngram = 1  # embeddings of the last 2 to this many tokens; 1: none
+ngram_rows = 16384  # of the table of these
+init = 'gpt2'  # gpt2, fan_in, zero_proj
+# optimizer
+optimizer = 'adamw'  # adamw, muon (the blocks' matrices; AdamW for all else)
+muon_lr = 0.02  # of Muon, where learning_rate is AdamW's
+muon_weight_decay = 0.0
+muon_momentum = 0.95
+muon_ns_steps = 5  # Newton-Schulz iterations
 learning_rate = 6e-4  # the highest, after the warm-up
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
@@ -70,6 +88,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
+lr_schedule = 'cosine'  # cosine, linear, wsd, constant
 warmup_iters = 2000
 lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
@@ -84,6 +103,8 @@ peak_flops = 0.0  # FLOP/s of one device, which mfu is a share of; 0: looked up 
 seed = 1337
 
 config = configure(globals())
+OPTIONS = ('activation', 'pos_emb', 'norm', 'qk_norm', 'tie_weights', 'value_residual', 'residual_scale',
+           'logit_softcap', 'n_kv_head', 'ngram', 'ngram_rows', 'init')  # of the model, beyond GPT-2
 
 # ---------------------------------------------------------------------------- machine, data
 
@@ -133,7 +154,8 @@ if state:
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
         raise ValueError(f'{out_dir} was trained with another tokenizer than that of {data_dir}')
 elif init_from in ('scratch', 'auto'):
-    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias)
+    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias,
+                             **{k: config[k] for k in OPTIONS})
 else:
     model = GPT.from_pretrained(init_from, {'dropout': dropout})
     model_config = model.config
@@ -161,8 +183,10 @@ model.to(run.device)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device_type)
-for name, group in zip(('decayed', 'non-decayed'), optimizer.param_groups, strict=True):
+muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': muon_weight_decay, 'momentum': muon_momentum,
+        'ns_steps': muon_ns_steps} if optimizer == 'muon' else None
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device_type, muon)
+for name, group in zip(('decayed', 'non-decayed', 'Muon'), optimizer.param_groups):
     count = sum(p.numel() for p in group['params'])
     print0(f'num {name} parameter tensors: {len(group["params"])}, with {count:,} parameters')
 scaler = run.grad_scaler()
@@ -171,7 +195,7 @@ scaler = run.grad_scaler()
 iter_num, best_val_loss = 0, math.inf
 seconds = 0.0  # of training, evaluations and saving aside
 n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
-wandb_id = secrets.token_hex(4)
+wandb_id = os.urandom(4).hex()
 if state:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
@@ -233,7 +257,7 @@ def get_lr(it):
     if it > lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)  # 0 to 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    return min_lr + SCHEDULES[lr_schedule](progress) * (learning_rate - min_lr)
 
 
 def save(name, keep=None, with_optimizer=True):
@@ -241,9 +265,10 @@ def save(name, keep=None, with_optimizer=True):
     the run: returns False where the file could not be written."""
     if not run.is_master:
         return True
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise FloatingPointError(f'iteration {iter_num}: a parameter is not finite, so nothing was saved. '
-                                 f'{last_state()}')
+    buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
+    if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
+        raise FloatingPointError(f'iteration {iter_num}: the weights or the optimizer\'s buffers are not finite, '
+                                 f'so nothing was saved. {last_state()}')
     state = {
         'model': model.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -315,7 +340,7 @@ while iter_num <= max_iters:
         break
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_scale', 1.0)
 
     # evaluation and saving, before the update; their time doesn't count
     evaluating = iter_num % eval_interval == 0 or iter_num == max_iters

@@ -1,0 +1,127 @@
+"""optim.py: Muon against its definition and PyTorch's own, schedules."""
+
+import os
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import SCHEDULES, Muon, newton_schulz, orthogonalize
+
+TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'bias': False}
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)])
+def test_an_update_s_singular_values_are_near_1(shape):
+    x = torch.randn(5, *shape)
+    values = torch.linalg.svdvals(newton_schulz(x, 5))
+    assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.65
+
+
+def test_an_update_keeps_the_singular_vectors():
+    x = torch.randn(24, 16)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inside = u.T @ newton_schulz(x[None], 5)[0] @ vh.T
+    assert (inside - torch.diag(inside.diag())).abs().max() < 1e-4 and inside.diag().min() > 0.3
+
+
+def test_matrices_of_many_shapes_come_back_in_order():
+    matrices = [torch.randn(s) for s in ((8, 8), (32, 8), (8, 8), (8, 32))]
+    for m, update in zip(matrices, orthogonalize(matrices, 5), strict=True):
+        assert update.shape == m.shape
+        alone = newton_schulz(m[None], 5)[0] * max(1, m.shape[0] / m.shape[1]) ** 0.5
+        torch.testing.assert_close(update, alone, rtol=0, atol=1e-5)
+
+
+def test_muon_equals_pytorch_s(monkeypatch):
+    """Whose Newton-Schulz iteration works in bfloat16, but for this test."""
+    monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.clone)
+    ours, theirs = (torch.nn.Parameter(torch.eye(16, 8)) for _ in range(2))
+    a = Muon([], [{'params': [ours], 'parts': [[16]], 'weight_decay': 0.1}], lr=0.1, betas=(0.9, 0.95),
+             fused=True, momentum_warmup=0)
+    b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
+    for _ in range(4):
+        grad = torch.randn(16, 8)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step(), b.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours - torch.eye(16, 8)).abs().max() > 0.1
+
+
+def muon_of(model, **changes):
+    muon = {'weight_decay': 0.0, 'lr_scale': 1.0} | changes
+    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', muon)
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
+    model = GPT(GPTConfig(**TINY))
+    optimizer = muon_of(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, others, matrices = ({names[id(p)] for p in g['params']} for g in optimizer.param_groups)
+    assert decayed == {'transformer.wte.weight', 'transformer.wpe.weight'}
+    assert all('ln_' in n for n in others)
+    assert matrices == {f'transformer.h.{i}.{n}.weight' for i in range(2) for n in
+                        ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
+    group = optimizer.param_groups[2]
+    parts = dict(zip((names[id(p)] for p in group['params']), group['parts']))
+    assert parts['transformer.h.0.attn.c_attn.weight'] == [32, 32, 32]
+    assert parts['transformer.h.0.mlp.c_fc.weight'] == [128]
+
+
+def test_q_k_and_v_are_orthogonalised_apart():
+    p = torch.nn.Parameter(torch.zeros(24, 8))
+    optimizer = Muon([], [{'params': [p], 'parts': [[8, 8, 8]], 'weight_decay': 0.0}], 1.0, (0.9, 0.95), True)
+    p.grad = torch.randn(24, 8) * torch.tensor([1.0] * 8 + [100.0] * 8 + [0.01] * 8)[:, None]
+    optimizer.step()
+    for part in p.detach().split(8):
+        values = torch.linalg.svdvals(part)
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY))
+    optimizer, idx = muon_of(model), torch.randint(64, (2, 32))
+    for bad in (False, True, False):
+        before = [p.detach().clone() for p in model.parameters()]
+        model(idx, idx)[1].backward()
+        if bad:
+            next(model.parameters()).grad[0, 0] = float('nan')
+            model.transformer.h[0].attn.c_attn.weight.grad[3, 3] = float('inf')
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        optimizer.zero_grad()
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(same) if bad else not any(same)
+    assert all(b.isfinite().all() for s in optimizer.state.values() for b in s.values())
+
+
+def worker(rank, world_size, port, path):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=world_size)
+    torch.manual_seed(3)
+    matrices = [torch.randn(s) for s in ((8, 8), (32, 8), (8, 8), (8, 8), (8, 32))]
+    torch.save(orthogonalize(matrices, 5), f'{path}/{rank}')
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_share_the_work_get_the_same_updates(tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (3, port, str(tmp_path)), nprocs=3)
+    torch.manual_seed(3)
+    alone = orthogonalize([torch.randn(s) for s in ((8, 8), (32, 8), (8, 8), (8, 8), (8, 32))], 5)
+    for rank in range(3):
+        for a, b in zip(alone, torch.load(tmp_path / str(rank)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_schedules_go_from_1_to_0():
+    for name, shape in SCHEDULES.items():
+        points = [shape(i / 20) for i in range(21)]
+        assert points[0] == 1 and points == sorted(points, reverse=True)
+        assert points[-1] == pytest.approx(0 if name != 'constant' else 1)
+    assert SCHEDULES['wsd'](0.79) == 1 and SCHEDULES['wsd'](0.9) == pytest.approx(0.5)
+    assert SCHEDULES['cosine'](0.5) == pytest.approx(0.5)
