@@ -138,7 +138,7 @@ def load_state():
         raise next(iter(damaged.values()), None) or FileNotFoundError(
             f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
     for bad, error in damaged.items():
-        print0(f'{error}; set aside as {checkpoint.set_aside(bad)}')
+        print0(error if dry_run else f'{error}; set aside as {checkpoint.set_aside(bad)}')
     path = run.broadcast(path and str(path))
     if path is None:
         return None
@@ -267,7 +267,7 @@ def save(name, keep=None, with_optimizer=True):
         return True
     buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
     if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
-        raise FloatingPointError(f'iteration {iter_num}: the weights or the optimizer\'s buffers are not finite, '
+        raise FloatingPointError(f'iteration {iter_num}: weights or optimizer buffers are not finite, '
                                  f'so nothing was saved. {last_state()}')
     state = {
         'model': model.state_dict(),
@@ -418,16 +418,17 @@ while iter_num <= max_iters:
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
-if dry_run:
+if dry_run and times:
     iterations = range(first_iter, max_iters + 1)
     n_batches = sum(len(eval_windows(len(v), block_size, batch_size, eval_iters)) for v in data.values())
     n_evals = sum(i % eval_interval == 0 or i == max_iters for i in iterations)
     print0('time    ' + plan.time_needed(statistics.median(times[2:] or times), len(iterations), n_evals,
                                          n_batches / run.world_size, micro_steps))
-elif not eval_only:
+elif not (dry_run or eval_only):
     stop_if_not_finite()
-    if iter_num > saved_iter and (checkpoint_interval or stopped):
-        save('latest.pt', keep='previous.pt')
+    wanted = iter_num > saved_iter and (checkpoint_interval or stopped)
+    if wanted and not save('latest.pt', keep='previous.pt'):
+        raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
     if stopped:
         print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 wandb.call('finish')

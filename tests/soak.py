@@ -93,7 +93,8 @@ class Fault:
     @contextlib.contextmanager
     def __call__(self):
         import model
-        clip, step, forward = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step, model.GPT.forward
+        import optim
+        clip, step, forward = torch.nn.utils.clip_grad_norm_, optim.AdamW.step, model.GPT.forward
         clips, steps, forwards = itertools.count(1), itertools.count(1), itertools.count(1)
 
         def faulty_clip(parameters, *args):
@@ -121,7 +122,7 @@ class Fault:
 
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(mock.patch.multiple(torch.nn.utils, clip_grad_norm_=faulty_clip))
-            stack.enter_context(mock.patch.object(torch.optim.AdamW, 'step', faulty_step))
+            stack.enter_context(mock.patch.object(optim.AdamW, 'step', faulty_step))
             if self.kind in ('loss', 'sum'):
                 stack.enter_context(mock.patch.object(model.GPT, 'forward', faulty_forward))
             if self.lie:
