@@ -322,7 +322,7 @@ is_writing = run.is_master and not (eval_only or dry_run)
 if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
-    print0('to go on after a stop: the same command with --init_from=resume')
+    print0('to go on after a stop: the same command with --init_from=auto')
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num)
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if is_writing and wandb_log else None)
@@ -430,7 +430,7 @@ elif not (dry_run or eval_only):
     if wanted and not save('latest.pt', keep='previous.pt'):
         raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
     if stopped:
-        print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
+        print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
 wandb.call('finish')
 log.close()
 run.stop()

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,12 +72,15 @@ def train(tmp_path, char_data, monkeypatch, capsys):
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
         argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args]
         monkeypatch.setattr(sys, 'argv', argv)
-        hook = sys.excepthook
+        hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
         try:
             script = runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
         finally:
             sys.excepthook = hook
+            signal.set_wakeup_fd(-1)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return script | {'log': capsys.readouterr().out}
     return run
 

@@ -117,7 +117,7 @@ def test_skipped_update_changes_no_parameter(train, monkeypatch):
 def test_two_signals_at_once_are_one_and_the_run_is_saved(train, tmp_path, at_iteration):
     at_iteration(3, lambda: (stop(), stop()))
     log = train('--max_iters=9')['log']
-    assert 'stopped at iteration 4; to go on: the same command with --init_from=resume' in log
+    assert 'stopped at iteration 4; to go on: the same command with --init_from=auto' in log
     assert list(losses(log)) == [0, 1, 2, 3]
     assert checkpoint.load(tmp_path / 'out/latest.pt')['iter_num'] == 4
 
