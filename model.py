@@ -11,7 +11,9 @@ learned positions, pre-norm blocks, tied embeddings. Shapes below are written wi
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ CHOICES = {
     'activation': tuple(ACTIVATIONS),
     'pos_emb': ('learned', 'rope', 'alibi', 'none'),
     'norm': ('layernorm', 'rmsnorm'),
+    'pa_norm': ('length', 'block_size', 'none'),
     'init': ('gpt2', 'fan_in', 'zero_proj'),
 }
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M
@@ -72,6 +75,8 @@ class GPTConfig:
     ngram: int = 1  # embeddings of the last 2 to `ngram` tokens together; 1: none
     ngram_rows: int = 16384  # of the table of these, which they are hashed into
     init: str = 'gpt2'  # gpt2, fan_in, zero_proj: see GPT.init_weights
+    attn_type: str = 'SM'  # SM, GK, GKpoly-n, PA_f: see attention
+    pa_norm: str = 'length'  # what PA_f is divided by: tokens so far (length), block_size, or none
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'):
@@ -89,6 +94,9 @@ class GPTConfig:
         if self.pos_emb == 'rope' and (self.n_embd // self.n_head) % 2:
             raise ValueError(f'pos_emb=rope turns pairs of channels: n_embd / n_head = '
                              f'{self.n_embd // self.n_head} must be even')
+        self.attn_type = canonical_attn_type(self.attn_type)
+        if self.pos_emb == 'alibi' and self.attn_type != 'SM':
+            raise ValueError(f'pos_emb=alibi biases a softmax, which attn_type={self.attn_type} has none of')
         if self.logit_softcap < 0:
             raise ValueError(f'logit_softcap={self.logit_softcap} must not be negative')
 
@@ -157,6 +165,148 @@ def alibi_bias(positions, n_keys, nh):
     return bias.masked_fill(distance < 0, -math.inf)
 
 
+# Attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T so far, hs) -> y: (B, nh, T, hs)
+
+def softmax_attention(q, k, v, dropout=0.0, bias=None):
+    """softmax(q k^T / sqrt(hs) + bias) v, over the keys up to each query."""
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, bias is None and q.shape[2] > 1,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def gaussian_attention(q, k, v, dropout=0.0, bias=None):
+    """exp(-|q - k|^2 / (2 sqrt(hs))) v, weights that aren't normalised, without a T x T matrix.
+
+    A softmax over the same exponents and one of 0, whose share is 1 / (1 + their sum), is divided by that
+    share. For |q - k|^2 = |q|^2 + |k|^2 - 2 q.k the squares stand in further channels, as sums of three
+    numbers of q's type, which is as exact as float32. Dropout needs the weights themselves.
+    """
+    if dropout or q.shape[2] == 1:
+        return weighted_attention(q, k, v, dropout, weigh=gaussian)
+    if q.dtype == torch.float16:  # no room for squares
+        return gaussian_attention(q.float(), k.float(), v.float()).half()
+    hs = q.shape[-1]
+    q2, k2 = three_parts(half_square(q), q.dtype), three_parts(half_square(k), k.dtype)
+    q = torch.cat((q, torch.ones_like(q2), -q2), dim=-1)
+    k = torch.cat((k, -k2, torch.ones_like(k2)), dim=-1)
+    v = F.pad(v, (0, 6))
+    q, k, v = (F.pad(x, (0, -x.shape[-1] % 8, 1, 0)) for x in (q, k, v))  # a first key, with exponent 0
+    v[:, :, 0, hs] = 1.0
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
+                                       enable_gqa=q.shape[1] != k.shape[1])[:, :, 1:]
+    return y[..., :hs] / y[..., hs:hs + 1]
+
+
+def half_square(x):
+    """|x|^2 / 2, in float32 at least: (..., hs) -> (..., 1)"""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim=-1, keepdim=True) / 2
+
+
+def three_parts(x, dtype):
+    """Three numbers of a type that add up to x: (..., 1) -> (..., 3)"""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return torch.cat(parts, dim=-1)
+
+
+def weighted_attention(q, k, v, dropout=0.0, bias=None, *, weigh, rows=128):
+    """weigh(q, k, t) v, where t are the queries' positions, (n, 1). Some rows at a time, whose weights are
+    computed again for the gradient, so that memory grows with T and not with its square."""
+    n_shared, n_before = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    if n_shared > 1:
+        k, v = k.repeat_interleave(n_shared, dim=1), v.repeat_interleave(n_shared, dim=1)
+    if q.shape[2] <= rows:
+        return weigh_rows(q, k, v, dropout, weigh)
+    return torch.cat([checkpoint(weigh_rows, q[:, :, i:i + rows], k[:, :, :n_before + i + rows],
+                                 v[:, :, :n_before + i + rows], dropout, weigh, use_reentrant=False)
+                      for i in range(0, q.shape[2], rows)], dim=2)
+
+
+def weigh_rows(q, k, v, dropout, weigh):
+    """The last queries' part of weighted_attention: q: (B, nh, n, hs) -> (B, nh, n, hs)"""
+    n, n_keys = q.shape[2], k.shape[2]
+    t = torch.arange(n_keys - n, n_keys, device=q.device)[:, None]  # (n, 1)
+    to_come = torch.arange(n_keys, device=q.device) > t  # (n, n_keys)
+    weights = weigh(q, k, t).masked_fill(to_come, 0.0)  # (B, nh, n, n_keys)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+def gaussian_exponent(q, k):
+    """-|q - k|^2 / (2 sqrt(hs)), never above 0, in float32 at least: (B, nh, n, n_keys)"""
+    with torch.autocast(q.device.type, enabled=False):
+        q2, k2 = half_square(q), half_square(k)
+        x = q.to(q2.dtype) @ k.to(q2.dtype).mT - q2 - k2.mT
+    return x.clamp(max=0.0) * q.shape[-1] ** -0.5
+
+
+def gaussian(q, k, t):
+    return gaussian_exponent(q, k).exp()
+
+
+def gaussian_poly(q, k, t, n):
+    """(1 + x / 2^n)^(2^n), by n squarings, which tends to exp(x). Below x = -2^n it rises again."""
+    weights = 1 + gaussian_exponent(q, k) / 2 ** n
+    for _ in range(n):
+        weights = weights.square()
+    return weights
+
+
+def pointwise(q, k, t, f, length):
+    """f(q.k / sqrt(hs)) / length, which is t + 1 where it is given as None."""
+    return f(q @ k.mT * q.shape[-1] ** -0.5) / (t + 1 if length is None else length)
+
+
+POINTWISE = {'gelu': F.gelu, 'relu': F.relu, 'sigmoid': torch.sigmoid, 'square': torch.square,
+             'relu-square': relu2}
+
+
+def pointwise_function(name):
+    """An entry of POINTWISE or a function of torch.nn.functional by its name, None if there is no such one
+    or it isn't one number's function of one number."""
+    f = POINTWISE.get(name, getattr(F, name, None))
+    x = torch.linspace(-20, 20, 9)
+    try:
+        y = f(x)
+        return f if torch.equal(y, torch.stack([f(number) for number in x])) and y.isfinite().all() else None
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return None
+
+
+def canonical_attn_type(name):
+    """The name as it is stored, from any case: SM, GK, GKpoly-8, PA_relu. Raises ValueError for another."""
+    lower = name.lower()
+    if lower in ('sm', 'gk'):
+        return lower.upper()
+    if re.fullmatch(r'gkpoly-([0-9]|1[0-9]|20)', lower):
+        return 'GKpoly' + lower[6:]
+    if lower.startswith('pa_') and pointwise_function(lower[3:]):
+        return 'PA' + lower[2:]
+    raise ValueError(f'attn_type={name} is not one of SM, GK, GKpoly-n (n from 0 to 20), PA_'
+                     f'{", PA_".join(POINTWISE)}, or PA_f of an activation f of torch.nn.functional')
+
+
+def attention(config):
+    """The function for config.attn_type: the weights of the past tokens by
+
+        SM        a softmax of q.k / sqrt(hs) (Vaswani et al. 2017, eq. 1)
+        GK        a Gaussian kernel, exp(-|q - k|^2 / (2 sqrt(hs)))
+        GKpoly-n  that exponential's polynomial (1 + x / 2^n)^(2^n)
+        PA_f      f(q.k / sqrt(hs)) / length, by default the number of tokens so far, so that nothing of a
+                  token's output depends on how many come after it
+    """
+    kind, _, n = config.attn_type.partition('-')
+    if kind == 'SM':
+        return softmax_attention
+    if kind == 'GK':
+        return gaussian_attention
+    if kind == 'GKpoly':
+        return partial(weighted_attention, weigh=partial(gaussian_poly, n=int(n)))
+    length = {'length': None, 'block_size': config.block_size, 'none': 1}[config.pa_norm]
+    f = pointwise_function(config.attn_type.removeprefix('PA_'))
+    return partial(weighted_attention, weigh=partial(pointwise, f=f, length=length))
+
+
 class Linear(nn.Linear):
     """nn.Linear; without gradients on a CPU it is computed by oneDNN, which uses all cores for the few rows
     of a decoding step, where the default library uses one."""
@@ -189,6 +339,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.qk_norm = config.qk_norm
+        self.attend = attention(config)
         # Zhou et al. 2024, "Value Residual Learning"
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and layer else None
 
@@ -206,9 +357,7 @@ class CausalSelfAttention(nn.Module):
             v = self.value_mix[0] * v + self.value_mix[1] * shared.first_v
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv_head, T so far, hs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, shared.bias, dropout, shared.bias is None and T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, nh, T, hs)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, shared.bias)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -411,6 +560,8 @@ class GPT(nn.Module):
         """Forget the positions from block_size on, to train or run a model on shorter windows."""
         assert block_size <= self.config.block_size, f'{block_size} > {self.config.block_size}'
         self.config.block_size = block_size
+        for block in self.transformer.h:
+            block.attn.attend = attention(self.config)
         if self.config.pos_emb == 'learned':
             self.transformer.wpe = nn.Embedding.from_pretrained(
                 self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
