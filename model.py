@@ -14,14 +14,13 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dataset import go_offline_if_cut_off
+from huggingface import load_gpt2
 from optim import AdamW, Muon
 
 def relu2(x):
@@ -48,7 +47,6 @@ CHOICES = {
     'pa_norm': ('length', 'block_size', 'none'),
     'init': ('gpt2', 'fan_in', 'zero_proj'),
 }
-GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 
@@ -609,21 +607,16 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type, override_args=None):
         """A GPT with the weights of a Hugging Face GPT-2.
 
-        model_type: one of GPT2_SIZES (from the hub or its local cache) or a folder with a GPT-2's
+        model_type: one of huggingface.GPT2_SIZES (from the hub or its local cache) or a folder with a GPT-2's
         config.json and weights, of any size. override_args: {'dropout': p}.
         Raises ValueError where the weights are no GPT-2's, FileNotFoundError where they can't be had.
         """
         unknown = set(override_args or {}) - {'dropout'}
         if unknown:
             raise ValueError(f'only dropout can be overridden here, not {", ".join(unknown)}')
-        theirs = load_transformers_gpt2(model_type)
-        model = cls(GPTConfig(**gpt2_args(theirs.config, model_type) | (override_args or {})))
-        weights = model.state_dict()
-        for name, tensor in theirs.state_dict().items():
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks of older versions
-                continue
-            is_conv1d = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # stored (in, out)
-            weights[name].copy_(tensor.T if is_conv1d else tensor)
+        args, weights = load_gpt2(model_type)
+        model = cls(GPTConfig(**args | (override_args or {})))
+        model.load_state_dict(weights)
         return model
 
 
@@ -683,36 +676,3 @@ def draw(logits, temperature, top_k):
         logits = logits.masked_fill(logits < floor, -math.inf)
     exponential = torch.empty_like(logits).exponential_().clamp_min_(1e-20)
     return (logits - exponential.log()).argmax(dim=-1, keepdim=True)
-
-
-def load_transformers_gpt2(model_type):
-    """The transformers model, from a folder, the hub or, without a network, the hub's local cache."""
-    if model_type not in GPT2_SIZES and not Path(model_type, 'config.json').is_file():
-        raise FileNotFoundError(f'{model_type} is neither one of {", ".join(GPT2_SIZES)} nor a folder with '
-                                'a Hugging Face config.json')
-    go_offline_if_cut_off()
-    from transformers import GPT2LMHeadModel, logging
-    logging.set_verbosity_error()
-    try:
-        return GPT2LMHeadModel.from_pretrained(model_type)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f'no GPT-2 weights in {model_type}: {reason[:200]} Without a network, name a '
-                                'folder that holds them: --init_from=PATH') from None
-
-
-def gpt2_args(theirs, model_type):
-    """GPTConfig arguments of a transformers GPT2Config; ValueError where the maths would differ."""
-    activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-    needed = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
-              'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
-    wrong = [f'{k}={getattr(theirs, k)}' for k, v in needed.items() if getattr(theirs, k) != v]
-    if theirs.n_inner not in (None, 4 * theirs.n_embd):
-        wrong.append(f'n_inner={theirs.n_inner}')
-    if theirs.activation_function not in activations:
-        wrong.append(f'activation_function={theirs.activation_function}')
-    if wrong:
-        raise ValueError(f'{model_type} is not a GPT-2 that model.py computes: {", ".join(wrong)}')
-    return {'n_layer': theirs.n_layer, 'n_head': theirs.n_head, 'n_embd': theirs.n_embd,
-            'block_size': theirs.n_positions, 'vocab_size': theirs.vocab_size, 'bias': True,
-            'dropout': theirs.resid_pdrop, 'activation': activations[theirs.activation_function]}
