@@ -183,15 +183,16 @@ def gaussian_attention(q, k, v, dropout=0.0, bias=None):
         return weighted_attention(q, k, v, dropout, weigh=gaussian)
     if q.dtype == torch.float16:  # no room for squares
         return gaussian_attention(q.float(), k.float(), v.float()).half()
-    hs = q.shape[-1]
+    hs, q, k = q.shape[-1], q.to(v.dtype), k.to(v.dtype)
     q2, k2 = three_parts(half_square(q), q.dtype), three_parts(half_square(k), k.dtype)
     q = torch.cat((q, torch.ones_like(q2), -q2), dim=-1)
     k = torch.cat((k, -k2, torch.ones_like(k2)), dim=-1)
     v = F.pad(v, (0, 6))
     q, k, v = (F.pad(x, (0, -x.shape[-1] % 8, 1, 0)) for x in (q, k, v))  # a first key, with exponent 0
     v[:, :, 0, hs] = 1.0
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
-                                       enable_gqa=q.shape[1] != k.shape[1])[:, :, 1:]
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
+                                           enable_gqa=q.shape[1] != k.shape[1])[:, :, 1:]
     return y[..., :hs] / y[..., hs:hs + 1]
 
 
@@ -256,20 +257,9 @@ def pointwise(q, k, t, f, length):
     return f(q @ k.mT * q.shape[-1] ** -0.5) / (t + 1 if length is None else length)
 
 
-POINTWISE = {'gelu': F.gelu, 'relu': F.relu, 'sigmoid': torch.sigmoid, 'square': torch.square,
-             'relu-square': relu2}
-
-
-def pointwise_function(name):
-    """An entry of POINTWISE or a function of torch.nn.functional by its name, None if there is no such one
-    or it isn't one number's function of one number."""
-    f = POINTWISE.get(name, getattr(F, name, None))
-    x = torch.linspace(-20, 20, 9)
-    try:
-        y = f(x)
-        return f if torch.equal(y, torch.stack([f(number) for number in x])) and y.isfinite().all() else None
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return None
+POINTWISE = {'square': torch.square, 'relu-square': relu2} | {name: getattr(F, name) for name in (
+    'gelu', 'relu', 'sigmoid', 'tanh', 'silu', 'mish', 'softplus', 'softsign', 'elu', 'celu', 'selu', 'relu6',
+    'leaky_relu', 'logsigmoid', 'hardsigmoid', 'hardswish', 'hardtanh', 'tanhshrink')}
 
 
 def canonical_attn_type(name):
@@ -279,10 +269,10 @@ def canonical_attn_type(name):
         return lower.upper()
     if re.fullmatch(r'gkpoly-([0-9]|1[0-9]|20)', lower):
         return 'GKpoly' + lower[6:]
-    if lower.startswith('pa_') and pointwise_function(lower[3:]):
+    if lower.startswith('pa_') and lower[3:] in POINTWISE:
         return 'PA' + lower[2:]
     raise ValueError(f'attn_type={name} is not one of SM, GK, GKpoly-n (n from 0 to 20), PA_'
-                     f'{", PA_".join(POINTWISE)}, or PA_f of an activation f of torch.nn.functional')
+                     f'{", PA_".join(POINTWISE)}')
 
 
 def attention(config):
@@ -302,7 +292,7 @@ def attention(config):
     if kind == 'GKpoly':
         return partial(weighted_attention, weigh=partial(gaussian_poly, n=int(n)))
     length = {'length': None, 'block_size': config.block_size, 'none': 1}[config.pa_norm]
-    f = pointwise_function(config.attn_type.removeprefix('PA_'))
+    f = POINTWISE[config.attn_type.removeprefix('PA_')]
     return partial(weighted_attention, weigh=partial(pointwise, f=f, length=length))
 
 
@@ -557,12 +547,12 @@ class GPT(nn.Module):
         """A GPT with the weights of a Hugging Face GPT-2.
 
         model_type: one of huggingface.GPT2_SIZES (from the hub or its local cache) or a folder with a GPT-2's
-        config.json and weights, of any size. override_args: {'dropout': p}.
+        config.json and weights, of any size. override_args: dropout, attn_type, pa_norm.
         Raises ValueError where the weights are no GPT-2's, FileNotFoundError where they can't be had.
         """
-        unknown = set(override_args or {}) - {'dropout'}
+        unknown = set(override_args or {}) - {'dropout', 'attn_type', 'pa_norm'}
         if unknown:
-            raise ValueError(f'only dropout can be overridden here, not {", ".join(unknown)}')
+            raise ValueError(f'{", ".join(unknown)} cannot be overridden here')
         args, weights = load_gpt2(model_type)
         model = cls(GPTConfig(**args | (override_args or {})))
         model.load_state_dict(weights)
