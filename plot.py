@@ -5,7 +5,7 @@ Draw runs from the log.jsonl in their folders, as a picture, and as a sketch in 
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
-Nothing is smoothed: thin lines go through every logged value.
+Nothing is smoothed: thin lines go through every logged value. Only of clipped updates, means are drawn.
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ OF_LINES = {
     'lr': ('learning rate', 'linear'),
     'grad_norm': ('gradient norm, before clipping', 'log'),
     'tokens_per_s': ('throughput (tokens/s)', 'linear'),
-    'clipped': ('clipped updates, means of 50 parts', 'linear'),
+    'clipped': ('share of clipped updates, means of 50 parts', 'linear'),
 }
 OF_LAYERS = {
     'activation_rms': 'residual stream (RMS)',
@@ -81,7 +81,7 @@ def read_run(folder):
     a['tokens'] = np.where(np.isnan(a['tokens']), counted, a['tokens'])  # older logs don't count them
     evaluations = {k: column(evaluations, k) for k in ('iter', 'train_loss', 'val_loss', 'seconds', 'tokens')}
     layers = {k: [numbers(e['health'].get(k, ())) for e in measured] for k in OF_LAYERS}
-    return {'name': os.path.normpath(folder), 'lines': a, 'evaluations': evaluations,
+    return {'name': path.parent.resolve().name, 'lines': a, 'evaluations': evaluations,
             'health': {'iter': column(measured, 'iter')} | layers}
 
 
@@ -110,7 +110,7 @@ def progress(run, key, iterations):
 # ---------------------------------------------------------------------------- the picture
 
 def draw(runs, with_health):
-    """A matplotlib figure: loss three times, learning rate, gradient norm, throughput and, if wanted, health."""
+    """A matplotlib figure: loss three times, learning rate, gradient norm, throughput; health if wanted."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     rows = ['AAAABBBBCCCC', 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
     figure = Figure(figsize=(15, 4 * len(rows) + 1), layout='constrained')
@@ -130,7 +130,7 @@ def draw(runs, with_health):
     for panel, (key, title) in zip('HIJ' if with_health else '', OF_LAYERS.items()):
         draw_layers(panels[panel], runs, key)
         finish(panels[panel], title, 'iterations', 'log')
-        panels['H'].legend(fontsize='x-small')
+        panels['H'].legend(fontsize='x-small').set_in_layout(False)
     return figure
 
 
@@ -168,8 +168,8 @@ def finish(axis, title, unit, scale):
     axis.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     axis.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     axis.grid(alpha=0.3)
-    values = np.concatenate([[], *(line.get_ydata() for line in axis.lines)])
-    values = values[np.isfinite(values)]
+    points = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in axis.lines)])
+    values = points[np.isfinite(points).all(axis=1), 1]
     if len(values) == 0:
         axis.text(0.5, 0.5, 'not in the log', ha='center', transform=axis.transAxes)
     elif scale == 'linear':
@@ -202,12 +202,15 @@ def sketch(runs, width, height=16):
 
 
 runs = [read_run(folder) for folder in folders]
+if len({run['name'] for run in runs}) < len(runs):
+    runs = [run | {'name': os.path.normpath(folder)} for run, folder in zip(runs, folders)]
 output = output or os.path.join(folders[0], 'loss.png')
 if terminal:
     print(sketch(runs, shutil.get_terminal_size().columns))
 if importlib.util.find_spec('matplotlib'):
+    figure = draw(runs, health)
     with replacing(output) as temporary:
-        draw(runs, health).savefig(temporary, format='png', dpi=100)
+        figure.savefig(temporary, format='png', dpi=100)
     print(f'drawn to {output}')
 elif not terminal:
     raise ValueError('matplotlib is missing: pip install matplotlib, or --terminal=True for a sketch')
