@@ -242,7 +242,11 @@ class Drawing:
         print0(f'no pictures from here on: {reason}')
 
     def close(self, patience):
-        """Wait, `patience` seconds for a drawing, for that of the last evaluation; then it goes on alone."""
-        if not self.is_busy(patience) and self.is_late:
+        """Draw the last evaluation too, if it came too early; wait `patience` seconds, then let it go on."""
+        if self.is_late:
+            if self.is_busy():
+                self.process.kill()
+                self.process.communicate()
+                self.process = None
             self.start()
-            self.is_busy(patience)
+        self.is_busy(patience)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+Figure = pytest.importorskip('matplotlib.figure').Figure
+
 PER_ITER = 128  # tokens
 
 
@@ -39,8 +41,10 @@ def write(folder, lines):
 
 @pytest.fixture
 def plot(monkeypatch, capsys, tmp_path):
-    """Runs plot.py in this process; gives its globals, what it printed, and the axes by their titles."""
-    def run(*args):
+    """Runs plot.py in this process; gives its globals, what it printed, and the axes. Pixels on request."""
+    def run(*args, pixels=False):
+        if not pixels:
+            monkeypatch.setattr(Figure, 'savefig', lambda self, path, **more: path.write_bytes(b'no pixels'))
         monkeypatch.setattr(sys, 'argv', ['plot.py', *map(str, args)])
         hook = sys.excepthook
         try:
@@ -64,9 +68,10 @@ def same(a, b):
 
 # ---------------------------------------------------------------------------- the picture
 
+@pytest.mark.filterwarnings('error')
 def test_picture_is_in_the_first_folder(plot, tmp_path):
-    a, b = write(tmp_path / 'a', entries()), write(tmp_path / 'b', entries(last=10))
-    said = plot(a, b, '--health')['said']
+    a, b = write(tmp_path / 'a', entries()), write(tmp_path / 'run with a long name', entries(last=10))
+    said = plot(a, b, '--health', pixels=True)['said']
     data = (a / 'loss.png').read_bytes()
     width, height = struct.unpack('>II', data[16:24])
     assert data.startswith(b'\x89PNG') and width == 1500 and height > 1000
