@@ -121,12 +121,12 @@ class RunLog:
         self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, it stays open; unbuffered: a crash loses none
 
     def write(self, entry):
-        """entry: a dict of plain values, with the iteration as 'iter'; JSON has no nan, but null."""
+        """entry: a dict of plain values, with the iteration as 'iter'. JSON has no nan: such are left out."""
         self.write_measured()
         if self.wandb is not None:
             self.wandb.log(entry)
         if self.file is not None:
-            known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in entry.items()}
+            known = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
             self.waiting += json.dumps(known).encode() + b'\n'
             self.write_waiting()
 

@@ -209,12 +209,14 @@ scaler = run.grad_scaler()
 iter_num, best_val_loss = 0, math.inf
 seconds, n_tokens = 0.0, 0  # of training, evaluations and saving aside
 n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
+n_clipped = torch.zeros((), device=run.device)  # updates, since the last line of the log
 wandb_id = os.urandom(4).hex()
 if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
     n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)
     n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
+    n_clipped += state.get('n_clipped', 0)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
         checkpoint.load_optimizer(optimizer, state['optimizer'])
@@ -297,6 +299,7 @@ def save(name, keep=None, with_optimizer=True):
         'seconds': seconds,
         'n_tokens': n_tokens,
         'n_skipped': n_skipped,
+        'n_clipped': n_clipped.item(),
         'recent': recent,
         'wandb_id': wandb_id,
     }
@@ -350,7 +353,6 @@ if not eval_only:
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps)))
 mfu = float('nan')  # percent
-n_clipped = torch.zeros((), device=run.device)  # updates, since the last line
 first_bad = torch.full((), math.inf, device=run.device)  # the first iteration whose gradient was not finite
 stop, stopped = runtime.StopRequest(run), False
 clock, timed_iters, times = time.perf_counter(), 0, []
@@ -441,8 +443,8 @@ while iter_num <= max_iters:
         rate = gradient_accumulation_steps * batch_size * block_size / dt
         mfu = 100 * model.estimate_mfu(batch_size * micro_steps, dt, peak_flops or math.nan)
         entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
-                 'clipped': n_clipped.item() / timed_iters, 'seconds': seconds, 'tokens': n_tokens,
-                 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
+                 'clipped': n_clipped.item() / min(log_interval, iter_num + 1), 'seconds': seconds,
+                 'tokens': n_tokens, 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
         progress.show(entry)
         log.write(entry)
         n_clipped.zero_()

@@ -40,8 +40,9 @@ import checkpoint  # noqa: E402
 from dataset import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-TIMES = ('seconds', 'ms', 'tokens_per_s')  # of log.jsonl: these differ from run to run
-STATE = ('model', 'optimizer', 'iter_num', 'best_val_loss', 'n_skipped', 'recent', 'scaler', 'data')
+TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu')  # of log.jsonl: these differ from run to run
+STATE = ('model', 'optimizer', 'iter_num', 'best_val_loss', 'n_skipped', 'recent', 'scaler', 'data',
+         'n_tokens', 'n_clipped')
 
 
 # ---------------------------------------------------------------------------- runs
