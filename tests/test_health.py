@@ -14,12 +14,13 @@ import runtime
 from model import GPT, GPTConfig
 
 RUN = runtime.Runtime('cpu', 'float32', False, 'gloo')
-MODELS = ({}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 1}, {'pos_emb': 'alibi'},
-          {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'}, {'value_residual': True})
+MODELS = ({}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2},
+          {'pos_emb': 'alibi'}, {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'},
+          {'value_residual': True})
 
 
 def model_and_batch(dropout=0.5, **options):
-    model = GPT(GPTConfig(**TINY, dropout=dropout, **options))
+    model = GPT(GPTConfig(**TINY | {'dropout': dropout} | options))
     with torch.no_grad():  # away from the initial weights, for which all is small
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)

@@ -411,8 +411,8 @@ def test_log_of_a_resumed_run_has_each_step_once(train, tmp_path):
     entries = soak.read_log(tmp_path / 'out')
     assert [e['iter'] for e in entries if 'loss' in e] == [*range(10)]
     assert [e['iter'] for e in entries if 'val_loss' in e] == [0, 9]
-    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'seconds', 'ms',
-                                     'tokens_per_s'}
+    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'clipped', 'seconds',
+                                     'tokens', 'ms', 'tokens_per_s', 'mfu'}
 
 
 def test_training_time_goes_on_in_a_resumed_run(train, tmp_path):
