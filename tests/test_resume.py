@@ -22,6 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 EXACT = ('--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20', '--learning_rate=1e-2',
          '--always_save_checkpoint=False', '--dropout=0.2', '--gradient_accumulation_steps=4')
 
+RECIPE = ('--optimizer=muon', '--qk_norm', '--pos_emb=rope', '--sampler=epoch', '--batch_ramp_iters=12',
+          '--ema_decay=0.9')
+
 
 @pytest.fixture(autouse=True)
 def own_signals():
@@ -67,10 +70,11 @@ def stop():
 
 # ---------------------------------------------------------------------------- stopped and gone on with
 
-@pytest.mark.parametrize('n', [1, 2])
-def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, request, char_data, tmp_path):
+@pytest.mark.parametrize('n, recipe', [(1, ()), (2, ()), (1, RECIPE), (2, RECIPE)])
+def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, recipe, request, char_data,
+                                                                          tmp_path):
     ranks = request.getfixturevalue('one_rank' if n == 1 else 'two_ranks')
-    args = [*EXACT, f'--data_dir={char_data}']
+    args = [*EXACT, *recipe, f'--data_dir={char_data}']
     assert [r.error for r in ranks.train(*args, f'--out_dir={tmp_path / "whole"}')] == [None] * n
     for step in (1, 6, 20):
         out_dir = tmp_path / str(step)
