@@ -46,18 +46,18 @@ compile: bool | str = False  # torch.compile
 
 configure(globals())
 
-tasks = task.split(',')
-unknown = [t for t in tasks if t not in ('loss', *TASKS) and not t.startswith('lm_eval:')]
-if unknown:
-    raise ValueError(f'task={unknown[0]} is not one of loss, {", ".join(TASKS)}, lm_eval:NAME')
+lm_eval_tasks = [t.removeprefix('lm_eval:') for t in task.split(',') if t.startswith('lm_eval:')]
+own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
+if unknown := set(own_tasks) - {'loss', *TASKS}:
+    raise ValueError(f'task={", ".join(unknown)} is not one of loss, {", ".join(TASKS)}, lm_eval:NAME')
 if limit < 0 or batch_size < 1:
     raise ValueError('limit must be at least 0, batch_size at least 1')
 
 # ---------------------------------------------------------------------------- data, model
 
 items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].needed, limit)
-         for t in tasks if t in TASKS}
-if any(t.startswith('lm_eval:') for t in tasks):
+         for t in own_tasks if t in TASKS}
+if lm_eval_tasks:
     from harness import evaluate_with_lm_eval
 run = runtime.start(device, dtype, compile, seed=seed)
 state = {}
@@ -99,20 +99,13 @@ def loss_of_split(folder):
             'n': n_tokens}
 
 
-def evaluate(name):
-    """{task: {metric: value}} of one task, or of the group that a task of lm-eval may be."""
-    if name == 'loss':
-        return {name: loss_of_split(folder)}
-    if name in TASKS:
-        return {name: TASKS[name].measure(items[name], functools.partial(score_texts, *scorer))}
-    return evaluate_with_lm_eval(name.removeprefix('lm_eval:'), *scorer, limit)
-
-
 # ---------------------------------------------------------------------------- results
 
-results = {}
-for name in tasks:
-    results |= evaluate(name)
+score, results = functools.partial(score_texts, *scorer), {}
+for name in own_tasks:
+    results[name] = loss_of_split(folder) if name == 'loss' else TASKS[name].measure(items[name], score)
+if lm_eval_tasks:
+    results |= evaluate_with_lm_eval(lm_eval_tasks, *scorer, limit)
 rows = [('task', 'metric', 'value', 'n')]
 rows += [(name, metric, f'{value:.4f}', f'{metrics["n"]:,}') for name, metrics in results.items()
          for metric, value in metrics.items() if metric != 'n']

@@ -69,13 +69,14 @@ class HarnessModel(LM):
         return text[:min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
-def evaluate_with_lm_eval(name, model, tokenizer, run, batch_size, limit=0):
-    """{task: {metric: value}} of a task or a group of tasks."""
+def evaluate_with_lm_eval(names, model, tokenizer, run, batch_size, limit=0):
+    """{task: {metric: value}} of tasks and groups of tasks."""
     manager = TaskManager()
-    if not manager.match_tasks([name]):
-        raise ValueError(f'lm-eval has no task {name}; to see all: lm-eval ls tasks')
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(f'lm-eval has no task {", ".join(unknown)}; to see them all: lm-eval ls tasks')
     theirs = HarnessModel(model, tokenizer, run, batch_size)
-    found = simple_evaluate(theirs, tasks=[name], limit=limit or None, task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(theirs, tasks=names, limit=limit or None, task_manager=manager, bootstrap_iters=0)
     return {task: {key.removesuffix(',none'): value for key, value in metrics.items()
                    if isinstance(value, float) and '_stderr' not in key}
             | {'n': found['n-samples'].get(task, {}).get('effective', 0)}

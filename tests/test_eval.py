@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,18 +15,20 @@ from torch.nn import functional as F
 import checkpoint
 import runtime
 from benchmarks import encode_pair, read_items, score_ids
-from dataset import CharTokenizer, GPT2Tokenizer, open_split, read_tokenizer, write_dataset, write_text_dataset
+from dataset import (CharTokenizer, GPT2Tokenizer, open_split, read_tokenizer, write_dataset,
+                     write_text_dataset)
 from huggingface import write_tokenizer
 from model import GPT, GPTConfig
 
-PASSAGES = ['the old man walked down to the sea and looked at the', 'she said that she would never', 'Yes. "No," he',
-            'it was a', 'one two three four five six seven eight nine ten ' * 8 + 'and then', 'they ate the']
+PASSAGES = ['the old man walked down to the sea and looked at the', 'she said that she would', 'it was a',
+            'Yes. "No," he', 'one two three four five six seven eight nine ten ' * 8 + 'and', 'they ate the']
 HELLASWAG = [  # as in the published files; and the questions that they become
     ('Roof shingle removal', 'A man is sitting on a roof.', 'he',
      ['is using wrap to wrap a pair of skis.', 'is ripping level tiles off.', "is holding a rubik's cube.",
       'starts pulling up roofing on a roof.'], 3),
     ('Finance and Business', '[header] How to sell [title] Look  at it. [step] Do this [substeps] now.', '',
-     ['[substeps] Write it down.', 'Go [title] away  from here.', 'Sell.', 'Café owners know [header] more.'], 0),
+     ['[substeps] Write it down.', 'Go [title] away  from here.', 'Sell.',
+      'Café owners know [header] more.'], 2),
     ('Cats', 'Two cats sit. One runs, ' + 'and runs, ' * 40, 'THE dog',
      ['barks.', 'sleeps all day long in the sun.', 'is a fish', 'meows a little.'], 1),
     ('Dogs', 'A dog sits.', 'it', ['barks at all the cats of the town.', 'sleeps.', 'a', 'the'], 2),
@@ -38,15 +39,17 @@ QUESTIONS = [
     'Cats: Two cats sit. One runs, ' + 'and runs, ' * 40 + 'The dog',
     'Dogs: A dog sits. It',
 ]
-ENDINGS = {'[substeps] Write it down.': ' Write it down.', 'Go [title] away  from here.': 'Go. away from here.',
-           'Café owners know [header] more.': 'Café owners know more.'}
+ENDINGS = {  # what becomes of those with marks
+    '[substeps] Write it down.': ' Write it down.', 'Go [title] away  from here.': 'Go. away from here.',
+    'Café owners know [header] more.': 'Café owners know more.'}
 
 
 @pytest.fixture
 def gpt2(tmp_path, bpe):
     """A folder with a random GPT-2 that is sure of itself, and transformers' model of it."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    config = GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8 if p.dim() > 1 else 1)
@@ -114,8 +117,9 @@ def test_hellaswag_equals_a_plain_computation(run_here, gpt2, hellaswag_file):
         endings = [ENDINGS.get(ending, ending) for ending in endings]
         log_p = [plain_score(gpt2[1], question, f' {ending}')[0] for ending in endings]
         by_length = [p / len(ending) for p, ending in zip(log_p, endings)]
-        hits.append([np.argmax(log_p) == label, np.argmax(by_length) == label])
+        hits.append([np.argmax(p) == label for p in (log_p, by_length)])
     acc, acc_norm = np.mean(hits, axis=0)
+    assert 0 < acc < 1 and 0 < acc_norm < 1 and acc != acc_norm
     found = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--task=hellaswag', '--device=cpu',
                             f'--source={hellaswag_file}', '--batch_size=3'))['hellaswag']
     assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 4}
@@ -184,7 +188,8 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
     assert list(found) == ['lambada', 'loss'] and found['lambada']['n'] == 2
     for task, metrics in found.items():
         for metric in set(metrics) - {'n'}:
-            assert re.search(rf'^{task} +{metric} +{metrics[metric]:.4f} +{metrics["n"]:,}$', done['log'], re.M)
+            row = rf'^{task} +{metric} +{metrics[metric]:.4f} +{metrics["n"]:,}$'
+            assert re.search(row, done['log'], re.M)
 
 
 def test_scores_do_not_depend_on_the_batch():
@@ -201,7 +206,8 @@ def test_scores_do_not_depend_on_the_batch():
 
 def test_white_space_belongs_to_the_word_after_it(bpe):
     tokenizer = GPT2Tokenizer()
-    assert encode_pair(tokenizer, 'the old ', 'man') == (tokenizer.encode('the old'), tokenizer.encode(' man'))
+    expected = tokenizer.encode('the old'), tokenizer.encode(' man')
+    assert encode_pair(tokenizer, 'the old ', 'man') == encode_pair(tokenizer, 'the old', ' man') == expected
     assert encode_pair(tokenizer, '', 'man') == ([50256], tokenizer.encode('man'))
 
 
@@ -220,7 +226,7 @@ def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
     (['--task=lambda'], 'task=lambda is not one of loss, lambada, hellaswag, lm_eval:NAME'),
     (['--task=lambada', '--source=gone.jsonl'], 'gone.jsonl is missing'),
     (['--task=lambada', '--source=gone.parquet'], 'gone.parquet is missing'),
-    (['--task=hellaswag', '--source={passages}'], 'not all with activity_label, ctx_a, ctx_b, endings, label'),
+    (['--task=hellaswag', '--source={passages}'], 'not all with activity_label, ctx_a, ctx_b'),
     (['--task=lambada', '--source={passages}'], "not in this model's vocabulary: 'T'"),
     (['--task=lambada', '--source={long}'], 'block_size=32 is too short for an answer of 41 tokens'),
     (['--data_dir={other}'], 'was prepared with another tokenizer'),
@@ -237,12 +243,61 @@ def test_a_mistake_is_one_line(run_here, char_run, char_data, tmp_path, monkeypa
     assert len(str(caught.value).splitlines()) == 1
 
 
-def local_task(name, path):
-    """lm-eval's own task on a local file."""
-    from lm_eval import tasks, utils
-    folder = Path(tasks.__file__).parent
-    config = utils.load_yaml_config(folder / {'lambada_openai': 'lambada/lambada_openai.yaml',
-                                              'hellaswag': 'hellaswag/hellaswag.yaml'}[name], mode='full')
-    split = config.get('test_split') or config['validation_split']
-    return config | {'dataset_path': 'json', 'dataset_name': None, 'training_split': None,
-                     'dataset_kwargs': {'data_files': {split: str(path)}}}
+@pytest.fixture
+def lm_eval_offline(monkeypatch, tmp_path, lambada_file, hellaswag_file):
+    """lm-eval's own LAMBADA and HellaSwag, on the local items."""
+    pytest.importorskip('lm_eval', reason='lm-eval is not installed')
+    import datasets
+    from lm_eval import tasks
+    files = {'EleutherAI/lambada_openai': {'test': str(lambada_file)},
+             'Rowan/hellaswag': {'train': str(hellaswag_file), 'validation': str(hellaswag_file)}}
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, *_, **__: load(
+        'json', data_files=files[path], cache_dir=str(tmp_path / 'cache')))
+    folders = [str(Path(tasks.__file__).parent / name) for name in ('hellaswag', 'lambada')]
+    import harness
+    manager = harness.TaskManager(include_path=folders, include_defaults=False)  # reading all takes long
+    monkeypatch.setattr(harness, 'TaskManager', lambda: manager)
+    return manager
+
+
+def test_our_figures_equal_lm_eval_s_own(run_here, gpt2, lm_eval_offline, lambada_file, hellaswag_file):
+    pytest.importorskip('accelerate', reason='lm-eval needs accelerate for transformers models')
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    names = ['lambada_openai', 'hellaswag']
+    theirs = simple_evaluate(HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=4),
+                             tasks=names, task_manager=lm_eval_offline, bootstrap_iters=0)['results']
+    ours = {}
+    for task, source in (('lambada', lambada_file), ('hellaswag', hellaswag_file)):
+        ours |= report(run_here('eval.py', f'--init_from={gpt2[0]}', f'--task={task}', f'--source={source}',
+                                '--device=cpu'))
+    adapted = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--device=cpu',
+                              '--task=lm_eval:lambada_openai,lm_eval:hellaswag'))
+    for found in ({'lambada_openai': ours['lambada'], 'hellaswag': ours['hellaswag']}, adapted):
+        assert found['lambada_openai']['acc'] == theirs['lambada_openai']['acc,none']
+        assert math.isclose(math.log(found['lambada_openai']['perplexity']),
+                            math.log(theirs['lambada_openai']['perplexity,none']), rel_tol=1e-5)
+        assert found['hellaswag'] == {'acc': theirs['hellaswag']['acc,none'], 'n': 4,
+                                      'acc_norm': theirs['hellaswag']['acc_norm,none']}
+
+
+def test_rolling_scores_and_generated_text_equal_lm_eval_s_own(gpt2, lm_eval_offline):
+    pytest.importorskip('accelerate', reason='lm-eval needs accelerate for transformers models')
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    import harness
+    theirs = HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=1)
+    model = GPT.from_pretrained(str(gpt2[0])).eval()
+    ours = harness.HarnessModel(model, GPT2Tokenizer(), runtime.Runtime('cpu', 'float32', False, 'gloo'), 4)
+    texts = [QUESTIONS[2] * 2, 'Hello', PASSAGES[4]]
+    requests = [Instance('loglikelihood_rolling', {}, (text,), 0) for text in texts]
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests),
+                               rtol=1e-5)
+    first = theirs.generate_until([Instance('generate_until', {}, ('Two cats', {'max_gen_toks': 40}), 0)])[0]
+    stop = first[len(first) // 2:][:5]
+    requests = [Instance('generate_until', {}, (text, {'until': [stop], 'max_gen_toks': 40}), 0)
+                for text in ['Two cats', *texts]]
+    generated = ours.generate_until(requests)
+    assert generated == theirs.generate_until(requests) and len(generated[0]) < len(first)
