@@ -11,13 +11,16 @@ learned positions, pre-norm blocks, tied embeddings. Shapes below are written wi
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from decoding import stream
 from huggingface import load_gpt2
 from optim import AdamW, Muon
 
@@ -42,6 +45,7 @@ CHOICES = {
     'activation': tuple(ACTIVATIONS),
     'pos_emb': ('learned', 'rope', 'alibi', 'none'),
     'norm': ('layernorm', 'rmsnorm'),
+    'pa_norm': ('length', 'block_size', 'none'),
     'init': ('gpt2', 'fan_in', 'zero_proj'),
 }
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -70,6 +74,8 @@ class GPTConfig:
     ngram: int = 1  # embeddings of the last 2 to `ngram` tokens together; 1: none
     ngram_rows: int = 16384  # of the table of these, which they are hashed into
     init: str = 'gpt2'  # gpt2, fan_in, zero_proj: see GPT.init_weights
+    attn_type: str = 'SM'  # SM, GK, GKpoly-n, PA_f: see attention
+    pa_norm: str = 'length'  # what PA_f is divided by: tokens so far (length), block_size, or none
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'):
@@ -87,6 +93,9 @@ class GPTConfig:
         if self.pos_emb == 'rope' and (self.n_embd // self.n_head) % 2:
             raise ValueError(f'pos_emb=rope turns pairs of channels: n_embd / n_head = '
                              f'{self.n_embd // self.n_head} must be even')
+        self.attn_type = canonical_attn_type(self.attn_type)
+        if self.pos_emb == 'alibi' and self.attn_type != 'SM':
+            raise ValueError(f'pos_emb=alibi biases a softmax, which attn_type={self.attn_type} has none of')
         if self.logit_softcap < 0:
             raise ValueError(f'logit_softcap={self.logit_softcap} must not be negative')
 
@@ -155,6 +164,138 @@ def alibi_bias(positions, n_keys, nh):
     return bias.masked_fill(distance < 0, -math.inf)
 
 
+# Attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T so far, hs) -> y: (B, nh, T, hs)
+
+def softmax_attention(q, k, v, dropout=0.0, bias=None):
+    """softmax(q k^T / sqrt(hs) + bias) v, over the keys up to each query."""
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, bias is None and q.shape[2] > 1,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def gaussian_attention(q, k, v, dropout=0.0, bias=None):
+    """exp(-|q - k|^2 / (2 sqrt(hs))) v, weights that aren't normalised, without a T x T matrix.
+
+    A softmax over the same exponents and one of 0, whose share is 1 / (1 + their sum), is divided by that
+    share. For |q - k|^2 = |q|^2 + |k|^2 - 2 q.k the squares stand in further channels, as sums of three
+    numbers of q's type, which is as exact as float32. Dropout needs the weights themselves.
+    """
+    if dropout or q.shape[2] == 1:
+        return weighted_attention(q, k, v, dropout, weigh=gaussian)
+    if q.dtype == torch.float16:  # no room for squares
+        return gaussian_attention(q.float(), k.float(), v.float()).half()
+    hs, q, k = q.shape[-1], q.to(v.dtype), k.to(v.dtype)
+    q2, k2 = three_parts(half_square(q), q.dtype), three_parts(half_square(k), k.dtype)
+    q = torch.cat((q, torch.ones_like(q2), -q2), dim=-1)
+    k = torch.cat((k, -k2, torch.ones_like(k2)), dim=-1)
+    v = F.pad(v, (0, 6))
+    q, k, v = (F.pad(x, (0, -x.shape[-1] % 8, 1, 0)) for x in (q, k, v))  # a first key, with exponent 0
+    v[:, :, 0, hs] = 1.0
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
+                                           enable_gqa=q.shape[1] != k.shape[1])[:, :, 1:]
+    return y[..., :hs] / y[..., hs:hs + 1]
+
+
+def half_square(x):
+    """|x|^2 / 2, in float32 at least: (..., hs) -> (..., 1)"""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim=-1, keepdim=True) / 2
+
+
+def three_parts(x, dtype):
+    """Three numbers of a type that add up to x: (..., 1) -> (..., 3)"""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return torch.cat(parts, dim=-1)
+
+
+def weighted_attention(q, k, v, dropout=0.0, bias=None, *, weigh, rows=128):
+    """weigh(q, k, t) v, where t are the queries' positions, (n, 1). Some rows at a time, whose weights are
+    computed again for the gradient, so that memory grows with T and not with its square."""
+    n_shared, n_before = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    if n_shared > 1:
+        k, v = k.repeat_interleave(n_shared, dim=1), v.repeat_interleave(n_shared, dim=1)
+    if q.shape[2] <= rows:
+        return weigh_rows(q, k, v, dropout, weigh)
+    return torch.cat([checkpoint(weigh_rows, q[:, :, i:i + rows], k[:, :, :n_before + i + rows],
+                                 v[:, :, :n_before + i + rows], dropout, weigh, use_reentrant=False)
+                      for i in range(0, q.shape[2], rows)], dim=2)
+
+
+def weigh_rows(q, k, v, dropout, weigh):
+    """The last queries' part of weighted_attention: q: (B, nh, n, hs) -> (B, nh, n, hs)"""
+    n, n_keys = q.shape[2], k.shape[2]
+    t = torch.arange(n_keys - n, n_keys, device=q.device)[:, None]  # (n, 1)
+    to_come = torch.arange(n_keys, device=q.device) > t  # (n, n_keys)
+    weights = weigh(q, k, t).masked_fill(to_come, 0.0)  # (B, nh, n, n_keys)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+def gaussian_exponent(q, k):
+    """-|q - k|^2 / (2 sqrt(hs)), never above 0, in float32 at least: (B, nh, n, n_keys)"""
+    with torch.autocast(q.device.type, enabled=False):
+        q2, k2 = half_square(q), half_square(k)
+        x = q.to(q2.dtype) @ k.to(q2.dtype).mT - q2 - k2.mT
+    return x.clamp(max=0.0) * q.shape[-1] ** -0.5
+
+
+def gaussian(q, k, t):
+    return gaussian_exponent(q, k).exp()
+
+
+def gaussian_poly(q, k, t, n):
+    """(1 + x / 2^n)^(2^n), by n squarings, which tends to exp(x). Below x = -2^n it rises again."""
+    weights = 1 + gaussian_exponent(q, k) / 2 ** n
+    for _ in range(n):
+        weights = weights.square()
+    return weights
+
+
+def pointwise(q, k, t, f, length):
+    """f(q.k / sqrt(hs)) / length, which is t + 1 where it is given as None."""
+    return f(q @ k.mT * q.shape[-1] ** -0.5) / (t + 1 if length is None else length)
+
+
+POINTWISE = {'square': torch.square, 'relu-square': relu2} | {name: getattr(F, name) for name in (
+    'gelu', 'relu', 'sigmoid', 'tanh', 'silu', 'mish', 'softplus', 'softsign', 'elu', 'celu', 'selu', 'relu6',
+    'leaky_relu', 'logsigmoid', 'hardsigmoid', 'hardswish', 'hardtanh', 'tanhshrink')}
+
+
+def canonical_attn_type(name):
+    """The name as it is stored, from any case: SM, GK, GKpoly-8, PA_relu. Raises ValueError for another."""
+    lower = name.lower()
+    if lower in ('sm', 'gk'):
+        return lower.upper()
+    if re.fullmatch(r'gkpoly-([0-9]|1[0-9]|20)', lower):
+        return 'GKpoly' + lower[6:]
+    if lower.startswith('pa_') and lower[3:] in POINTWISE:
+        return 'PA' + lower[2:]
+    raise ValueError(f'attn_type={name} is not one of SM, GK, GKpoly-n (n from 0 to 20), PA_'
+                     f'{", PA_".join(POINTWISE)}')
+
+
+def attention(config):
+    """The function for config.attn_type: the weights of the past tokens by
+
+        SM        a softmax of q.k / sqrt(hs) (Vaswani et al. 2017, eq. 1)
+        GK        a Gaussian kernel, exp(-|q - k|^2 / (2 sqrt(hs)))
+        GKpoly-n  that exponential's polynomial (1 + x / 2^n)^(2^n)
+        PA_f      f(q.k / sqrt(hs)) / length, by default the number of tokens so far, so that nothing of a
+                  token's output depends on how many come after it
+    """
+    kind, _, n = config.attn_type.partition('-')
+    if kind == 'SM':
+        return softmax_attention
+    if kind == 'GK':
+        return gaussian_attention
+    if kind == 'GKpoly':
+        return partial(weighted_attention, weigh=partial(gaussian_poly, n=int(n)))
+    length = {'length': None, 'block_size': config.block_size, 'none': 1}[config.pa_norm]
+    f = POINTWISE[config.attn_type.removeprefix('PA_')]
+    return partial(weighted_attention, weigh=partial(pointwise, f=f, length=length))
+
+
 class Linear(nn.Linear):
     """nn.Linear; without gradients on a CPU it is computed by oneDNN, which uses all cores for the few rows
     of a decoding step, where the default library uses one."""
@@ -187,6 +328,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.qk_norm = config.qk_norm
+        self.attend = attention(config)
         # Zhou et al. 2024, "Value Residual Learning"
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and layer else None
 
@@ -204,39 +346,9 @@ class CausalSelfAttention(nn.Module):
             v = self.value_mix[0] * v + self.value_mix[1] * shared.first_v
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv_head, T so far, hs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, shared.bias, dropout, shared.bias is None and T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, nh, T, hs)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, shared.bias)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
-
-
-class KVCache:
-    """Keys and values of the positions that one layer has seen, with room for n_positions.
-
-    The first `append` may bring any number of positions, each later one a single position, which sees all.
-    """
-
-    def __init__(self, n_positions):
-        self.n_positions = n_positions
-        self.length = 0
-        self.last_ids = None  # (B, ngram - 1), in the first layer's only: what GPT.embed_ngrams needs
-
-    def append(self, k, v):
-        """k, v: (B, nh, T, hs) -> all so far, (B, nh, length, hs)"""
-        if self.length == 0:
-            self.k, self.v = (t.new_empty(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v))
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length:end] = k
-        self.v[:, :, self.length:end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-    def repeat(self, n):
-        """Each row n times, for n continuations of one prompt."""
-        self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
-        if self.last_ids is not None:
-            self.last_ids = self.last_ids.repeat_interleave(n, dim=0)
 
 
 class MLP(nn.Module):
@@ -372,43 +484,21 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1,
-                 lengths=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Continue each row of idx, (B, T) int64, n_samples times, to (B n_samples, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token. Only the `top_k` likeliest are drawn from, and only ids
-        below `n_vocab`, where the vocabulary's last rows are padding. lengths: (B,), where prompts differ
-        in length and are filled up at their ends; row b's text then has lengths[b] + max_new_tokens tokens.
-
-        Keys and values of past tokens are kept while all fits into block_size. Past it the window slides,
-        every token's position changes, and with it all that was kept: each new token costs a whole window.
+        Arguments are those of decoding.stream, which gives the tokens while they are made.
         """
-        T = idx.shape[1]
-        first = T if lengths is None else int(lengths.min())  # from here on a row may need a new token
-        out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
-        given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)
-        caches, block_size = None, self.config.block_size
-        if first < block_size:
-            caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in self.transformer.h]
-        for t in range(first, T + max_new_tokens):
-            if t > block_size:
-                caches = None
-            if t == first:  # the prompt, once for all its samples
-                logits, _ = self(idx[:, max(0, t - block_size):t], caches=caches)
-                logits = logits.repeat_interleave(n_samples, dim=0)
-                for cache in caches or ():
-                    cache.repeat(n_samples)
-            else:
-                logits, _ = self(out[:, t - 1:t] if caches else out[:, t - block_size:t], caches=caches)
-            token = draw(logits[:, -1, :n_vocab].float(), temperature, top_k)  # (B n_samples, 1)
-            out[:, t:t + 1] = token if given is None else torch.where(t < given, out[:, t:t + 1], token)
-        return out
+        made = list(stream(self, idx, max_new_tokens, temperature, top_k, **options))
+        given = idx[:, :idx.shape[1] + max_new_tokens - len(made)]  # (B, positions before the first made)
+        return torch.cat((given.repeat_interleave(options.get('n_samples', 1), dim=0), *made), dim=1)
 
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on, to train or run a model on shorter windows."""
         assert block_size <= self.config.block_size, f'{block_size} > {self.config.block_size}'
         self.config.block_size = block_size
+        for block in self.transformer.h:
+            block.attn.attend = attention(self.config)
         if self.config.pos_emb == 'learned':
             self.transformer.wpe = nn.Embedding.from_pretrained(
                 self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
@@ -457,12 +547,12 @@ class GPT(nn.Module):
         """A GPT with the weights of a Hugging Face GPT-2.
 
         model_type: one of huggingface.GPT2_SIZES (from the hub or its local cache) or a folder with a GPT-2's
-        config.json and weights, of any size. override_args: {'dropout': p}.
+        config.json and weights, of any size. override_args: dropout, attn_type, pa_norm.
         Raises ValueError where the weights are no GPT-2's, FileNotFoundError where they can't be had.
         """
-        unknown = set(override_args or {}) - {'dropout'}
+        unknown = set(override_args or {}) - {'dropout', 'attn_type', 'pa_norm'}
         if unknown:
-            raise ValueError(f'only dropout can be overridden here, not {", ".join(unknown)}')
+            raise ValueError(f'{", ".join(unknown)} cannot be overridden here')
         args, weights = load_gpt2(model_type)
         model = cls(GPTConfig(**args | (override_args or {})))
         model.load_state_dict(weights)
@@ -509,19 +599,3 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         return dx.mul_(grad), dw.mul_(grad), None, None, None
-
-
-def draw(logits, temperature, top_k):
-    """logits: (B, V) -> token ids (B, 1), drawn from softmax(logits / temperature) over the top_k.
-
-    By the Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise. Unlike
-    torch.multinomial it can't return an id outside the range or of probability 0 on any device.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        floor = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < floor, -math.inf)
-    exponential = torch.empty_like(logits).exponential_().clamp_min_(1e-20)
-    return (logits - exponential.log()).argmax(dim=-1, keepdim=True)

@@ -35,7 +35,8 @@ from runtime import print0
 
 # run
 out_dir = 'out'  # where checkpoints and the log go
-init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2, ..., gpt2-xl, or a GPT-2's folder
+init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), finetune, gpt2, ..., a GPT-2's folder
+finetune_from = ''  # the folder whose ckpt.pt init_from=finetune starts from; empty: out_dir
 eval_interval = 2000  # iterations between evaluations
 eval_iters = 200  # batches an evaluation reads of each split; 0: the whole split
 eval_only = False  # evaluate once, write nothing
@@ -73,6 +74,9 @@ n_kv_head = 0  # heads of keys and values; 0: n_head
 ngram = 1  # embeddings of the last 2 to this many tokens; 1: none
 ngram_rows = 16384  # of the table of these
 init = 'gpt2'  # gpt2, fan_in, zero_proj
+# attention, which may differ from that of the weights it starts from
+attn_type = 'auto'  # SM, GK, GKpoly-n, PA_f (model.py); auto: as in the checkpoint, SM where there is none
+pa_norm = 'auto'  # of PA_f: length, block_size, none; auto: as in the checkpoint, else length
 # optimizer
 optimizer = 'adamw'  # adamw, muon (the blocks' matrices; AdamW for all else)
 muon_lr = 0.02  # of Muon, where learning_rate is AdamW's
@@ -130,6 +134,8 @@ if meta:
 
 def load_state():
     """The state to go on with, None to start afresh; damaged files are named and set aside."""
+    if init_from == 'finetune':
+        return checkpoint.load(os.path.join(finetune_from or out_dir, 'ckpt.pt'))
     if eval_only:
         path = os.path.join(out_dir, 'ckpt.pt')
         return checkpoint.load(path) if init_from == 'resume' or os.path.isfile(path) else None
@@ -147,17 +153,20 @@ def load_state():
 
 
 model = state = None
-if init_from in ('resume', 'auto'):
+changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
+if init_from in ('resume', 'auto', 'finetune'):
     state = load_state()
 if state:
-    model_config = GPTConfig.from_args(state['model_args'] | {'dropout': dropout})
+    model_config = GPTConfig.from_args(state['model_args'] | changes)
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
-        raise ValueError(f'{out_dir} was trained with another tokenizer than that of {data_dir}')
+        raise ValueError(f'the checkpoint was trained with another tokenizer than that of {data_dir}')
+    if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
+        print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
 elif init_from in ('scratch', 'auto'):
-    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, dropout, bias,
-                             **{k: config[k] for k in OPTIONS})
+    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, bias=bias,
+                             **{k: config[k] for k in OPTIONS} | changes)
 else:
-    model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    model = GPT.from_pretrained(init_from, changes)
     model_config = model.config
     if meta and data_vocab != model_config.vocab_size:
         raise ValueError(f'{data_dir} holds characters, but {init_from} has a vocabulary of '
@@ -169,7 +178,8 @@ if block_size > model_config.block_size:
 for split, tokens in data.items():
     check_split(tokens, os.path.join(data_dir, f'{split}.bin'), block_size, model_config.vocab_size)
 fingerprints = {split: fingerprint(data_dir, split, tokens) for split, tokens in data.items()}
-if state and not (eval_only or allow_changed_data) and state.get('data', fingerprints) != fingerprints:
+going_on = state is not None and init_from != 'finetune'
+if going_on and not (eval_only or allow_changed_data) and state.get('data', fingerprints) != fingerprints:
     raise ValueError(f'{data_dir} is not the data that {out_dir} was trained on: to go on with other data, '
                      'add --allow_changed_data=True')
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}')
@@ -196,7 +206,7 @@ iter_num, best_val_loss = 0, math.inf
 seconds = 0.0  # of training, evaluations and saving aside
 n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
 wandb_id = os.urandom(4).hex()
-if state:
+if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
     n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)

@@ -7,7 +7,8 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, LinearCrossEntropy, draw
+from decoding import draw
+from model import GPT, GPTConfig, LinearCrossEntropy
 
 
 def tiny(**changes):

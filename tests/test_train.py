@@ -207,6 +207,51 @@ def test_gpt2_is_fine_tuned_and_remembers_its_activation(train, tmp_path, gpt2_f
     assert args['activation'] == 'gelu_tanh' and args['block_size'] == 16 and args['dropout'] == 0.1
 
 
+@pytest.mark.parametrize('attn_type', ['GK', 'GKpoly-4', 'PA_gelu'])
+def test_gpt2_is_converted_to_another_attention(train, tmp_path, gpt2_folder, attn_type):
+    data = tmp_path / 'bpe'
+    data.mkdir()
+    for split in ('train', 'val'):
+        np.random.randint(50257, size=3000).astype(np.uint16).tofile(data / f'{split}.bin')
+    script = train('--max_iters=2', f'--init_from={gpt2_folder}', f'--attn_type={attn_type}', data_dir=data)
+    assert len(losses(script['log'])) == 3
+    assert checkpoint.load(tmp_path / 'out/ckpt.pt')['model_args']['attn_type'] == attn_type
+
+
+def test_finetune_takes_the_weights_and_nothing_else_of_its_source(train, tmp_path):
+    train('--max_iters=4', '--eval_interval=2', '--bias=True')
+    source = (tmp_path / 'out/ckpt.pt').read_bytes()
+    script = train('--init_from=finetune', f'--finetune_from={tmp_path / "out"}', '--attn_type=GK',
+                   '--dropout=0.1', '--max_iters=3', '--eval_interval=3', '--bias=False', '--learning_rate=0',
+                   '--min_lr=0', out_dir=tmp_path / 'tuned')
+    assert list(losses(script['log'])) == [0, 1, 2, 3]
+    assert 'attn_type: GK, where the checkpoint has SM' in script['log']
+    old, new = (checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('out', 'tuned'))
+    assert new['model_args'] == old['model_args'] | {'attn_type': 'GK', 'dropout': 0.1}
+    assert all(torch.equal(new['model'][k], old['model'][k]) for k in old['model'])
+    assert new['best_val_loss'] == pytest.approx(evaluations(script['log'])[0][1], abs=1e-4)
+    assert (tmp_path / 'out/ckpt.pt').read_bytes() == source
+
+
+def test_finetune_in_place_keeps_the_source_aside(train, tmp_path):
+    train('--max_iters=2')
+    source = (tmp_path / 'out/ckpt.pt').read_bytes()
+    train('--init_from=finetune', '--max_iters=2')
+    assert (tmp_path / 'out/earlier/ckpt.pt').read_bytes() == source
+
+
+def test_the_checkpoints_attention_is_kept_unless_another_is_named(train, tmp_path):
+    train('--max_iters=2', '--attn_type=PA_relu', '--pa_norm=none')
+    kept = train('--init_from=finetune', '--eval_only', '--max_iters=2')['model'].config
+    assert (kept.attn_type, kept.pa_norm) == ('PA_relu', 'none')
+    assert train('--init_from=finetune', '--eval_only', '--attn_type=sm')['model'].config.attn_type == 'SM'
+
+
+def test_finetune_without_a_source_is_one_line(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match='ckpt.pt'):
+        train('--init_from=finetune')
+
+
 def test_gpt2_is_not_fine_tuned_on_characters(train, gpt2_folder):
     with pytest.raises(ValueError, match='holds characters'):
         train(f'--init_from={gpt2_folder}')
