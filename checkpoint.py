@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import replacing
+from dataset import read_tokenizer, replacing, tokenizer_from
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # the first of those that are equally far
 MARK = b'sha256:'
@@ -114,6 +114,14 @@ def load(path, verify=True):
         raise ValueError(f'{path} is not a checkpoint, or a damaged one ({reason[:200]})')
     state['model'] = clean_names(state['model'])
     return state
+
+
+def tokenizer_of(state):
+    """The tokenizer of a state; older files carry none, but name their dataset."""
+    if 'tokenizer' in state:
+        return tokenizer_from(state['tokenizer'])
+    config = state.get('config', {})
+    return read_tokenizer(config.get('data_dir') or os.path.join('data', config.get('dataset', '')))
 
 
 def newest(out_dir):
