@@ -21,6 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import health
 import plan
 import runtime
 from configurator import configure
@@ -28,8 +29,7 @@ from dataset import (PADDED_GPT2_VOCAB, check_split, epoch_windows, eval_windows
                      prefetch, read_meta, read_tokenizer, read_windows, train_windows)
 from model import GPT, GPTConfig
 from optim import SCHEDULES, WeightAverage
-from runlog import RunLog, Wandb
-from runtime import print0
+from runlog import Drawing, Progress, RunLog, Wandb, print0, show_sample
 
 # ---------------------------------------------------------------------------- settings
 
@@ -41,6 +41,8 @@ eval_interval = 2000  # iterations between evaluations
 eval_iters = 200  # batches an evaluation reads of each split; 0: the whole split
 eval_only = False  # evaluate once, write nothing
 log_interval = 1  # iterations between lines of the log
+sample_interval = 0  # iterations between samples, which are printed; 0: none
+plot = True  # draw out_dir/loss.png after evaluations, if matplotlib is installed
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not only where the validation loss improves
 checkpoint_interval = 1000  # iterations between states to resume from; 0: only when the run is told to stop
 ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
@@ -136,6 +138,8 @@ tokenizer, meta = read_tokenizer(data_dir), read_meta(data_dir)
 data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
 if meta:
     print0(f'found vocab_size = {data_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
+if sample_interval:
+    tokenizer.decode([int(data['val'][0])])  # the files that it may have to fetch, now rather than on the way
 
 # ---------------------------------------------------------------------------- model, optimizer
 
@@ -210,13 +214,14 @@ scaler = run.grad_scaler()
 
 # what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss = 0, math.inf
-seconds = 0.0  # of training, evaluations and saving aside
+seconds, n_tokens = 0.0, 0  # of training, evaluations and saving aside
 n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
 wandb_id = os.urandom(4).hex()
 if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
     n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)
+    n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
         if 'trained' in state:  # state['model'] is their average
@@ -312,6 +317,7 @@ def save(name, keep=None, with_optimizer=True):
         'scaler': scaler.state_dict(),
         'data': fingerprints,
         'seconds': seconds,
+        'n_tokens': n_tokens,
         'n_skipped': n_skipped,
         'recent': recent,
         'wandb_id': wandb_id,
@@ -361,13 +367,18 @@ if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
     print0('to go on after a stop: the same command with --init_from=auto')
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num)
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if is_writing and wandb_log else None)
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num, wandb)
+drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
+                  if is_writing and plot else None)
+progress = Progress(max_iters)
+probe, _ = read_windows(data['val'], eval_windows(len(data['val']), block_size, batch_size, 1)[0], block_size)
 if not eval_only:
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps_at(i))))
-mfu = float('nan')
+mfu = float('nan')  # percent
+n_clipped = torch.zeros((), device=run.device)  # updates, since the last line
 first_bad = torch.full((), math.inf, device=run.device)  # the first iteration whose gradient was not finite
 stop, stopped = runtime.StopRequest(run), False
 clock, timed_iters, timed_sequences, times = time.perf_counter(), 0, 0, []
@@ -383,20 +394,26 @@ while iter_num <= max_iters:
     # evaluation and saving, before the update; their time doesn't count
     evaluating = iter_num % eval_interval == 0 or iter_num == max_iters
     saving = checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > first_iter
-    if eval_only or (evaluating or saving) and not dry_run:
+    sampling = sample_interval and iter_num % sample_interval == 0
+    if eval_only or (evaluating or saving or sampling) and not dry_run:
         run.synchronize()
         pause = time.perf_counter()
         stop_if_not_finite()
         if evaluating or eval_only:
             with average.in_place():
                 losses = estimate_loss()
-            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
+                   style='bold')
             if eval_only:
                 break
             stop_if_not_finite(*losses.values())
-            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-            wandb.call('log', {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                               'lr': lr, 'mfu': mfu * 100})
+            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
+                       'mfu': mfu, 'seconds': seconds + pause - clock, 'tokens': n_tokens})
+            if is_writing:
+                vitals = health.measure(model, run, probe)
+                log.write_later(iter_num, vitals)
+            if iter_num > first_iter:
+                drawing.start()
             best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
             if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
                 print0(f'saving checkpoint to {out_dir}')
@@ -404,6 +421,9 @@ while iter_num <= max_iters:
                     best_val_loss = best_before
         if saving and save('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
+        if sampling and is_writing:
+            text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, seed, iter_num)
+            wandb.log_sample(iter_num, text)
         clock += time.perf_counter() - pause
 
     # forward and backward; DDP averages the gradients in the last micro-step only
@@ -421,6 +441,7 @@ while iter_num <= max_iters:
     loss = run.mean(loss)  # of the whole batch, on the device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    n_clipped += norm > (grad_clip or math.inf)
 
     # the update, which the optimizer leaves out where it finds found_inf set: the host needn't wait for it
     finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + norm)
@@ -430,7 +451,8 @@ while iter_num <= max_iters:
         n_skipped += 1
         print0(f'iter {iter_num}: update skipped, a spike ({n_skipped} so far)')
     else:
-        scaler.step(optimizer)
+        with health.watch_update(model, vitals) if evaluating and is_writing else nullcontext():
+            scaler.step(optimizer)
         if skip_spikes:
             recent = [*recent[-127:], (loss.item(), norm.item())]
     scaler.update()
@@ -439,6 +461,7 @@ while iter_num <= max_iters:
 
     # log: the mean loss of the whole batch, the mean time since the last line
     timed_iters, timed_sequences = timed_iters + 1, timed_sequences + n_micro * batch_size
+    n_tokens += n_micro * run.world_size * batch_size * block_size
     if iter_num % log_interval == 0 or dry_run:
         stop_if_not_finite()
         loss, norm = loss.item(), norm.item()
@@ -447,12 +470,13 @@ while iter_num <= max_iters:
         seconds += dt * timed_iters
         done = timed_sequences / timed_iters  # sequences of an iteration, on this process
         rate = done * run.world_size * block_size / dt
-        mfu = model.estimate_mfu(done, dt, peak_flops) if peak_flops else float('nan')
-        print0(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, '
-               f'mfu {f"{mfu * 100:.2f}%" if peak_flops else "n/a"}, lr {lr:.2e}, norm {norm:.2f}, '
-               f'{rate:.0f} tokens/s')
-        log.write({'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
-                   'seconds': seconds, 'ms': dt * 1000, 'tokens_per_s': rate})
+        mfu = 100 * model.estimate_mfu(done, dt, peak_flops or math.nan)
+        entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
+                 'clipped': n_clipped.item() / timed_iters, 'seconds': seconds, 'tokens': n_tokens,
+                 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
+        progress.show(entry)
+        log.write(entry)
+        n_clipped.zero_()
         clock, timed_iters, timed_sequences = time.perf_counter(), 0, 0
     iter_num += 1
 
@@ -474,4 +498,5 @@ elif not (dry_run or eval_only):
         print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
 wandb.call('finish')
 log.close()
+drawing.close(patience=seconds / 100)
 run.stop()
