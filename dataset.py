@@ -222,6 +222,9 @@ class CharTokenizer:
     def decode(self, ids):
         return ''.join(self.itos[i] for i in ids)
 
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8', errors='surrogatepass')
+
     def to_dict(self):
         return {'kind': 'char', 'itos': self.itos}
 
@@ -250,6 +253,10 @@ class GPT2Tokenizer:
 
     def decode(self, ids):
         return self.bpe.decode(ids)
+
+    def decode_bytes(self, ids):
+        """The text's UTF-8, of which a token may hold a part of a character."""
+        return self.bpe.decode_bytes(ids)
 
     def to_dict(self):
         return {'kind': 'gpt2'}
