@@ -141,8 +141,25 @@ def newest(out_dir):
     return path, states.get(path), damaged
 
 
+def find(out_dir, run, must_exist, dry_run=False):
+    """The state to go on with, the same on all processes; None where there is none, an error if `must_exist`.
+    Damaged files are named and, but for a dry run, set aside, so that nothing replaces them."""
+    path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})
+    if run.is_master and path is None and must_exist:
+        raise next(iter(damaged.values()), None) or FileNotFoundError(
+            f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
+    for bad, error in damaged.items():
+        print(error if dry_run else f'{error}; set aside as {set_aside(bad)}', flush=True)
+    path = run.broadcast(path and str(path))
+    if path is None:
+        return None
+    if run.is_master:
+        print(f'resuming from {path}', flush=True)
+    return state or load(path, verify=False)
+
+
 def set_aside(path):
-    """Rename a damaged file, so that nothing replaces it; returns its new path."""
+    """Give a damaged file another name; returns its new path."""
     names = (path.with_name(f'{path.name}.damaged{n}') for n in range(1, 1000))
     return path.rename(next(name for name in names if not name.exists()))
 

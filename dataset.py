@@ -169,6 +169,9 @@ def epoch_order(seed, epoch, n_tokens, block_size):
     return offset + block_size * generator.permutation(n)
 
 
+SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
+
+
 def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
     """Starts of windows spread evenly over a split that is cut into windows side by side, in batches:
     (n_batches, batch_size) int64; 0 batches: all windows. A start of n_tokens fills up the last batch and

@@ -9,6 +9,7 @@ What a run will need, told before it begins: data, arithmetic, memory, disk, tim
 import os
 import re
 import shutil
+import statistics
 from contextlib import contextmanager
 
 import torch
@@ -96,11 +97,14 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
                           'needs less too, and is slower') from None
 
 
-def time_needed(step, iterations, n_evals, eval_batches, micro_steps):
-    """What a run takes, in words. step: seconds an iteration; eval_batches: of each process an evaluation."""
+def time_needed(times, iterations, eval_interval, eval_batches, micro_steps):
+    """What a run takes, in words. times: seconds of a few iterations, of which the first two don't count;
+    iterations: the range that the run does; eval_batches: of each process an evaluation."""
+    step = statistics.median(times[2:] or times)
+    n_evals = sum(i % eval_interval == 0 or i == iterations[-1] for i in iterations)
     evaluations = n_evals * eval_batches * step / micro_steps / 3  # a forward pass is a third of a step
-    return (f'{step * 1000:.2f}ms an iteration, {duration(iterations * step + evaluations)} in all, of which '
-            f'evaluations {duration(evaluations)}')
+    return (f'{step * 1000:.2f}ms an iteration, {duration(len(iterations) * step + evaluations)} in all, '
+            f'of which evaluations {duration(evaluations)}')
 
 
 def size(n_bytes):
