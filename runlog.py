@@ -219,9 +219,10 @@ class Drawing:
         self.is_late = self.is_busy()
         if self.arguments and not self.is_late:
             try:
+                # out of reach of Ctrl-C, but in the same session, in which alone Linux may heed its priority
                 self.process = subprocess.Popen(
                     [sys.executable, *self.arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE, text=True, start_new_session=True)  # out of reach of Ctrl-C
+                    stderr=subprocess.PIPE, text=True, process_group=0)
             except OSError as error:
                 self.give_up(error)
 

@@ -37,6 +37,21 @@ def run_script():
 
 
 @pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a script in this process; gives its globals, with what it printed as `log`."""
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        hook = sys.excepthook
+        capsys.readouterr()
+        try:
+            found = runpy.run_path(str(ROOT / script), run_name='__main__')
+        finally:
+            sys.excepthook = hook
+        return found | {'log': capsys.readouterr().out}
+    return run
+
+
+@pytest.fixture
 def bpe(monkeypatch):
     """Makes the GPT-2 BPE files available, or skips."""
     known = os.environ.get('TIKTOKEN_CACHE_DIR') or str(ROOT.parent / 'shared/data/tiktoken')

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from decoding import draw
+from decoding import draw, noise_keys
 from model import GPT, GPTConfig, LinearCrossEntropy
 
 

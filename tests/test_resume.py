@@ -22,6 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 EXACT = ('--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20', '--learning_rate=1e-2',
          '--always_save_checkpoint=False', '--dropout=0.2', '--gradient_accumulation_steps=4')
 
+RECIPE = ('--optimizer=muon', '--qk_norm', '--pos_emb=rope', '--sampler=epoch', '--batch_ramp_iters=12',
+          '--ema_decay=0.9')
+
 
 @pytest.fixture(autouse=True)
 def own_signals():
@@ -67,10 +70,11 @@ def stop():
 
 # ---------------------------------------------------------------------------- stopped and gone on with
 
-@pytest.mark.parametrize('n', [1, 2])
-def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, request, char_data, tmp_path):
+@pytest.mark.parametrize('n, recipe', [(1, ()), (2, ()), (1, RECIPE), (2, RECIPE)])
+def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, recipe, request, char_data,
+                                                                          tmp_path):
     ranks = request.getfixturevalue('one_rank' if n == 1 else 'two_ranks')
-    args = [*EXACT, f'--data_dir={char_data}']
+    args = [*EXACT, *recipe, f'--data_dir={char_data}']
     assert [r.error for r in ranks.train(*args, f'--out_dir={tmp_path / "whole"}')] == [None] * n
     for step in (1, 6, 20):
         out_dir = tmp_path / str(step)
@@ -99,7 +103,7 @@ def test_run_that_skips_spikes_is_resumed_with_its_memory(train, tmp_path, at_it
     train(*args, out_dir=tmp_path / 'parts')
     train(*args, '--init_from=resume', out_dir=tmp_path / 'parts')
     state = checkpoint.load(tmp_path / 'whole/latest.pt')
-    assert 0 < state['n_skipped'] < 25 and len(state['recent']) == 128
+    assert 0 < state['guard']['n_skipped'] < 25 and len(state['guard']['recent']) == 128
     assert soak.differences(tmp_path / 'whole', tmp_path / 'parts') == []
 
 
@@ -109,7 +113,7 @@ def test_skipped_update_changes_no_parameter(train, monkeypatch):
     monkeypatch.setattr(statistics, 'pstdev', lambda values: 0.0)
     script = train('--skip_spikes=1', '--max_iters=132', '--eval_interval=1000')
     short = train('--skip_spikes=1', '--max_iters=127', '--eval_interval=1000')
-    assert script['n_skipped'] == 5 and script['log'].count('update skipped, a spike') == 5
+    assert script['guard'].n_skipped == 5 and script['log'].count('update skipped, a spike') == 5
     for a, b in zip(script['model'].parameters(), short['model'].parameters()):
         assert torch.equal(a, b)
 
@@ -130,7 +134,7 @@ def test_signalled_run_exits_with_status_0_and_its_state(char_data, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     state, log = checkpoint.load(tmp_path / 'latest.pt'), soak.read_log(tmp_path)
-    assert state['recent'] == []  # only skip_spikes looks back, and waits for the device to do so
+    assert state['guard']['recent'] == []  # only skip_spikes looks back, and waits for the device to do so
     assert state['iter_num'] == log[-1]['iter'] + 1 and 'SIGINT: stopping' in output
 
 

@@ -1,0 +1,123 @@
+"""huggingface.py: our functions as theirs and back."""
+
+import random
+
+import pytest
+import torch
+from conftest import TINY
+
+from dataset import CharTokenizer, GPT2Tokenizer
+from huggingface import folder_tokenizer, load_gpt2, to_transformers, write_tokenizer
+from model import GPT, GPTConfig
+
+LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False}
+
+
+def random_model(**changes):
+    """A GPT whose every parameter, biases and norms included, is random."""
+    model = GPT(GPTConfig(**(TINY | changes))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model
+
+
+def converted(model):
+    """The transformers model that computes the same."""
+    from transformers import AutoModelForCausalLM
+    config, weights = to_transformers(model.config.to_args(), model.state_dict())
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {'lm_head.weight'}
+    theirs.tie_weights()
+    return theirs
+
+
+@pytest.mark.parametrize('changes', [
+    {'bias': True}, {'bias': False}, {'activation': 'gelu_tanh'}, {'activation': 'relu2', 'bias': False},
+    {'tie_weights': False}, {'n_kv_head': 2},
+    LLAMA, LLAMA | {'n_head': 4, 'n_kv_head': 2}, LLAMA | {'n_head': 4, 'n_kv_head': 1, 'tie_weights': False},
+    LLAMA | {'bias': True, 'n_embd': 36, 'init': 'fan_in'},
+], ids=str)
+def test_logits_equal_those_of_the_converted_model(changes):
+    model = random_model(**changes)
+    theirs = converted(model)
+    idx = torch.randint(TINY['vocab_size'], (3, 32))
+    with torch.no_grad():
+        ours, others = model(idx, idx)[0], theirs(idx).logits
+    assert ours.std() > 0.1
+    torch.testing.assert_close(ours, others, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'qk_norm': True}, 'GPT-2, differs in qk_norm=True'),
+    ({'value_residual': True, 'ngram': 2}, 'value_residual=True, ngram=2'),
+    ({'logit_softcap': 15.0}, 'logit_softcap=15.0'),
+    ({'n_head': 4, 'n_kv_head': 2}, 'GPT-2, differs in n_kv_head=2'),
+    ({'pos_emb': 'alibi'}, 'GPT-2, differs in pos_emb=alibi'),
+    ({'pos_emb': 'rope'}, 'Llama, differs in activation=gelu, norm=layernorm'),
+    (LLAMA | {'residual_scale': True}, 'Llama, differs in residual_scale=True'),
+])
+def test_what_they_have_not_got_is_refused_by_name(changes, named):
+    model = random_model(**changes)
+    with pytest.raises(ValueError, match=named):
+        to_transformers(model.config.to_args(), model.state_dict())
+
+
+def test_settings_unknown_here_are_refused_by_name():
+    model = random_model()
+    with pytest.raises(ValueError, match='attn_type=GK'):
+        to_transformers(model.config.to_args() | {'attn_type': 'GK'}, model.state_dict())
+
+
+def test_weights_that_are_no_gpt2_are_refused(tmp_path):
+    converted(random_model(**LLAMA)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='of type llama, not a GPT-2'):
+        load_gpt2(str(tmp_path))
+
+
+def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
+    model = random_model(bias=False)
+    theirs = converted(model)
+    theirs.save_pretrained(tmp_path)
+    assert load_gpt2(str(tmp_path))[0]['bias'] is False
+    with torch.no_grad():
+        theirs.transformer.h[1].mlp.c_fc.bias[3] = 1.0
+    theirs.save_pretrained(tmp_path)
+    args, weights = load_gpt2(str(tmp_path))
+    assert args['bias'] is True and weights['transformer.h.1.mlp.c_fc.bias'][3] == 1
+
+
+def texts():
+    """Some that tokenizers stumble over, and random ones."""
+    yield from ('Hello world', "  we'll\n\n\n don't\t123  45\u00a0 <|endoftext|> x", 'ä€😀 \u2028é', ' ',
+                '\n', '\0')
+    generator = random.Random(0)
+    for alphabet in (range(1, 127), range(1, 0x3000), (32, 10, 9, 39, 115, 0x20ac, 0x1f600)):
+        yield ''.join(chr(generator.choice(alphabet)) for _ in range(2000))
+
+
+def test_their_bpe_equals_tiktoken(tmp_path, bpe):
+    from transformers import AutoTokenizer
+    ours = GPT2Tokenizer()
+    write_tokenizer(tmp_path, ours, 1024)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts():
+        ids = ours.encode(text)
+        assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
+    assert len(theirs) == 50257 and theirs.eos_token_id == theirs.bos_token_id == 50256
+    assert isinstance(folder_tokenizer(tmp_path), GPT2Tokenizer)
+
+
+def test_their_characters_equal_ours(tmp_path):
+    from transformers import AutoTokenizer
+    ours = CharTokenizer.of_text(''.join(texts()))
+    write_tokenizer(tmp_path, ours, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts():
+        ids = ours.encode(text)
+        assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
+    assert len(theirs) == ours.n_vocab
+    assert folder_tokenizer(tmp_path).itos == ours.itos
+    with pytest.raises(Exception, match='Missing'):
+        theirs('\u4e00')
