@@ -7,7 +7,8 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, LinearCrossEntropy
+from loss import LinearCrossEntropy
+from model import GPT, GPTConfig
 
 
 def tiny(**changes):
