@@ -141,8 +141,25 @@ def newest(out_dir):
     return path, states.get(path), damaged
 
 
+def find(out_dir, run, must_exist, dry_run=False):
+    """The state to go on with, the same on all processes; None where there is none, an error if `must_exist`.
+    Damaged files are named and, but for a dry run, set aside, so that nothing replaces them."""
+    path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})
+    if run.is_master and path is None and must_exist:
+        raise next(iter(damaged.values()), None) or FileNotFoundError(
+            f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
+    for bad, error in damaged.items():
+        print(error if dry_run else f'{error}; set aside as {set_aside(bad)}', flush=True)
+    path = run.broadcast(path and str(path))
+    if path is None:
+        return None
+    if run.is_master:
+        print(f'resuming from {path}', flush=True)
+    return state or load(path, verify=False)
+
+
 def set_aside(path):
-    """Rename a damaged file, so that nothing replaces it; returns its new path."""
+    """Give a damaged file another name; returns its new path."""
     names = (path.with_name(f'{path.name}.damaged{n}') for n in range(1, 1000))
     return path.rename(next(name for name in names if not name.exists()))
 
@@ -169,11 +186,17 @@ def clean_names(weights):
     return {clean: weights[name] for name, clean in names.items() if not clean.endswith('.attn.bias')}
 
 
+def load_weights(model, saved):
+    """Copy a saved state dict into a model, cropped where the model is."""
+    own = model.state_dict()
+    model.load_state_dict({name: t[tuple(map(slice, own[name].shape))] for name, t in saved.items()})
+
+
 def load_optimizer(optimizer, saved):
     """Give an optimizer the buffers of a saved state, keeping its own settings: a resumed run takes its
     weight decay and betas from its config. Buffers of a tensor that was cropped are cropped as it was.
     Raises ValueError if the parameters don't match."""
-    groups = [{**own, 'params': theirs['params']} for own, theirs in
+    groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
     for p, buffers in optimizer.state.items():

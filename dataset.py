@@ -149,6 +149,29 @@ def train_windows(seed, iteration, count, n_tokens, block_size):
     return ((np.arange(count) + uniform) / count * (n_tokens - block_size)).astype(np.int64)
 
 
+def epoch_windows(seed, first, count, n_tokens, block_size):
+    """Starts of windows `first` to `first + count - 1` of a run that sees each once an epoch: (count,)."""
+    n = windows_an_epoch(n_tokens, block_size)
+    return np.array([epoch_order(seed % 2**64, i // n, n_tokens, block_size)[i % n]
+                     for i in range(first, first + count)])
+
+
+def windows_an_epoch(n_tokens, block_size):
+    """Windows side by side, one less than fit, so that they can begin anywhere in the first."""
+    return max(1, (n_tokens - 1) // block_size - 1)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n_tokens, block_size):
+    """An epoch's windows, side by side from a random offset on, shuffled: their starts."""
+    n, generator = windows_an_epoch(n_tokens, block_size), np.random.default_rng((seed, epoch))
+    offset = generator.integers(min(block_size, n_tokens - n * block_size))
+    return offset + block_size * generator.permutation(n)
+
+
+SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
+
+
 def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
     """Starts of windows spread evenly over a split that is cut into windows side by side, in batches:
     (n_batches, batch_size) int64; 0 batches: all windows. A start of n_tokens fills up the last batch and
@@ -202,6 +225,9 @@ class CharTokenizer:
     def decode(self, ids):
         return ''.join(self.itos[i] for i in ids)
 
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8', errors='surrogatepass')
+
     def to_dict(self):
         return {'kind': 'char', 'itos': self.itos}
 
@@ -230,6 +256,10 @@ class GPT2Tokenizer:
 
     def decode(self, ids):
         return self.bpe.decode(ids)
+
+    def decode_bytes(self, ids):
+        """The text's UTF-8, of which a token may hold a part of a character."""
+        return self.bpe.decode_bytes(ids)
 
     def to_dict(self):
         return {'kind': 'gpt2'}

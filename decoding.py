@@ -1,12 +1,13 @@
 """
-Turning a model's logits into text: the cache of keys and values, the loop, and the draw.
+From a model's logits to text: the cache of keys and values, the loop, the draw, the text as it grows.
 
-    for tokens in stream(model, idx, max_new_tokens=100, temperature=0.8, top_k=200):
+    for tokens in stream(model, idx, max_new_tokens=100, temperature=0.8, top_k=200, seeds=[1337]):
         print(tokens)  # (B, 1), as soon as they are made
 
 B batch, T positions, V vocabulary, as in model.py, which imports this file and isn't imported by it.
 """
 
+import codecs
 import math
 
 import torch
@@ -42,13 +43,16 @@ class KVCache:
 
 
 @torch.no_grad()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1, lengths=None):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1, lengths=None,
+           seeds=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """Continue each row of idx, (B, T) int64, n_samples times; yield the tokens of each position,
     (B n_samples, 1), as they are made, from position T (or the shortest of `lengths`) on.
 
-    temperature 0 takes the likeliest token. Only the `top_k` likeliest are drawn from, and only ids
-    below `n_vocab`, where the vocabulary's last rows are padding. lengths: (B,), where prompts differ
-    in length and are filled up at their ends; row b's text then has lengths[b] + max_new_tokens tokens.
+    temperature 0 takes the likeliest token. `keep_likeliest` says what top_k, top_p and min_p leave to draw
+    from, `penalize` what repetition_penalty does. Ids from `n_vocab` on are padding and never drawn.
+    lengths: (B,), where prompts differ in length and are filled up at their ends; row b's text then has
+    lengths[b] + max_new_tokens tokens. seeds: an int for each of the B n_samples rows (default: from torch's
+    generator); a row's draws follow from its seed alone, whatever else is in the batch.
 
     Keys and values of past tokens are kept while all fits into block_size. Past it the window slides,
     every token's position changes, and with it all that was kept: each new token costs a whole window.
@@ -57,6 +61,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
     first = T if lengths is None else int(lengths.min())  # from here on a row may need a new token
     out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
     given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)
+    keys = noise_keys(seeds, *out.shape).to(idx.device)  # (B n_samples, T + max_new_tokens)
     caches, block_size = None, model.config.block_size
     if first < block_size:
         caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in model.transformer.h]
@@ -70,22 +75,117 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
                 cache.repeat(n_samples)
         else:
             logits, _ = model(out[:, t - 1:t] if caches else out[:, t - block_size:t], caches=caches)
-        token = draw(logits[:, -1, :n_vocab].float(), temperature, top_k)  # (B n_samples, 1)
+        logits = penalize(logits[:, -1].float(), out[:, :t], repetition_penalty)[:, :n_vocab]
+        token = draw(logits, keys[:, t:t + 1], temperature, top_k, top_p, min_p)  # (B n_samples, 1)
         out[:, t:t + 1] = token if given is None else torch.where(t < given, out[:, t:t + 1], token)
         yield out[:, t:t + 1]
 
 
-def draw(logits, temperature, top_k):
-    """logits: (B, V) -> token ids (B, 1), drawn from softmax(logits / temperature) over the top_k.
+def draw(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """logits: (B, V), keys: (B, 1) -> token ids (B, 1), drawn from softmax(logits / temperature) over the
+    likeliest; a row's key decides the draw.
 
     By the Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise. Unlike
-    torch.multinomial it can't return an id outside the range or of probability 0 on any device.
+    torch.multinomial it can't return an id outside the range or of probability 0 on any device, and a
+    change of the logits in the last digit, as another batch size makes, hardly ever changes the token.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        floor = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < floor, -math.inf)
-    exponential = torch.empty_like(logits).exponential_().clamp_min_(1e-20)
-    return (logits - exponential.log()).argmax(dim=-1, keepdim=True)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow at small temperatures
+    logits, ids = keep_likeliest(logits, top_k, top_p, min_p)  # (B, K), (B, K)
+    return ids.gather(1, (logits + gumbel(keys, ids)).argmax(dim=-1, keepdim=True))
+
+
+def keep_likeliest(logits, top_k=None, top_p=1.0, min_p=0.0):
+    """logits: (B, V) -> those to draw from and their ids, (B, K) each, -inf for what is left out.
+
+    top_k: only the k likeliest. top_p: of these, the fewest that together have probability top_p (Holtzman
+    et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1). min_p: of these, the ones at
+    least min_p times as likely as the likeliest (Nguyen et al. 2024, "Turning Up the Heat").
+    """
+    V = logits.shape[-1]
+    if top_k is None and top_p == 1:
+        ids = torch.arange(V, device=logits.device).expand_as(logits)
+    else:
+        logits, ids = logits.topk(min(top_k or V, V), dim=-1)  # likeliest first
+    if top_p < 1:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf)
+    return logits, ids
+
+
+def penalize(logits, seen, penalty):
+    """Make the tokens that a text has already less likely: divide their logits by the penalty, multiply
+    negative ones (Keskar et al. 2019, "CTRL", section 4.1). logits: (B, V), seen: (B, T) -> (B, V)"""
+    if penalty == 1:
+        return logits
+    old = logits.gather(1, seen)  # (B, T)
+    return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def noise_keys(seeds, n_rows, n_positions):
+    """A random-looking int64 for each position of each row, (n_rows, n_positions), that follows from the
+    row's seed and the position."""
+    seeds = torch.randint(1 << 62, (n_rows,)) if seeds is None else torch.tensor([s % 2**63 for s in seeds])
+    return mix(mix(seeds)[:, None] + torch.arange(n_positions))
+
+
+def gumbel(keys, ids):
+    """Gumbel noise that follows from key and token id: (B, 1), (B, K) int64 -> (B, K) float32.
+
+    A generator's noise would depend on what was drawn before, and on the device.
+    """
+    bits = mix(keys + ids * (0x9e3779b97f4a7c15 - 2**64)) & ((1 << 23) - 1)
+    uniform = (bits + 0.5) * 2.0**-23  # exact in float32, never 0 or 1
+    return -(-uniform.log()).log()
+
+
+def mix(z):
+    """Scramble 64-bit numbers, one to one, so that z and z + 1 have nothing in common any more: the last
+    steps of SplitMix64 (Steele et al. 2014). The masks undo what >> does to negative numbers."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * (0xbf58476d1ce4e5b9 - 2**64)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * (0x94d049bb133111eb - 2**64)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+class Text:
+    """The text of one sample while its tokens come in, of which `take` gives what is decided.
+
+    Undecided are bytes that don't make a whole character yet, and the beginning of what may become a stop
+    string. `ended` is None, then 'stop' where a stop string came, or 'length' after max_new_tokens.
+    """
+
+    def __init__(self, prompt, max_new_tokens, stop=()):
+        """prompt: the prompt's bytes. stop: strings that end the text, and aren't shown."""
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        self.text = self.decoder.decode(prompt)
+        self.start = len(self.text)  # where the continuation begins
+        self.stop, self.max_new_tokens = stop, max_new_tokens
+        self.n_tokens = self.taken = 0
+        self.ended = None if max_new_tokens else 'length'
+
+    def add(self, token):
+        """token: the next token's bytes."""
+        self.n_tokens += 1
+        last = self.n_tokens == self.max_new_tokens
+        searched = len(self.text)
+        self.text += self.decoder.decode(token, last)
+        ends = [(at + len(s), at) for s in self.stop
+                if (at := self.text.find(s, max(self.start, searched - len(s) + 1))) >= 0]
+        if ends:  # the one that is complete first, whatever pieces the text came in
+            self.text = self.text[:min(ends)[1]]
+        self.ended = 'stop' if ends else 'length' if last else None
+
+    def take(self):
+        """What was decided since the last call."""
+        end = len(self.text)
+        if not self.ended:
+            longest = max(map(len, self.stop), default=1)
+            for at in range(max(self.start, end - longest + 1), end):
+                if any(s.startswith(self.text[at:]) for s in self.stop):
+                    end = at
+                    break
+        piece, self.taken = self.text[self.taken:end], end
+        return piece

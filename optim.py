@@ -6,6 +6,7 @@ Optimizers that PyTorch doesn't have in the form we need, and the shapes of lear
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,37 @@ class AdamW(torch.optim.AdamW):
     add_param_group = plain(torch.optim.AdamW.add_param_group)
 
 
+class WeightAverage:
+    """Exponential moving average of a model's parameters (Polyak & Juditsky 1992), the model to sample from.
+
+    Of update t, counted from 0, it keeps min(decay, (1 + t) / (10 + t)) of what was, so that it soon forgets
+    the initial weights. A decay of 0: none, all methods do nothing.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.params = list(model.parameters()) if decay else []
+        self.average = [p.detach().clone() for p in self.params]
+
+    def update(self, t):
+        if self.params:
+            keep = min(self.decay, (1 + t) / (10 + t))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - keep)
+
+    @contextmanager
+    def in_place(self):
+        """Within it the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for p, a in zip(self.params, self.average):
+            p.data, a.data = a.data, p.data
+
+
 class Muon(AdamW):
     """Muon for some matrices, AdamW for all else, as one optimizer.
 
@@ -49,6 +81,9 @@ class Muon(AdamW):
         settings = {'momentum': momentum, 'momentum_warmup': momentum_warmup, 'ns_steps': ns_steps, 'step': 0}
         muon_groups = [settings | group for group in muon_groups]
         super().__init__([*adamw_groups, *muon_groups], lr=lr, betas=betas, fused=fused)
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would look for its buffers in all groups
 
     @torch.no_grad()
     def step(self):

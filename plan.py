@@ -9,6 +9,7 @@ What a run will need, told before it begins: data, arithmetic, memory, disk, tim
 import os
 import re
 import shutil
+import statistics
 from contextlib import contextmanager
 
 import torch
@@ -16,24 +17,23 @@ import torch
 import runtime
 
 
-def describe(model, run, tokens, iterations, batch_size, gradient_accumulation_steps, out_dir):
+def describe(model, run, tokens, iterations, sequences, batch_size, out_dir):
     """A short table of a run's needs, warnings included.
 
-    model: on its device. tokens: {split: number of tokens}. iterations: those still to do. Counts and sizes
-    are exact, but for memory, which is an estimate.
+    model: on its device. tokens: {split: number of tokens}. iterations, sequences: those still to do, by all
+    processes. Counts and sizes are exact, but for memory, which is an estimate.
     """
     c = model.config
     n_params = model.get_num_params(non_embedding=False)
-    per_iter = batch_size * gradient_accumulation_steps * c.block_size
-    flops = iterations * model.estimate_mfu(batch_size * gradient_accumulation_steps, 1.0, 1.0)
+    to_see = sequences * c.block_size
     memory, there = memory_needed(model, batch_size, run.dtype), runtime.total_memory(run.device)
     disk, free = 4 * checkpoint_bytes(model), free_disk(out_dir)  # three files, and one being written
     rows = {
         'data': f'{tokens["train"]:,} tokens to train on, {tokens["val"]:,} to validate',
         'model': f'{n_params:,} parameters: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size '
                  f'{c.block_size}, vocabulary {c.vocab_size:,}',
-        'run': f'{iterations:,} iterations of {per_iter:,} tokens: {iterations * per_iter:,} tokens, '
-               f'{iterations * per_iter / tokens["train"]:.2f} epochs, {flops:.1e} FLOPs',
+        'run': f'{iterations:,} iterations of {to_see // max(1, iterations):,} tokens: {to_see:,} tokens, '
+               f'{to_see / tokens["train"]:.2f} epochs, {model.estimate_mfu(sequences, 1.0, 1.0):.1e} FLOPs',
         'memory': f'about {size(memory)}' + (f' of {size(there)} on {run.device}' if there else '')
                   + ('  <- TOO LITTLE: a smaller batch_size, or activation_checkpointing'
                      if there and memory > there else ''),
@@ -97,11 +97,14 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
                           'needs less too, and is slower') from None
 
 
-def time_needed(step, iterations, n_evals, eval_batches, micro_steps):
-    """What a run takes, in words. step: seconds an iteration; eval_batches: of each process an evaluation."""
+def time_needed(times, iterations, eval_interval, eval_batches, micro_steps):
+    """What a run takes, in words. times: seconds of a few iterations, of which the first two don't count;
+    iterations: the range that the run does; eval_batches: of each process an evaluation."""
+    step = statistics.median(times[2:] or times)
+    n_evals = sum(i % eval_interval == 0 or i == iterations[-1] for i in iterations)
     evaluations = n_evals * eval_batches * step / micro_steps / 3  # a forward pass is a third of a step
-    return (f'{step * 1000:.2f}ms an iteration, {duration(iterations * step + evaluations)} in all, of which '
-            f'evaluations {duration(evaluations)}')
+    return (f'{step * 1000:.2f}ms an iteration, {duration(len(iterations) * step + evaluations)} in all, '
+            f'of which evaluations {duration(evaluations)}')
 
 
 def size(n_bytes):

@@ -161,7 +161,7 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if device_type == 'cuda':
         # TF32 on tensor cores for what autocast leaves in float32: 10-bit mantissas, several times the rate
         torch.set_float32_matmul_precision('high')
-    torch.manual_seed(seed + rank)  # dropout differs between processes
+    torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
     run = Runtime(device, dtype, compile, backend, rank, world_size)
     print0(f'device: {device} ({device_name(device)}), dtype: {dtype}, compile: {compile}, '
            f'backend: {backend}, processes: {world_size}')

@@ -10,10 +10,10 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
+import dataclasses
 import itertools
 import math
 import os
-import statistics
 import time
 from contextlib import nullcontext
 
@@ -21,15 +21,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import health
 import plan
 import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, check_split, eval_windows, fingerprint, open_split, prefetch,
-                     read_meta, read_tokenizer, read_windows, train_windows)
+from dataset import (PADDED_GPT2_VOCAB, SAMPLERS, check_split, eval_windows, fingerprint, open_split,
+                     prefetch, read_meta, read_tokenizer, read_windows)
+from guard import Guard
 from model import GPT, GPTConfig
-from optim import SCHEDULES
-from runlog import RunLog, Wandb
-from runtime import print0
+from optim import SCHEDULES, WeightAverage
+from runlog import Drawing, Progress, RunLog, Wandb, print0, show_sample
 
 # ---------------------------------------------------------------------------- settings
 
@@ -41,6 +42,8 @@ eval_interval = 2000  # iterations between evaluations
 eval_iters = 200  # batches an evaluation reads of each split; 0: the whole split
 eval_only = False  # evaluate once, write nothing
 log_interval = 1  # iterations between lines of the log
+sample_interval = 0  # iterations between samples, which are printed; 0: none
+plot = True  # draw out_dir/loss.png after evaluations, if matplotlib is installed
 always_save_checkpoint = True  # ckpt.pt at every evaluation, not only where the validation loss improves
 checkpoint_interval = 1000  # iterations between states to resume from; 0: only when the run is told to stop
 ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
@@ -52,7 +55,9 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>
 allow_changed_data = False  # resume on other data than the run has seen so far
+sampler = 'random'  # random: windows from anywhere; epoch: each once an epoch, shuffled
 gradient_accumulation_steps = 40  # micro-steps an iteration, over all processes
+batch_ramp_iters = 0  # iterations in which the micro-steps rise from 1 a process to that number
 batch_size = 12  # sequences a micro-step
 block_size = 1024  # tokens a sequence
 # model
@@ -89,6 +94,7 @@ weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
+ema_decay = 0.0  # of an average of the weights, which is evaluated and sampled from; 0: none
 skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
@@ -107,14 +113,14 @@ peak_flops = 0.0  # FLOP/s of one device, which mfu is a share of; 0: looked up 
 seed = 1337
 
 config = configure(globals())
-OPTIONS = ('activation', 'pos_emb', 'norm', 'qk_norm', 'tie_weights', 'value_residual', 'residual_scale',
-           'logit_softcap', 'n_kv_head', 'ngram', 'ngram_rows', 'init')  # of the model, beyond GPT-2
-
 # ---------------------------------------------------------------------------- machine, data
 
 run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
 
+for name, choices in {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'), 'lr_schedule': SCHEDULES}.items():
+    if config[name] not in choices:
+        raise ValueError(f'{name}={config[name]} is not one of {", ".join(choices)}')
 if min(batch_size, block_size, gradient_accumulation_steps, eval_interval, log_interval) < 1:
     raise ValueError('batch_size, block_size, gradient_accumulation_steps, eval_interval and log_interval '
                      'must be at least 1')
@@ -129,33 +135,19 @@ tokenizer, meta = read_tokenizer(data_dir), read_meta(data_dir)
 data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
 if meta:
     print0(f'found vocab_size = {data_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
+if sample_interval:
+    tokenizer.decode([int(data['val'][0])])  # the files that it may have to fetch, now rather than on the way
 
 # ---------------------------------------------------------------------------- model, optimizer
 
-def load_state():
-    """The state to go on with, None to start afresh; damaged files are named and set aside."""
-    if init_from == 'finetune':
-        return checkpoint.load(os.path.join(finetune_from or out_dir, 'ckpt.pt'))
-    if eval_only:
-        path = os.path.join(out_dir, 'ckpt.pt')
-        return checkpoint.load(path) if init_from == 'resume' or os.path.isfile(path) else None
-    path, state, damaged = checkpoint.newest(out_dir) if run.is_master else (None, None, {})
-    if run.is_master and path is None and init_from == 'resume':
-        raise next(iter(damaged.values()), None) or FileNotFoundError(
-            f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
-    for bad, error in damaged.items():
-        print0(error if dry_run else f'{error}; set aside as {checkpoint.set_aside(bad)}')
-    path = run.broadcast(path and str(path))
-    if path is None:
-        return None
-    print0(f'resuming from {path}')
-    return state or checkpoint.load(path, verify=False)
-
-
 model = state = None
 changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
-if init_from in ('resume', 'auto', 'finetune'):
-    state = load_state()
+if init_from == 'finetune':
+    state = checkpoint.load(os.path.join(finetune_from or out_dir, 'ckpt.pt'))
+elif eval_only and init_from == 'resume':
+    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+elif init_from in ('resume', 'auto'):
+    state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=dry_run)
 if state:
     model_config = GPTConfig.from_args(state['model_args'] | changes)
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
@@ -163,8 +155,8 @@ if state:
     if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
         print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
 elif init_from in ('scratch', 'auto'):
-    model_config = GPTConfig(block_size, data_vocab, n_layer, n_head, n_embd, bias=bias,
-                             **{k: config[k] for k in OPTIONS} | changes)
+    named = {f.name for f in dataclasses.fields(GPTConfig)} & config.keys()
+    model_config = GPTConfig(vocab_size=data_vocab, **{k: config[k] for k in named if config[k] != 'auto'})
 else:
     model = GPT.from_pretrained(init_from, changes)
     model_config = model.config
@@ -189,7 +181,7 @@ if state:
     model.load_state_dict(state['model'])
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
-model.to(run.device)
+average = WeightAverage(model.to(run.device), ema_decay)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
@@ -203,23 +195,25 @@ scaler = run.grad_scaler()
 
 # what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss = 0, math.inf
-seconds = 0.0  # of training, evaluations and saving aside
-n_skipped, recent = 0, []  # updates left out, and loss and gradient norm of the last 128 that were not
+seconds, n_tokens = 0.0, 0  # of training, evaluations and saving aside
+guard = Guard(run.device, skip_spikes, scaler.is_enabled())
+n_clipped = torch.zeros((), device=run.device)  # updates, since the last line of the log
 wandb_id = os.urandom(4).hex()
 if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
-    n_skipped, recent = state.get('n_skipped', n_skipped), state.get('recent', recent)
+    guard.load_state_dict(state.get('guard') or guard.state_dict())
+    n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
+    n_clipped += state.get('n_clipped', 0)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
+        if 'trained' in state:  # state['model'] is their average
+            checkpoint.load_weights(model, state['trained'])
         checkpoint.load_optimizer(optimizer, state['optimizer'])
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 first_iter = saved_iter = iter_num
 
-if not eval_only:
-    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, max(0, max_iters + 1 - iter_num),
-                         batch_size, gradient_accumulation_steps, out_dir))
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     model.compile()  # in place: no wrapper, no prefix on the parameters' names
@@ -230,10 +224,22 @@ hold_gradients = ddp_model.no_sync if run.world_size > 1 else nullcontext
 
 # ---------------------------------------------------------------------------- what the loop calls
 
+def micro_steps_at(it):
+    """Micro-steps of this process in an iteration."""
+    return math.ceil(micro_steps * min(1, (it + 1) / (batch_ramp_iters + 1)))
+
+
+def sequences_before(it):
+    """Sequences that all processes have seen before an iteration."""
+    ramp = min(it, batch_ramp_iters)
+    return (sum(map(micro_steps_at, range(ramp))) + (it - ramp) * micro_steps) * run.world_size * batch_size
+
+
 def get_batch(iteration, micro_step):
     """x, y: (B, T), this process's part of the iteration's global batch."""
-    count = gradient_accumulation_steps * batch_size
-    starts = train_windows(seed, iteration, count, len(data['train']), block_size)
+    count = micro_steps_at(iteration) * run.world_size * batch_size
+    windows, at = SAMPLERS[sampler], sequences_before(iteration) if sampler == 'epoch' else iteration
+    starts = windows(seed, at, count, len(data['train']), block_size)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], block_size)
     return run.to_device(x), run.to_device(y)
@@ -275,12 +281,11 @@ def save(name, keep=None, with_optimizer=True):
     the run: returns False where the file could not be written."""
     if not run.is_master:
         return True
-    buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
-    if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
-        raise FloatingPointError(f'iteration {iter_num}: weights or optimizer buffers are not finite, '
-                                 f'so nothing was saved. {last_state()}')
+    guard.stop_if_unfit(iter_num, last_state(), model, optimizer)
+    with average.in_place():
+        averaged = model.state_dict()
     state = {
-        'model': model.state_dict(),
+        'model': averaged,
         'optimizer': optimizer.state_dict(),
         'model_args': model.config.to_args(),
         'iter_num': iter_num,
@@ -290,12 +295,15 @@ def save(name, keep=None, with_optimizer=True):
         'scaler': scaler.state_dict(),
         'data': fingerprints,
         'seconds': seconds,
-        'n_skipped': n_skipped,
-        'recent': recent,
+        'n_tokens': n_tokens,
+        'guard': guard.state_dict(),
+        'n_clipped': n_clipped.item(),
         'wandb_id': wandb_id,
     }
+    if ema_decay:
+        state['trained'] = model.state_dict()
     if not with_optimizer:
-        del state['optimizer']
+        state = {k: v for k, v in state.items() if k not in ('optimizer', 'trained')}
     try:
         checkpoint.save(os.path.join(out_dir, name), state, keep and os.path.join(out_dir, keep))
     except OSError as error:
@@ -309,40 +317,30 @@ def last_state():
         'No state was saved before'
 
 
-def stop_if_not_finite(*values):
-    """End the run, on all processes, if an update was held back or one of `values`, the same on all, is not
-    finite. It waits for the device, so it is called where that is done anyway."""
-    if first_bad.item() < math.inf or not all(map(math.isfinite, values)):
-        raise FloatingPointError(
-            f'iteration {min(first_bad.item(), iter_num):.0f}: the loss or the gradient is not finite; no '
-            f'update was made with it. {last_state()}. A lower learning_rate or a longer warm-up may help')
-
-
-def is_spike(values):
-    """Whether the loss or the gradient norm lies far above those of the last 128 updates."""
-    if not skip_spikes or len(recent) < 128:
-        return False
-    limits = [statistics.mean(c) + skip_spikes * statistics.pstdev(c) for c in zip(*recent)]
-    return any(v > limit for v, limit in zip(values, limits))
-
-
 # ---------------------------------------------------------------------------- training loop
 
+if not eval_only:
+    end = max(iter_num, max_iters + 1)
+    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+                         sequences_before(end) - sequences_before(iter_num), batch_size, out_dir))
 is_writing = run.is_master and not (eval_only or dry_run)
 if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
     print0('to go on after a stop: the same command with --init_from=auto')
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num)
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if is_writing and wandb_log else None)
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num, wandb)
+drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
+                  if is_writing and plot else None)
+progress = Progress(max_iters)
+probe, _ = read_windows(data['val'], eval_windows(len(data['val']), block_size, batch_size, 1)[0], block_size)
 if not eval_only:
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps)))
-mfu = float('nan')
-first_bad = torch.full((), math.inf, device=run.device)  # the first iteration whose gradient was not finite
+batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps_at(i))))
+mfu = float('nan')  # percent
 stop, stopped = runtime.StopRequest(run), False
-clock, timed_iters, times = time.perf_counter(), 0, []
+clock, timed_iters, timed_sequences, times = time.perf_counter(), 0, 0, []
 
 while iter_num <= max_iters:
     stopped = stop.agreed() or (dry_run and len(times) == 12)
@@ -355,19 +353,26 @@ while iter_num <= max_iters:
     # evaluation and saving, before the update; their time doesn't count
     evaluating = iter_num % eval_interval == 0 or iter_num == max_iters
     saving = checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > first_iter
-    if eval_only or (evaluating or saving) and not dry_run:
+    sampling = sample_interval and iter_num % sample_interval == 0
+    if eval_only or (evaluating or saving or sampling) and not dry_run:
         run.synchronize()
         pause = time.perf_counter()
-        stop_if_not_finite()
+        guard.stop_if_not_finite(iter_num, last_state())
         if evaluating or eval_only:
-            losses = estimate_loss()
-            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            with average.in_place():
+                losses = estimate_loss()
+            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
+                   style='bold')
             if eval_only:
                 break
-            stop_if_not_finite(*losses.values())
-            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-            wandb.call('log', {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                               'lr': lr, 'mfu': mfu * 100})
+            guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
+            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
+                       'mfu': mfu, 'seconds': seconds + pause - clock, 'tokens': n_tokens})
+            if is_writing:
+                vitals = health.measure(model, run, probe)
+                log.write_later(iter_num, vitals)
+            if iter_num > first_iter:
+                drawing.start()
             best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
             if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
                 print0(f'saving checkpoint to {out_dir}')
@@ -375,67 +380,67 @@ while iter_num <= max_iters:
                     best_val_loss = best_before
         if saving and save('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
+        if sampling and is_writing:
+            text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, seed, iter_num)
+            wandb.log_sample(iter_num, text)
         clock += time.perf_counter() - pause
 
     # forward and backward; DDP averages the gradients in the last micro-step only
     run.seed(seed, iter_num)
-    loss = torch.zeros((), device=run.device)
+    loss, n_micro = torch.zeros((), device=run.device), micro_steps_at(iter_num)
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
-        for micro_step in range(micro_steps):
+        for micro_step in range(n_micro):
             x, y = next(batches)
-            with hold_gradients() if micro_step < micro_steps - 1 else nullcontext():
+            with hold_gradients() if micro_step < n_micro - 1 else nullcontext():
                 with run.autocast():
                     _, micro_loss = ddp_model(x, y, return_logits=False)
-                    micro_loss = micro_loss / micro_steps
+                    micro_loss = micro_loss / n_micro
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     loss = run.mean(loss)  # of the whole batch, on the device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    n_clipped += norm > (grad_clip or math.inf)
 
-    # the update, which the optimizer leaves out where it finds found_inf set: the host needn't wait for it
-    finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + norm)
-    first_bad = torch.where(finite, first_bad, first_bad.clamp(max=iter_num))
-    optimizer.found_inf = (~finite).float()
-    if skip_spikes and is_spike((loss.item(), norm.item())):
-        n_skipped += 1
-        print0(f'iter {iter_num}: update skipped, a spike ({n_skipped} so far)')
+    if guard.allows(iter_num, loss, norm, optimizer):
+        with health.watch_update(model, vitals) if evaluating and is_writing else nullcontext():
+            scaler.step(optimizer)
     else:
-        scaler.step(optimizer)
-        if skip_spikes:
-            recent = [*recent[-127:], (loss.item(), norm.item())]
+        print0(f'iter {iter_num}: update skipped, a spike ({guard.n_skipped} so far)')
     scaler.update()
+    average.update(iter_num)
     optimizer.zero_grad(set_to_none=True)
 
     # log: the mean loss of the whole batch, the mean time since the last line
-    timed_iters += 1
+    timed_iters, timed_sequences = timed_iters + 1, timed_sequences + n_micro * batch_size
+    n_tokens += n_micro * run.world_size * batch_size * block_size
     if iter_num % log_interval == 0 or dry_run:
-        stop_if_not_finite()
+        guard.stop_if_not_finite(iter_num, last_state())
         loss, norm = loss.item(), norm.item()
         dt = (time.perf_counter() - clock) / timed_iters
         times.append(dt)
         seconds += dt * timed_iters
-        rate = gradient_accumulation_steps * batch_size * block_size / dt
-        mfu = model.estimate_mfu(batch_size * micro_steps, dt, peak_flops) if peak_flops else float('nan')
-        print0(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, '
-               f'mfu {f"{mfu * 100:.2f}%" if peak_flops else "n/a"}, lr {lr:.2e}, norm {norm:.2f}, '
-               f'{rate:.0f} tokens/s')
-        log.write({'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': n_skipped,
-                   'seconds': seconds, 'ms': dt * 1000, 'tokens_per_s': rate})
-        clock, timed_iters = time.perf_counter(), 0
+        done = timed_sequences / timed_iters  # sequences of an iteration, on this process
+        rate = done * run.world_size * block_size / dt
+        mfu = 100 * model.estimate_mfu(done, dt, peak_flops or math.nan)
+        entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': guard.n_skipped,
+                 'clipped': n_clipped.item() / min(log_interval, iter_num + 1), 'seconds': seconds,
+                 'tokens': n_tokens, 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
+        progress.show(entry)
+        log.write(entry)
+        n_clipped.zero_()
+        clock, timed_iters, timed_sequences = time.perf_counter(), 0, 0
     iter_num += 1
 
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
 if dry_run and times:
-    iterations = range(first_iter, max_iters + 1)
     n_batches = sum(len(eval_windows(len(v), block_size, batch_size, eval_iters)) for v in data.values())
-    n_evals = sum(i % eval_interval == 0 or i == max_iters for i in iterations)
-    print0('time    ' + plan.time_needed(statistics.median(times[2:] or times), len(iterations), n_evals,
+    print0('time    ' + plan.time_needed(times, range(first_iter, max_iters + 1), eval_interval,
                                          n_batches / run.world_size, micro_steps))
 elif not (dry_run or eval_only):
-    stop_if_not_finite()
+    guard.stop_if_not_finite(iter_num, last_state())
     wanted = iter_num > saved_iter and (checkpoint_interval or stopped)
     if wanted and not save('latest.pt', keep='previous.pt'):
         raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
@@ -443,4 +448,5 @@ elif not (dry_run or eval_only):
         print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
 wandb.call('finish')
 log.close()
+drawing.close(patience=seconds / 100)
 run.stop()

@@ -40,8 +40,9 @@ import checkpoint  # noqa: E402
 from dataset import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-TIMES = ('seconds', 'ms', 'tokens_per_s')  # of log.jsonl: these differ from run to run
-STATE = ('model', 'optimizer', 'iter_num', 'best_val_loss', 'n_skipped', 'recent', 'scaler', 'data')
+TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu')  # of log.jsonl: these differ from run to run
+STATE = ('model', 'trained', 'optimizer', 'iter_num', 'best_val_loss', 'guard', 'scaler', 'data', 'n_tokens',
+         'n_clipped')
 
 
 # ---------------------------------------------------------------------------- runs
@@ -204,7 +205,7 @@ def differences(one, other):
     """What two finished runs' folders don't share, [] if nothing: of log.jsonl and of the last state."""
     found = [] if read_log(one) == read_log(other) else ['log.jsonl']
     a, b = (checkpoint.load(Path(folder, 'latest.pt')) for folder in (one, other))
-    return found + [key for key in STATE if not equal(a[key], b[key])]
+    return found + [key for key in STATE if not equal(a.get(key), b.get(key))]
 
 
 def numbers_of(state):

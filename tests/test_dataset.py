@@ -21,6 +21,7 @@ from dataset import (
     GPT2Tokenizer,
     check_split,
     download,
+    epoch_windows,
     eval_windows,
     fingerprint,
     open_split,
@@ -33,6 +34,7 @@ from dataset import (
     replacing,
     tokenizer_from,
     train_windows,
+    windows_an_epoch,
     write_dataset,
     write_text_dataset,
     write_tokens,
@@ -59,6 +61,24 @@ def test_train_windows_follow_from_seed_and_iteration_alone():
     assert (train_windows(1337, 6, 100, 10_000, 64) != first).any()
     assert (train_windows(1338, 5, 100, 10_000, 64) != first).any()
     assert (train_windows(1338, 4, 100, 10_000, 64) != first).any()
+
+
+@pytest.mark.parametrize('n_tokens', [65, 129, 1000, 1024, 1025])
+def test_an_epoch_has_each_window_once_side_by_side(n_tokens):
+    n = windows_an_epoch(n_tokens, 64)
+    first, second = (np.sort(epoch_windows(7, e * n, n, n_tokens, 64)) for e in (0, 1))
+    for starts in (first, second):
+        assert (np.diff(starts) == 64).all() and starts[0] >= 0 and starts[-1] + 64 < n_tokens
+    if n_tokens >= 1000:
+        assert n == n_tokens // 64 - 1 - (n_tokens == 1024)
+        assert (first != second).any() and (epoch_windows(7, 0, n, n_tokens, 64) != first).any()
+
+
+def test_windows_of_an_epoch_follow_from_their_number_alone():
+    whole = epoch_windows(7, 0, 50, 1000, 64)
+    np.testing.assert_array_equal(np.concatenate([epoch_windows(7, i, 7, 1000, 64) for i in range(0, 49, 7)]),
+                                  whole[:49])
+    assert (epoch_windows(8, 0, 50, 1000, 64) != whole).any()
 
 
 def test_train_windows_stay_the_same_from_version_to_version():

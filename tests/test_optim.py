@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import SCHEDULES, Muon, newton_schulz, orthogonalize
+from optim import SCHEDULES, Muon, WeightAverage, newton_schulz, orthogonalize
 
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'bias': False}
 
@@ -125,3 +125,19 @@ def test_schedules_go_from_1_to_0():
         assert points[-1] == pytest.approx(0 if name != 'constant' else 1)
     assert SCHEDULES['wsd'](0.79) == 1 and SCHEDULES['wsd'](0.9) == pytest.approx(0.5)
     assert SCHEDULES['cosine'](0.5) == pytest.approx(0.5)
+
+
+def test_average_of_the_weights_equals_its_definition():
+    model = torch.nn.Linear(2, 2)
+    average = WeightAverage(model, 0.5)
+    expected = model.weight.detach().clone()
+    for t in range(20):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 2))
+        average.update(t)
+        keep = min(0.5, (1 + t) / (10 + t))
+        expected = keep * expected + (1 - keep) * model.weight.detach()
+    trained = model.weight.detach().clone()
+    with average.in_place():
+        assert torch.allclose(model.weight, expected)
+    assert torch.equal(model.weight, trained)

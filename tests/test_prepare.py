@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -374,3 +375,123 @@ def test_missing_bpe_files_are_one_line(prepare, tmp_path):
     done = prepare('shakespeare', '--input=speech.txt', ok=False, **nowhere)
     assert_mistake(done, 'FileNotFoundError', 'GPT-2 BPE', 'TIKTOKEN_CACHE_DIR')
     assert done.stderr.count('\n') == 1
+
+
+# ---------------------------------------------------------------------------- splits of their own
+
+STORIES = {'train': [f'Once there was a cat called {n}.\n\nIt slept.' for n in 'abcdefgh'] + ['The end.'],
+           'validation': ['One day, Tim saw a <dog>.', 'A bird sang.']}
+LINES = {'train': [' \n', ' = Ada Lovelace = \n', ' \n', ' Ada wrote notes on 1 @,@ 843 pages . \n',
+                   ' = not a title = \n', ' \n', ' = = Life = = \n', ' \n', ' She lived in London . \n',
+                   ' \n', ' = Zeno = \n', ' \n', ' Zeno never arrived . \n', ' \n'],
+         'validation': [' \n', ' = Café = \n', ' \n', ' A place for coffee . \n', ' \n']}
+ARTICLES = {'train': [''.join(LINES['train'][:10]), ''.join(LINES['train'][10:])],
+            'validation': [''.join(LINES['validation'])]}
+SENTENCES = {'train': [' no it was n\'t black monday ', ' mr. <unk> is chairman of N firms '],
+             'validation': [' consumers may want to move ']}
+NEWS = {'train': ['no it was n\'t black monday\nmr. <unk> is chairman of N firms\n'],
+        'validation': ['consumers may want to move\n']}
+
+
+def plain(texts):
+    import tiktoken
+    encode = tiktoken.get_encoding('gpt2').encode_ordinary
+    return [token for text in texts for token in [*encode(text), 50256]]
+
+
+def write_table(path, rows, column='text'):
+    import datasets
+    table = datasets.Dataset.from_dict({'id': list(range(len(rows))), column: rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.parquet':
+        table.to_parquet(path)
+    else:
+        table.to_json(path)
+
+
+@pytest.fixture
+def prepare_here(corpus, prepare, monkeypatch):
+    """`prepare`, in this process: gives train.bin, val.bin and dataset.json."""
+    def run(dataset, *args):
+        script = prepare.data / dataset / 'prepare.py'
+        hook, path = sys.excepthook, list(sys.path)
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        finally:
+            sys.excepthook, sys.path[:] = hook, path
+        assert sorted(p.name for p in script.parent.iterdir()) == [
+            'dataset.json', 'prepare.py', 'train.bin', 'val.bin']
+        return read(script.parent)
+    return run
+
+
+@pytest.mark.parametrize('names', [('data/train-0-of-1.parquet', 'data/validation-0-of-1.parquet'),
+                                   ('train.jsonl', 'valid.jsonl'), ('train/0.parquet', 'dev/0.parquet')])
+@pytest.mark.parametrize('dataset', ['tinystories', 'lambada'])
+def test_folder_with_both_splits_equals_a_plain_tokenization(dataset, names, prepare_here, tmp_path):
+    for name, texts in zip(names, STORIES.values()):
+        write_table(tmp_path / 'copy' / name, texts)
+    write_table(tmp_path / 'copy' / f'test{names[0][-8:]}', ['never seen'])
+    train, val, info = prepare_here(dataset, f'--source={tmp_path / "copy"}')
+    assert (train, val) == (plain(STORIES['train']), plain(STORIES['validation']))
+    assert info['tokens'] == {'train': len(train), 'val': len(val)} and info['tokenizer'] == 'gpt2'
+    assert prepare_here(dataset, f'--source={tmp_path / "copy"}', '--limit=2', '--num_proc=2')[:2] == (
+        plain(STORIES['train'][:2]), plain(STORIES['validation'][:2]))
+
+
+def test_stories_of_a_text_file_are_those_between_its_separators(prepare_here, tmp_path):
+    for name, texts in zip(('train', 'valid'), STORIES.values()):
+        (tmp_path / f'TinyStories-{name}.txt').write_text('\n<|endoftext|>\n'.join(texts) + '\n')
+    train, val, _ = prepare_here('tinystories', f'--source={tmp_path}')
+    assert (train, val) == (plain(STORIES['train']), plain(STORIES['validation']))
+    train, val, _ = prepare_here('tinystories', f'--source={tmp_path / "TinyStories-train.txt"}')
+    assert sorted(documents_of(train + val)) == sorted(STORIES['train'])  # one file is cut at random
+
+
+def test_articles_are_the_same_from_the_hub_s_rows_and_from_the_raw_files(prepare_here, tmp_path):
+    for name, lines in zip(('train', 'valid', 'test'), [*LINES.values(), [' = T = \n']]):
+        write_table(tmp_path / f'hub/{name}.parquet', [line if line.strip() else '' for line in lines])
+        (tmp_path / f'wiki.{name}.raw').write_text(''.join(lines), encoding='utf-8')
+    rows = prepare_here('wikitext', f'--source={tmp_path / "hub"}')
+    (tmp_path / 'hub').rename(tmp_path.parent / f'{tmp_path.name}-hub')  # a folder has files of one kind
+    raw = prepare_here('wikitext', f'--source={tmp_path}')
+    assert rows[:2] == raw[:2] == (plain(ARTICLES['train']), plain(ARTICLES['validation']))
+    assert ''.join(documents_of(raw[0])) == ''.join(LINES['train'])
+
+
+def test_sentences_are_one_text_from_the_hub_s_rows_and_from_text_files(prepare_here, tmp_path):
+    for name, sentences in zip(('train', 'valid'), SENTENCES.values()):
+        write_table(tmp_path / f'hub/{name}.parquet', [s.strip() for s in sentences], 'sentence')
+        path = tmp_path / f'simple-examples/ptb.{name}.txt'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(''.join(s + '\n' for s in sentences))
+    rows = prepare_here('ptb', f'--source={tmp_path / "hub"}')
+    text = prepare_here('ptb', f'--source={tmp_path / "simple-examples"}')
+    assert rows[:2] == text[:2] == (plain(NEWS['train']), plain(NEWS['validation']))
+
+
+@pytest.mark.parametrize('dataset, where, column, rows, documents', [
+    ('tinystories', {'path': 'roneneldan/TinyStories'}, 'text', STORIES, STORIES),
+    ('wikitext', {'path': 'Salesforce/wikitext', 'name': 'wikitext-103-raw-v1'}, 'text', LINES, ARTICLES),
+    ('lambada', {'path': 'cimec/lambada'}, 'text', STORIES, STORIES),
+    ('ptb', {'path': 'ptb-text-only/ptb_text_only', 'revision': 'refs/convert/parquet'}, 'sentence',
+     SENTENCES, NEWS),
+])
+def test_hub_is_asked_for_both_splits(dataset, where, column, rows, documents, prepare_here, monkeypatch):
+    import datasets
+    asked = []
+
+    def load_dataset(path, split, **how):
+        asked.append({'path': path, **how})
+        return datasets.Dataset.from_dict({column: rows[split]})
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    train, val, info = prepare_here(dataset)
+    assert asked == [where, where] and info['source'] == where['path']
+    assert (train, val) == (plain(documents['train']), plain(documents['validation']))
+
+
+@pytest.mark.parametrize('dataset', ['tinystories', 'wikitext', 'lambada', 'ptb'])
+def test_corpus_out_of_reach_is_one_line_that_names_local_files(dataset, bpe, prepare):
+    assert_mistake(prepare(dataset, ok=False, **CUT_OFF), 'ValueError', 'can\'t load', '--source=PATH')

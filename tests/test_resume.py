@@ -22,6 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 EXACT = ('--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20', '--learning_rate=1e-2',
          '--always_save_checkpoint=False', '--dropout=0.2', '--gradient_accumulation_steps=4')
 
+RECIPE = ('--optimizer=muon', '--qk_norm', '--pos_emb=rope', '--sampler=epoch', '--batch_ramp_iters=12',
+          '--ema_decay=0.9')
+
 
 @pytest.fixture(autouse=True)
 def own_signals():
@@ -67,10 +70,11 @@ def stop():
 
 # ---------------------------------------------------------------------------- stopped and gone on with
 
-@pytest.mark.parametrize('n', [1, 2])
-def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, request, char_data, tmp_path):
+@pytest.mark.parametrize('n, recipe', [(1, ()), (2, ()), (1, RECIPE), (2, RECIPE)])
+def test_run_stopped_at_any_step_equals_the_uninterrupted_one_bit_for_bit(n, recipe, request, char_data,
+                                                                          tmp_path):
     ranks = request.getfixturevalue('one_rank' if n == 1 else 'two_ranks')
-    args = [*EXACT, f'--data_dir={char_data}']
+    args = [*EXACT, *recipe, f'--data_dir={char_data}']
     assert [r.error for r in ranks.train(*args, f'--out_dir={tmp_path / "whole"}')] == [None] * n
     for step in (1, 6, 20):
         out_dir = tmp_path / str(step)
@@ -99,7 +103,7 @@ def test_run_that_skips_spikes_is_resumed_with_its_memory(train, tmp_path, at_it
     train(*args, out_dir=tmp_path / 'parts')
     train(*args, '--init_from=resume', out_dir=tmp_path / 'parts')
     state = checkpoint.load(tmp_path / 'whole/latest.pt')
-    assert 0 < state['n_skipped'] < 25 and len(state['recent']) == 128
+    assert 0 < state['guard']['n_skipped'] < 25 and len(state['guard']['recent']) == 128
     assert soak.differences(tmp_path / 'whole', tmp_path / 'parts') == []
 
 
@@ -109,7 +113,7 @@ def test_skipped_update_changes_no_parameter(train, monkeypatch):
     monkeypatch.setattr(statistics, 'pstdev', lambda values: 0.0)
     script = train('--skip_spikes=1', '--max_iters=132', '--eval_interval=1000')
     short = train('--skip_spikes=1', '--max_iters=127', '--eval_interval=1000')
-    assert script['n_skipped'] == 5 and script['log'].count('update skipped, a spike') == 5
+    assert script['guard'].n_skipped == 5 and script['log'].count('update skipped, a spike') == 5
     for a, b in zip(script['model'].parameters(), short['model'].parameters()):
         assert torch.equal(a, b)
 
@@ -130,7 +134,7 @@ def test_signalled_run_exits_with_status_0_and_its_state(char_data, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     state, log = checkpoint.load(tmp_path / 'latest.pt'), soak.read_log(tmp_path)
-    assert state['recent'] == []  # only skip_spikes looks back, and waits for the device to do so
+    assert state['guard']['recent'] == []  # only skip_spikes looks back, and waits for the device to do so
     assert state['iter_num'] == log[-1]['iter'] + 1 and 'SIGINT: stopping' in output
 
 
@@ -196,7 +200,8 @@ def test_damaged_state_is_told_and_kept_and_the_one_before_is_taken(train, tmp_p
     assert re.search(r'latest.pt is not a checkpoint, .*; set aside as .*latest.pt.damaged1\n', log)
     assert re.search(r'resuming from .*previous.pt\n(.*\n)+resuming at iteration 8\n', log)
     assert (tmp_path / 'out/latest.pt.damaged1').read_bytes() == damaged
-    assert [e['iter'] for e in soak.read_log(tmp_path / 'out')] == [0, *range(9), 8]  # 0, 8: evaluations
+    told = [e['iter'] for e in soak.read_log(tmp_path / 'out') if 'health' not in e]
+    assert told == [0, *range(9), 8]  # 0, 8: evaluations
 
 
 def test_nothing_but_damaged_states_is_an_error_for_resume_and_a_new_run_for_auto(train, tmp_path):
@@ -381,7 +386,8 @@ def test_number_that_is_not_finite_stops_the_run_before_an_update(n, kind, at, i
     assert saved is None or saved <= bad
     assert (f'The last good state is that of iteration {saved}, in {tmp_path}' if saved else
             'No state was saved before') in error
-    assert all(math.isfinite(x) for entry in soak.read_log(tmp_path) for x in entry.values())
+    assert all(math.isfinite(x) for entry in soak.read_log(tmp_path) if 'health' not in entry
+               for x in entry.values())
     for path in tmp_path.glob('*.pt'):
         assert all(x.isfinite().all() for x in soak.numbers_of(checkpoint.load(path)))
 
@@ -409,8 +415,8 @@ def test_log_of_a_resumed_run_has_each_step_once(train, tmp_path):
     entries = soak.read_log(tmp_path / 'out')
     assert [e['iter'] for e in entries if 'loss' in e] == [*range(10)]
     assert [e['iter'] for e in entries if 'val_loss' in e] == [0, 9]
-    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'seconds', 'ms',
-                                     'tokens_per_s'}
+    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'clipped', 'seconds',
+                                     'tokens', 'ms', 'tokens_per_s', 'mfu'}
 
 
 def test_training_time_goes_on_in_a_resumed_run(train, tmp_path):
@@ -448,7 +454,8 @@ def test_resumed_run_continues_its_own_wandb_run(train, tmp_path, monkeypatch):
     ids = [r['id'] for r in inits]
     assert len(ids) == 4 and ids[0] == ids[1] == ids[2] != ids[3] and records.count('finish') == 4
     assert all(r['resume'] == 'allow' and r['project'] == 'owt' and r['name'] == 'gpt2' for r in inits)
-    assert [r['iter'] for r in records if 'iter' in r] == [0, 2, 4, 6, 0, 2]
+    assert [r['iter'] for r in records if 'val/loss' in r] == [0, 2, 4, 6, 0, 2]
+    assert [r['iter'] for r in records if 'loss' in r] == [*range(7), *range(3)]
 
 
 def test_processes_that_start_at_different_times_find_the_same_state(two_ranks, char_data, tmp_path):

@@ -1,14 +1,24 @@
 """runlog.py: each step is told once, whatever happens to the process or the disk."""
 
+import contextlib
+import importlib.util
+import io
 import json
+import re
+import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import TINY_ARGS, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runlog import RunLog, Wandb
+import checkpoint
+import runlog
+from runlog import Drawing, Progress, RunLog, Wandb, keep_line, print0
 
 
 def entries(path):
@@ -158,3 +168,238 @@ def test_service_that_fails_once_is_left_alone(monkeypatch, capsys):
         wandb.call('log', {'iter': i})
     assert calls == [{'iter': 0}]
     assert capsys.readouterr().out == 'wandb is off from here on: ZeroDivisionError: division by zero\n'
+
+
+def test_wandb_gets_every_line_and_a_number_for_each_layer(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **k: None, log=calls.append))
+    log = RunLog(tmp_path / 'log.jsonl', wandb=Wandb({}))
+    log.write({'iter': 5, 'train_loss': 2.0, 'val_loss': 3.0, 'lr': 0.1, 'mfu': 12.5})
+    health = {'update_ratio': torch.tensor([0.25, 0.5])}
+    log.write_later(5, health)
+    health['attention_logit'] = torch.tensor([3.0, 4.0])
+    log.write({'iter': 5, 'loss': 2.5})
+    log.close()
+    assert calls == [
+        {'iter': 5, 'train/loss': 2.0, 'val/loss': 3.0, 'lr': 0.1, 'mfu': 12.5},
+        {'iter': 5, 'health/update_ratio/0': 0.25, 'health/update_ratio/1': 0.5,
+         'health/attention_logit/0': 3.0, 'health/attention_logit/1': 4.0},
+        {'iter': 5, 'loss': 2.5}]
+    assert entries(tmp_path / 'log.jsonl')[1:] == [
+        {'iter': 5, 'health': {'update_ratio': [0.25, 0.5], 'attention_logit': [3.0, 4.0]}}, calls[-1]]
+
+
+def wandb_history(path):
+    """The dicts that were logged, from wandb's file: records in LevelDB's log format, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+    data, at, record = path.read_bytes(), 7, b''
+    while at + 7 <= len(data):
+        length, kind = struct.unpack('<HB', data[at + 4:at + 7])
+        record = record * (kind in (3, 4)) + data[at + 7:at + 7 + length]  # 1: whole, 2: first, 3, 4: last
+        at += 7 + length
+        at += 32768 - at % 32768 if 32768 - at % 32768 < 7 else 0
+        if kind in (1, 4):
+            found = wandb_internal_pb2.Record.FromString(record)
+            if found.WhichOneof('record_type') == 'history':
+                yield {i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in found.history.item}
+
+
+@pytest.mark.skipif(importlib.util.find_spec('wandb') is None, reason='wandb is not installed')
+def test_offline_wandb_holds_the_whole_run(run_script, char_data, tmp_path):
+    run_script('train.py', *TINY_ARGS, f'--data_dir={char_data}', f'--out_dir={tmp_path / "out"}',
+               '--max_iters=4', '--eval_interval=2', '--sample_interval=4', '--wandb_log',
+               env={'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'})
+    path, = tmp_path.glob('wandb/offline-run-*/*.wandb')
+    history = list(wandb_history(path))
+    assert [e['iter'] for e in history if 'val/loss' in e] == [0, 2, 4]
+    assert all({'train/loss', 'lr', 'mfu'} <= set(e) for e in history if 'val/loss' in e)
+    assert [e['iter'] for e in history if 'health/update_ratio/1' in e] == [0, 2, 4]
+    lines = [e for e in entries(tmp_path / 'out/log.jsonl') if 'loss' in e]
+    assert [{k: e[k] for k in lines[0]} for e in history if 'loss' in e] == lines and len(lines) == 5
+    tables = [json.loads(p.read_text()) for p in path.parent.glob('files/media/table/samples_*.table.json')]
+    tables.sort(key=lambda table: len(table['data']))
+    assert [t['columns'] for t in tables] == [['iter', 'text']] * 2
+    assert [iteration for iteration, _ in tables[-1]['data']] == [0, 4]
+
+
+# ---------------------------------------------------------------------------- standard output
+
+class Terminal(io.StringIO):
+    """Standard output as a terminal, and what it shows."""
+
+    def isatty(self):
+        return True
+
+    def shows(self):
+        lines = re.sub(r'\x1b\[\d*m', '', self.getvalue()).split('\n')
+        return [line.rsplit('\r\x1b[K', 1)[-1] for line in lines]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name in ('NO_COLOR', 'RANK'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setenv('WT_SESSION', '1')
+    monkeypatch.setattr(runlog, 'line_is_live', False)
+    return contextlib.redirect_stdout(Terminal())
+
+
+LINE = {'iter': 10, 'loss': 1.23456, 'ms': 12.345, 'mfu': 34.567, 'lr': 6e-4, 'grad_norm': 0.987,
+        'tokens_per_s': 1234.5}
+CONTRACT = (r'^iter 1\d: loss 1\.2346, time 12\.35ms, mfu (34\.57%|n/a), lr 6\.00e-04, norm 0\.99, '
+            r'123[45] tokens/s')
+
+
+def test_redirected_lines_are_plain_and_end_with_the_time_left(capsys, monkeypatch):
+    clock = iter([100.0, 104.0, 110.0])
+    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+    progress = Progress(last_iter=1010)
+    progress.show(LINE)
+    progress.show(LINE | {'iter': 12})
+    progress.show(LINE | {'iter': 15, 'mfu': float('nan')})
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.match(CONTRACT, line) for line in lines)
+    assert [re.sub(CONTRACT, '', line) for line in lines] == ['', ', 33 min 16 s left', ', 33 min 10 s left']
+    assert 'mfu n/a' in lines[2]  # 2 s an iteration, evaluations and all, 998 and 995 of them to do
+
+
+def test_live_line_gives_way_and_what_is_no_live_line_stays(terminal):
+    progress = Progress(last_iter=100)
+    with terminal as screen:
+        print0('step 0', style='bold')
+        for i in (1, 2, 3):
+            progress.show(LINE | {'iter': i})
+        assert screen.shows()[0] == 'step 0' and screen.shows()[1].startswith('iter 3: loss 1.2346, ')
+        print0('step 4')
+        print0('saved')
+        progress.show(LINE | {'iter': 5})
+        keep_line()
+        print0('the end')
+    shown = screen.shows()
+    assert shown[:3] == ['step 0', 'step 4', 'saved'] and shown[4:] == ['the end', '']
+    assert re.match(r'iter 5: loss 1.2346, [\w ]+ left, 1234 tokens/s, ', shown[3]) and len(shown[3]) < 80
+
+
+def test_live_line_never_wraps(terminal, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '30')
+    with terminal as screen:
+        Progress(last_iter=100).show(LINE)
+    assert screen.shows() == ['iter 10: loss 1.2346, 1234 tokens/s'[:29]]
+
+
+@pytest.mark.parametrize('variable, value, live, coloured', [
+    ('COLUMNS', '80', True, True), ('NO_COLOR', '1', True, False), ('NO_COLOR', '', True, True),
+    ('TERM', 'dumb', False, False)])
+def test_colour_is_for_terminals_and_can_be_refused(terminal, monkeypatch, variable, value, live, coloured):
+    monkeypatch.setenv(variable, value)
+    with terminal as screen:
+        print0('step 0', style='bold')
+        print0('iter 1', live=True)
+        print0('iter 2', live=True)
+    assert ('\x1b[1m' in screen.getvalue()) == coloured
+    assert ('\r' in screen.getvalue()) == live and (screen.shows()[1] == 'iter 2') == live
+
+
+def test_redirected_run_has_no_control_sequences(train):
+    log = train('--max_iters=3', '--sample_interval=2')['log']
+    assert '\x1b' not in log and '\r' not in log and list(losses(log)) == [0, 1, 2, 3]
+    assert len(re.findall(r'^iter [123]: .*, \d+ s left$', log, re.M)) == 3
+
+
+def test_run_on_a_terminal_keeps_its_evaluations_and_its_last_line(train, terminal):
+    with terminal as screen:
+        train('--max_iters=6', '--eval_interval=3')
+    shown = [line[:6] for line in screen.shows()]
+    assert shown[shown.index('step 0'):] == ['step 0', 'step 3', 'saving', 'step 6', 'saving', 'iter 6', '']
+
+
+# ---------------------------------------------------------------------------- samples
+
+def test_samples_leave_the_run_as_it_was(train, tmp_path):
+    args = ('--max_iters=6', '--eval_interval=3', '--dropout=0.2')
+    train(*args, out_dir=tmp_path / 'without')
+    log = train(*args, '--sample_interval=2', out_dir=tmp_path / 'with')['log']
+    assert log.count('\nsample at iteration ') == 4 and log.count('\n---------------\n') == 4
+    timeless = [[{k: v for k, v in e.items() if k not in ('ms', 'seconds', 'tokens_per_s', 'mfu')}
+                 for e in entries(tmp_path / name / 'log.jsonl')] for name in ('with', 'without')]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 13
+    a, b = (checkpoint.load(tmp_path / name / 'latest.pt') for name in ('with', 'without'))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+
+
+def test_samples_are_the_same_in_a_run_that_was_resumed(train, tmp_path):
+    args = ('--sample_interval=2', '--eval_interval=100', '--learning_rate=1e-2')
+    whole = samples(train('--max_iters=6', *args, out_dir=tmp_path / 'whole')['log'])
+    train('--max_iters=2', *args, '--checkpoint_interval=2', out_dir=tmp_path / 'parts')
+    resumed = samples(train('--max_iters=6', *args, '--init_from=resume', out_dir=tmp_path / 'parts')['log'])
+    assert list(whole) == ['0', '2', '4', '6'] and len(set(whole.values())) == 4
+    assert resumed == {i: whole[i] for i in ('4', '6')}
+
+
+def samples(log):
+    return dict(re.findall(r'^sample at iteration (\d+):\n(.*?)\n-{15}$', log, re.M | re.S))
+
+
+# ---------------------------------------------------------------------------- drawings
+
+def wait(drawing):
+    assert not drawing.is_busy(60)
+
+
+def test_run_draws_its_log_beside_itself(train, tmp_path):
+    pytest.importorskip('matplotlib')
+    script = train('--max_iters=4', '--eval_interval=2', '--plot')
+    wait(script['drawing'])
+    assert (tmp_path / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
+    assert 'no pictures' not in script['log']
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A program in the place of plot.py, which appends what it is given to a file, or fails."""
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+    path = tmp_path / 'program.py'
+    path.write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nopen(sys.argv[2], 'a').write('x')\n")
+    return path, tmp_path / 'drawn'
+
+
+def test_drawing_is_not_waited_for_and_one_at_a_time(program):
+    path, drawn = program
+    drawing = Drawing([path, '1', drawn])
+    begin = time.monotonic()
+    for _ in range(5):
+        drawing.start()
+    assert time.monotonic() - begin < 0.8 and drawing.is_busy() and not drawn.exists()
+    wait(drawing)
+    assert drawn.read_text() == 'x'
+
+
+def test_drawing_of_the_last_evaluation_is_made_after_all(program):
+    path, drawn = program
+    drawing = Drawing([path, '0', drawn])
+    drawing.start()
+    drawing.start()  # too early
+    drawing.close(patience=60)
+    assert not drawing.is_busy() and drawn.read_text() in ('x', 'xx')  # the first may have been cut off
+    drawing.close(patience=60)
+    assert not drawing.is_busy()
+
+
+def test_drawing_that_fails_is_told_once(program, capsys):
+    path, drawn = program
+    drawing = Drawing([path, 'no number', drawn])
+    for _ in range(3):
+        drawing.start()
+        wait(drawing)
+    assert capsys.readouterr().out.count('no pictures from here on: ValueError: could not convert') == 1
+
+
+def test_nothing_is_drawn_without_matplotlib(program, monkeypatch, capsys):
+    path, drawn = program
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    drawing = Drawing([path, '0', drawn])
+    drawing.start()
+    drawing.close(patience=60)
+    assert drawing.process is None and not drawn.exists() and capsys.readouterr().out == ''

@@ -165,6 +165,48 @@ def test_decay_that_ends_with_the_warm_up_does_not_divide_by_zero(train):
     assert len(losses(log)) == 5
 
 
+def test_batch_grows_to_the_whole_number_of_micro_steps(train, tmp_path):
+    script = train('--batch_ramp_iters=3', '--gradient_accumulation_steps=4', '--max_iters=5')
+    assert [script['micro_steps_at'](i) for i in range(6)] == [1, 2, 3, 4, 4, 4]
+    assert [script['sequences_before'](i) for i in range(6)] == [0, 4, 12, 24, 40, 56]
+    lines = [json.loads(line) for line in (tmp_path / 'out/log.jsonl').read_text().splitlines()]
+    trained = [x for x in lines if 'loss' in x]
+    tokens = [x['tokens_per_s'] * x['ms'] / 1000 for x in trained]
+    assert tokens == pytest.approx([64, 128, 192, 256, 256, 256])
+    assert '6 iterations of 192 tokens: 1,152 tokens' in script['log']
+
+
+def test_epochs_are_the_same_for_any_size_of_the_micro_steps(train):
+    args = ('--sampler=epoch', '--max_iters=8', '--eval_interval=100')
+    one = train(*args, '--batch_size=4', '--gradient_accumulation_steps=2')['log']
+    other = train(*args, '--batch_size=2', '--gradient_accumulation_steps=4')['log']
+    a, b = losses(one), losses(other)
+    assert len(a) == 9 and all(abs(a[i] - b[i]) < 2e-4 for i in a)
+
+
+def test_the_averaged_weights_are_evaluated_and_sampled_from(train, tmp_path):
+    script = train('--ema_decay=0.99', '--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2')
+    state = checkpoint.load(tmp_path / 'out/latest.pt')
+    assert any((state['model'][k] != state['trained'][k]).any() for k in state['model'])
+    log = train('--init_from=resume', '--eval_only')['log']
+    by_file, = (val for _, val in evaluations(log).values())
+    assert by_file == pytest.approx(evaluations(script['log'])[30][1], abs=2e-4)
+    script['model'].load_state_dict(state['trained'])
+    assert script['estimate_loss']()['val'] != pytest.approx(by_file, abs=2e-4)
+
+
+def test_a_decay_of_zero_averages_nothing(train, tmp_path):
+    script = train('--max_iters=2')
+    assert 'trained' not in checkpoint.load(tmp_path / 'out/latest.pt') and not script['average'].params
+
+
+@pytest.mark.parametrize('wrong', ['--sampler=shuffled', '--optimizer=sgd', '--lr_schedule=cosin'])
+def test_unknown_choices_are_refused_before_any_work(train, tmp_path, wrong):
+    with pytest.raises(ValueError, match='is not one of'):
+        train(wrong)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_resuming_takes_weight_decay_and_betas_from_the_config(train, tmp_path):
     train('--max_iters=2')
     train('--max_iters=4', '--init_from=resume', '--weight_decay=0.5', '--beta1=0.8', '--beta2=0.7')
@@ -300,7 +342,7 @@ def test_two_processes_equal_one(run_script, char_data, tmp_path):
                           '--gradient_accumulation_steps=4', '--learning_rate=1e-2', '--max_iters=20',
                           '--eval_interval=1', '--wandb_log', env=env, launcher=launcher)
         assert len(losses(done.stdout)) == 21
-        records.append([json.loads(line) for line in record.read_text().splitlines()])
+        records.append([e for e in map(json.loads, record.read_text().splitlines()) if 'val/loss' in e])
     one, two = records
     assert len(one) == len(two) == 21
     for a, b in zip(one, two, strict=True):
