@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoint
 import runtime
 from configurator import configure
-from dataset import read_text, read_tokenizer, tokenizer_from
+from dataset import read_text
 from decoding import Text, stream
+from huggingface import folder_tokenizer
 from model import GPT, GPTConfig
 from prompt import interact, stop_strings
 
@@ -85,12 +86,10 @@ if init_from == 'resume':
     state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
     model = GPT(GPTConfig.from_args(state['model_args'] | {'dropout': 0.0}))
     model.load_state_dict(state['model'])
-    trained = state.get('config', {})  # older files carry no tokenizer but name their dataset
-    data_dir = trained.get('data_dir') or os.path.join('data', trained.get('dataset', ''))
-    tokenizer = tokenizer_from(state['tokenizer']) if 'tokenizer' in state else read_tokenizer(data_dir)
+    tokenizer = checkpoint.tokenizer_of(state)
 else:
     model = GPT.from_pretrained(init_from, {'dropout': 0.0})
-    tokenizer = tokenizer_from(None)
+    tokenizer = folder_tokenizer(init_from)
 model.eval().to(run.device)
 if run.compile:
     model.compile(dynamic=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import runtime
-from benchmarks import encode_pair, read_items, score_ids
+from benchmarks import TASKS, encode_pair, hellaswag, read_items, score_ids
 from dataset import (CharTokenizer, GPT2Tokenizer, open_split, read_tokenizer, write_dataset,
                      write_text_dataset)
 from huggingface import write_tokenizer
@@ -29,14 +29,14 @@ HELLASWAG = [  # as in the published files; and the questions that they become
     ('Finance and Business', '[header] How to sell [title] Look  at it. [step] Do this [substeps] now.', '',
      ['[substeps] Write it down.', 'Go [title] away  from here.', 'Sell.',
       'Café owners know [header] more.'], 2),
-    ('Cats', 'Two cats sit. One runs, ' + 'and runs, ' * 40, 'THE dog',
+    ('Cats', 'Two cats sit. One runs,\u2028' + 'and runs, ' * 40, 'THE dog',
      ['barks.', 'sleeps all day long in the sun.', 'is a fish', 'meows a little.'], 1),
     ('Dogs', 'A dog sits.', 'it', ['barks at all the cats of the town.', 'sleeps.', 'a', 'the'], 2),
 ]
 QUESTIONS = [
     'Roof shingle removal: A man is sitting on a roof. He',
-    'Finance and Business:  How to sell. Look at it. Do this now.',
-    'Cats: Two cats sit. One runs, ' + 'and runs, ' * 40 + 'The dog',
+    'Finance and Business: How to sell. Look at it. Do this now.',
+    'Cats: Two cats sit. One runs,\u2028' + 'and runs, ' * 40 + 'The dog',
     'Dogs: A dog sits. It',
 ]
 ENDINGS = {  # what becomes of those with marks
@@ -123,6 +123,29 @@ def test_hellaswag_equals_a_plain_computation(run_here, gpt2, hellaswag_file):
     found = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--task=hellaswag', '--device=cpu',
                             f'--source={hellaswag_file}', '--batch_size=3'))['hellaswag']
     assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 4}
+
+
+def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):
+    asked = []
+
+    def score(pairs, _):
+        asked.extend(pairs)
+        return [(-1.0, False)] * len(pairs)
+
+    hellaswag(read_items(str(hellaswag_file), '', ()), score)
+    assert asked == [(question, f' {ENDINGS.get(ending, ending)}')
+                     for (*_, endings, _), question in zip(HELLASWAG, QUESTIONS) for ending in endings]
+
+
+def test_items_come_from_the_hub_by_default(monkeypatch):
+    import datasets
+    asked, item = [], dict.fromkeys(('text', 'activity_label', 'ctx_a', 'ctx_b', 'endings', 'label'), '')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: (
+        asked.append((name, split)), datasets.Dataset.from_list([item] * 3))[1])
+    for task in TASKS.values():
+        assert read_items(task.hub_name, task.split, task.needed, limit=2) == [item] * 2
+    assert asked == [('EleutherAI/lambada_openai', 'test'), ('Rowan/hellaswag', 'validation')]
 
 
 @pytest.fixture
@@ -297,7 +320,8 @@ def test_rolling_scores_and_generated_text_equal_lm_eval_s_own(gpt2, lm_eval_off
                                rtol=1e-5)
     first = theirs.generate_until([Instance('generate_until', {}, ('Two cats', {'max_gen_toks': 40}), 0)])[0]
     stop = first[len(first) // 2:][:5]
-    requests = [Instance('generate_until', {}, (text, {'until': [stop], 'max_gen_toks': 40}), 0)
+    later = first[first.index(stop) + 5:][:5]
+    requests = [Instance('generate_until', {}, (text, {'until': [later, stop], 'max_gen_toks': 40}), 0)
                 for text in ['Two cats', *texts]]
     generated = ours.generate_until(requests)
     assert generated == theirs.generate_until(requests) and len(generated[0]) < len(first)

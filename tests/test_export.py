@@ -46,6 +46,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(save, export, bpe, o
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
     model, folder = save(ours, **changes), export()
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id == (None if ours is CHARS else 50256)
     prompt = 'bad cafe,\n  head'
     ids = ours.encode(prompt)
     assert tokenizer(prompt)['input_ids'] == ids
@@ -69,11 +70,18 @@ def test_round_trip_through_init_from_is_exact(save, export, changes):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_an_exported_folder_is_sampled_from_in_its_characters(save, export, run_here):
+    save()
+    done = run_here('sample.py', f'--init_from={export()}', '--start=bad', '--num_samples=1',
+                    '--max_new_tokens=5', '--device=cpu')
+    assert set(done['log'].splitlines()[-2]) <= set(CHARS.stoi)
+
+
 def test_the_folder_is_what_the_hub_expects(save, export, tmp_path):
     save(bias=False)
     log = [{'iter': 200, 'train_loss': 9.0, 'val_loss': 9.0}, {'iter': 250, 'loss': 1.7},
            {'iter': 250, 'train_loss': 1.25, 'val_loss': 1.625}]
-    (tmp_path / 'run/log.jsonl').write_text('\n'.join(map(json.dumps, log)) + '\n{"iter": 251, "val_loss"')
+    (tmp_path / 'run/log.jsonl').write_text('{"iter": 250, "val_loss"\n' + '\n'.join(map(json.dumps, log)))
     folder = export()
     assert {path.name for path in folder.iterdir()} == {
         'model.safetensors', 'config.json', 'generation_config.json', 'tokenizer.json',
