@@ -12,6 +12,7 @@ in the script's globals, so it can do what any program can: run only configs tha
 
 import ast
 import difflib
+import functools
 import io
 import linecache
 import os
@@ -44,7 +45,10 @@ def configure(script, args=None):
     if '--help' in args or '-h' in args:
         print_help(script, names)
         sys.exit(0)
-    say = print if int(os.environ.get('RANK', 0)) == 0 else lambda *_: None  # one voice under torchrun
+    wants_json = script.get('json') is False and {'--json', '--json=true'} & {a.lower() for a in args}
+    out = sys.stderr if wants_json else sys.stdout  # a program that reads JSON from stdout gets nothing else
+    master = int(os.environ.get('RANK', 0)) == 0  # one voice under torchrun
+    say = functools.partial(print, file=out) if master else lambda *_: None
     for arg in args:
         if not arg.startswith('--'):
             apply_file(script, allowed, find_config(arg), say)

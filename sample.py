@@ -54,10 +54,7 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = False  # torch.compile
 
-# who reads the JSON gets nothing else
-messages = sys.stderr if {'--json', '--json=true'} & {a.lower() for a in sys.argv} else sys.stdout
-with redirect_stdout(messages):
-    configure(globals())
+configure(globals())
 
 # ---------------------------------------------------------------------------- model, prompts
 
@@ -79,7 +76,7 @@ if prompts is not None:
     texts = [line for line in read_text(prompts).replace('\r\n', '\n').split('\n') if line]
     if not texts:
         raise ValueError(f'{prompts} holds no prompts')
-with redirect_stdout(messages):
+with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile)
 
 if init_from == 'resume':
