@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_ARGS, losses
+from conftest import TINY, TINY_ARGS, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
 import runlog
+import runtime
+from dataset import read_tokenizer
+from model import GPT, GPTConfig
 from runlog import Drawing, Progress, RunLog, Wandb, keep_line, print0
 
 
@@ -329,10 +332,24 @@ def test_samples_leave_the_run_as_it_was(train, tmp_path):
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
 
+def test_sample_is_drawn_from_its_own_generator_and_without_dropout(char_data):
+    tokenizer, run = read_tokenizer(char_data), runtime.Runtime('cpu', 'float32', False, 'gloo')
+    model = GPT(GPTConfig(**TINY))
+    without = runlog.show_sample(model, tokenizer, [1, 2], run, 5, seed=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    state = torch.random.get_rng_state()
+    three, four = (runlog.show_sample(model, tokenizer, [1, 2], run, 5, seed) for seed in (3, 4))
+    assert three == without != four and len(three) == TINY['block_size']
+    assert three.startswith(tokenizer.decode([1, 2]))
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+
+
 def test_samples_are_the_same_in_a_run_that_was_resumed(train, tmp_path):
     args = ('--sample_interval=2', '--eval_interval=100', '--learning_rate=1e-2')
     whole = samples(train('--max_iters=6', *args, out_dir=tmp_path / 'whole')['log'])
-    train('--max_iters=2', *args, '--checkpoint_interval=2', out_dir=tmp_path / 'parts')
+    train('--max_iters=3', *args, out_dir=tmp_path / 'parts')
     resumed = samples(train('--max_iters=6', *args, '--init_from=resume', out_dir=tmp_path / 'parts')['log'])
     assert list(whole) == ['0', '2', '4', '6'] and len(set(whole.values())) == 4
     assert resumed == {i: whole[i] for i in ('4', '6')}
@@ -351,7 +368,7 @@ def wait(drawing):
 def test_run_draws_its_log_beside_itself(train, tmp_path):
     pytest.importorskip('matplotlib')
     script = train('--max_iters=4', '--eval_interval=2', '--plot')
-    wait(script['drawing'])
+    assert not script['drawing'].is_busy(300)  # its priority is low
     assert (tmp_path / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
     assert 'no pictures' not in script['log']
 
