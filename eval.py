@@ -16,7 +16,6 @@ import os
 from json import dumps
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -24,6 +23,7 @@ import runtime
 from benchmarks import TASKS, read_items, score_texts, token_bytes
 from configurator import configure
 from dataset import check_split, eval_windows, open_split, read_tokenizer, read_windows
+from evaluation import mean_loss
 from huggingface import folder_tokenizer
 from model import GPT, GPTConfig
 
@@ -78,25 +78,20 @@ folder = data_dir or (dataset and os.path.join('data', dataset)) or trained.get(
 
 # ---------------------------------------------------------------------------- tasks
 
-@torch.no_grad()
 def loss_of_split(folder):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
     if read_tokenizer(folder).to_dict() != tokenizer.to_dict():
         raise ValueError(f'{folder} was prepared with another tokenizer than the model\'s')
     tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
     check_split(tokens, path, block_size, model.config.vocab_size)
-    n_bytes, total, n_tokens, text = token_bytes(tokenizer), 0.0, 0, 0
-    batches = eval_windows(len(tokens), block_size, batch_size, -(-limit // batch_size))
-    for starts in tqdm(batches, desc=path, disable=None):
-        x, y = read_windows(tokens, starts, block_size)
-        targets = y[y >= 0]
-        with run.autocast():
-            _, loss = model(run.to_device(x), run.to_device(y), return_logits=False)
-        total += loss.item() * len(targets)
-        n_tokens, text = n_tokens + len(targets), text + n_bytes[targets].sum()
-    loss = total / n_tokens
-    return {'loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': total / math.log(2) / text,
-            'n': n_tokens}
+    windows = (block_size, batch_size, -(-limit // batch_size))
+    loss = mean_loss(model, run, tokens, *windows, watch=functools.partial(tqdm, desc=path, disable=None))
+    n_bytes, n_targets, text = token_bytes(tokenizer), 0, 0
+    for starts in eval_windows(len(tokens), *windows):
+        _, y = read_windows(tokens, starts, block_size)
+        n_targets, text = n_targets + (y >= 0).sum(), text + n_bytes[y[y >= 0]].sum()
+    return {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets),
+            'bits_per_byte': loss * n_targets / math.log(2) / text}
 
 
 # ---------------------------------------------------------------------------- results

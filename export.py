@@ -5,7 +5,7 @@ A trained model as a Hugging Face folder, for transformers and all that builds o
     python export.py --out_dir=out-shakespeare-char --push=me/my-gpt    # to the hub too
 
     from transformers import pipeline
-    pipeline('text-generation', model='exported')('ROMEO:', max_new_tokens=200, do_sample=True)
+    pipeline('text-generation', model='exported')('ROMEO:', do_sample=True)
 
 The folder computes what the checkpoint does, as GPT-2's architecture or as Llama's; a model that neither of
 them computes is refused. `--init_from=exported` reads a GPT-2 back, bit for bit.
@@ -47,10 +47,11 @@ A GPT with {parameters:,} parameters ({kind} architecture), at iteration {iterat
 ```python
 from transformers import pipeline
 generate = pipeline('text-generation', model='{name}')
-print(generate({prompt!r}, max_new_tokens={length}, do_sample=True)[0]['generated_text'])
+print(generate({prompt!r}, do_sample=True)[0]['generated_text'])
 ```
 
-It sees at most {block_size} tokens at a time, prompt included. The text it continues is cut into {tokens}.
+A token is {token}. The text goes on until there are {block_size} of them, prompt included, as far back as the
+model sees.
 
 ## Losses
 
@@ -94,15 +95,17 @@ def model_card(state, args, kind, n_parameters, tokenizer):
     info, logged = read_info(data_dir), losses_at(state.get('iter_num'))
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
               'best validation so far': state.get('best_val_loss')}
-    data = {'dataset': Path(data_dir).name, 'source': info.get('source'),
+    source = info.get('source', '')
+    source = Path(source).name if Path(source).is_absolute() else source
+    data = {'dataset': Path(data_dir).name, 'source': source,
             **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
             **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
     characters = tokenizer.to_dict()['kind'] == 'char'
     return CARD.format(
         name=push or Path(export_dir).resolve().name, parameters=n_parameters, kind=kind,
         iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
-        prompt='\n' if characters and '\n' in tokenizer.stoi else 'The', length=args['block_size'] // 2,
-        tokens=f'characters, of which it knows {len(tokenizer.stoi)}' if characters else 'byte pairs',
+        prompt='\n' if characters and '\n' in tokenizer.stoi else 'The',
+        token=f'one of {len(tokenizer.stoi)} characters' if characters else 'one of GPT-2\'s byte pairs',
         losses=table('nats a token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
         data=table('data', {k: v for k, v in data.items() if v}), model=table('architecture', args),
         training=table('setting', {k: v for k, v in run.items() if k not in UNTOLD}))

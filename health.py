@@ -8,12 +8,15 @@ What goes on inside a network while it is trained, measured without a trace in t
 
 A record has tensors on the device, of a number for each layer:
     activation_rms    root mean square of the residual stream as the block hands it on
-    attention_logit   the largest |q . k| / sqrt(hs) of a position with itself or one before
+    attention_logit   the largest |q . k| / sqrt(hs), for Gaussian kernels |q - k|^2 / (2 sqrt(hs)), of a
+                      position with itself or one before
+    out_of_range      of GKpoly-n, how many of the latter are above 2^n, where its polynomial rises again
     update_ratio      root mean square of an update, over that of the weights before it: the block's matrices
 """
 
 import math
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -22,11 +25,16 @@ import torch
 @torch.no_grad()
 def measure(model, run, x):
     """activation_rms and attention_logit in one forward pass of x, an array (B, T), as in an evaluation."""
-    blocks, rms, logits = model.transformer.h, [], []
+    blocks, attn_type = model.transformer.h, model.config.attn_type
+    limit = 2.0 ** int(attn_type[7:]) if attn_type.startswith('GKpoly') else math.inf
+    sizes, rms, logits, beyond = partial(logit_sizes, attn_type), [], [], []
 
     def spied_on(attend):
         def wrapper(q, k, *args, **kwargs):
-            logits.append(largest_logit(q, k))
+            k_all = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            found = [(x.amax(), (x > limit).sum()) for x in map(sizes, q, k_all)]  # a window at a time
+            logits.append(torch.stack([largest for largest, _ in found]).amax())
+            beyond.append(torch.stack([count for _, count in found]).sum())
             return attend(q, k, *args, **kwargs)
         return wrapper
 
@@ -39,14 +47,15 @@ def measure(model, run, x):
         with run.autocast():
             model.forward(run.to_device(x))  # not model(), which may have been compiled without the hooks
         model.train()
-    return {'activation_rms': torch.stack(rms).sqrt(), 'attention_logit': torch.stack(logits)}
+    record = {'activation_rms': torch.stack(rms).sqrt(), 'attention_logit': torch.stack(logits)}
+    return record | ({'out_of_range': torch.stack(beyond)} if limit < math.inf else {})
 
 
-def largest_logit(q, k):
-    """q: (B, nh, T, hs), k: (B, n_kv_head, T, hs) -> (); one window at a time, for want of memory."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    largest = [(a @ b.mT).tril().abs().amax() for a, b in zip(q, k)]
-    return torch.stack(largest).amax().float() / math.sqrt(q.shape[-1])
+def logit_sizes(attn_type, q, k):
+    """q, k: (nh, T, hs) -> (nh, T, T), 0 for keys to come"""
+    q, k = q.float(), k.float()
+    x = torch.cdist(q, k).square() / 2 if attn_type.startswith('GK') else (q @ k.mT).abs()
+    return x.tril() / math.sqrt(q.shape[-1])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from decoding import stream
 from huggingface import load_gpt2
+from loss import linear_cross_entropy
 from optim import AdamW, Muon
 
 def relu2(x):
@@ -457,8 +458,7 @@ class GPT(nn.Module):
             return self.softcap(self.lm_head(x[:, -1:])), None
         if not return_logits and not torch.compiler.is_compiling():  # a compiler fuses the two by itself
             x, targets = x.flatten(0, 1), targets.flatten()
-            return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled(),
-                                                  self.config.logit_softcap)
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap)
         logits = self.softcap(self.lm_head(x))  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -527,20 +527,18 @@ class GPT(nn.Module):
 
         muon: arguments of a third group, for optim.Muon: the matrices of the blocks.
         """
-        params = [p for p in self.parameters() if p.requires_grad]
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        blocks = {n: p for n, p in named.items() if muon and n.startswith('transformer.h.') and p.dim() == 2}
+        others = [p for n, p in named.items() if n not in blocks]
+        groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
         fused = device_type in ('cuda', 'cpu', 'mps')
-        if muon is not None:
-            blocks = [(n, p) for n, p in self.transformer.h.named_parameters() if p.dim() == 2]
-            parts = [[h * self.config.n_embd // self.config.n_head for h in self.transformer.h[0].attn.heads]
-                     if 'c_attn' in n else [p.shape[0]] for n, p in blocks]
-            ids = {id(p) for _, p in blocks}
-            params = [p for p in params if id(p) not in ids]
-        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        if muon is not None:
-            blocks = {'params': [p for _, p in blocks], 'parts': parts, **muon}
-            return Muon(groups, [blocks], learning_rate, betas, fused)
-        return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        if not muon:
+            return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        qkv = [n * self.config.n_embd // self.config.n_head for n in self.transformer.h[0].attn.heads]
+        parts = [qkv if n.endswith('c_attn.weight') else [len(p)] for n, p in blocks.items()]
+        muon = {'params': list(blocks.values()), 'parts': parts, **muon}
+        return Muon(groups, [muon], learning_rate, betas, fused)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -557,45 +555,3 @@ class GPT(nn.Module):
         model = cls(GPTConfig(**args | (override_args or {})))
         model.load_state_dict(weights)
         return model
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x w^T, a few rows at a time, so that they are never held all at once.
-
-    The gradient of each chunk, (softmax(x w^T) - onehot(target)) / count, is used up right away, while its
-    softmax is there: nothing is computed twice, and the backward pass has only to scale.
-    """
-    CHUNK = 1 << 24  # logits in memory at a time
-
-    @staticmethod
-    def forward(ctx, x, w, targets, with_grad, cap=0.0):
-        """x: (N, C), w: (V, C), targets: (N,) with -1 for none; cap: see GPT.softcap -> mean loss in nats"""
-        rows = max(1, LinearCrossEntropy.CHUNK // w.shape[0])
-        exact = torch.promote_types(x.dtype, torch.float32)  # for sums, where autocast multiplies in 16 bits
-        kept = targets != -1
-        weight = kept.to(exact) / kept.sum()  # (N,)
-        loss = x.new_zeros((), dtype=exact)
-        dx, dw = (torch.zeros_like(x), torch.zeros_like(w)) if with_grad else (None, None)
-        for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
-            logits = (x[at] @ w.T).to(exact)  # (rows, V)
-            capped = logits.div_(cap).tanh_().mul_(cap) / cap if cap else None
-            target = targets[at].clamp(min=0)[:, None]
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((log_sum - logits.gather(1, target))[:, 0] * weight[at]).sum()
-            if with_grad:
-                p = logits.sub_(log_sum).exp_()
-                p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
-                if cap:
-                    p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
-                dx[at] = p @ w
-                if torch.is_autocast_enabled(x.device.type):
-                    dw += p.T @ x[at]
-                else:
-                    dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
-        ctx.save_for_backward(dx, dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None

@@ -30,10 +30,10 @@ def interact(script, check, generate):
             if line.startswith('/'):
                 print(obey(line, script, check))
                 continue
-            for piece, sample in generate(line):
+            for piece, sample in generate(line):  # noqa: B007, the last piece brings it
                 print(piece, end='', flush=True)
-                if sample:
-                    print('\n[seed {seed}, {tokens} tokens, {tokens_per_s} tokens/s, {ended}]'.format(**sample))
+            print(f'\n[seed {sample["seed"]}, {sample["tokens"]} tokens, {sample["tokens_per_s"]} tokens/s, '
+                  f'ended by {sample["ended"]}]')
             script['seed'] += 1
         except ValueError as error:
             print(error)
@@ -51,7 +51,8 @@ def obey(line, script, check):
         return '\n'.join(['/NAME VALUE changes a setting, for the prompts to come, /NAME shows it:',
                           *(f'  /{name} {script[name]}' for name in SETTINGS),
                           'Each sample has a seed, the next one\'s is 1 higher: set it to make one again.',
-                          'An empty line is the prompt of --start. Ctrl-C stops a sample, /quit or Ctrl-D leaves.'])
+                          'An empty line is the prompt of --start.',
+                          'Ctrl-C stops a sample, /quit or Ctrl-D leaves.'])
     if name not in SETTINGS:
         raise ValueError(f'no command /{name}{nearest(name, [*SETTINGS, "help", "quit"])}; /help lists them')
     if text:
@@ -63,3 +64,11 @@ def obey(line, script, check):
             script[name] = before
             raise
     return f'{name} = {script[name]}'
+
+
+def stop_strings(stop):
+    """The strings that the setting `stop` names: none, one, in which \\n is a line end, or a Python list."""
+    strings = parse(stop) if stop and stop.startswith('[') else [stop.replace('\\n', '\n')] if stop else []
+    if not isinstance(strings, list) or not all(s and isinstance(s, str) for s in strings):
+        raise ValueError(f"stop={stop} is neither a string nor a list of strings like ['a', 'b']")
+    return strings

@@ -137,7 +137,11 @@ class RunLog:
     def write_measured(self):
         measured, self.measured = self.measured, []
         for iteration, health in measured:
-            self.write({'iter': iteration, 'health': {name: t.tolist() for name, t in health.items()}})
+            health = {name: t.tolist() for name, t in health.items()}
+            if count := sum(health.get('out_of_range', ())):
+                print0(f'iteration {iteration}: {count:,} squared distances of the attention lie beyond the '
+                       'range of its polynomial, which rises again there: take a larger n')
+            self.write({'iter': iteration, 'health': health})
 
     def write_waiting(self):
         try:

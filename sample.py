@@ -9,14 +9,15 @@ Generate text from a trained model, or from GPT-2.
     python sample.py --init_from=gpt2 --prompts=prompts.txt --num_samples=1 --stop='\\n\\n' --json=True
     python sample.py --out_dir=out-shakespeare-char --interactive=True
 
-Text appears while it is made. Sample i of a run (from 0) has the seed `seed + i`: with its prompt, --seed=N and
---num_samples=1, it can be made again alone. Past block_size tokens, the prompt's included, the model sees the
-last block_size only, and each token takes longer: all that it sees has moved.
+Text appears while it is made. Sample i of a run (from 0) has the seed `seed + i`: with its prompt, --seed=N
+and --num_samples=1, it can be made again alone. Past block_size tokens, the prompt's included, the model sees
+the last block_size only, and each token takes longer: all that it sees has moved.
 """
 
 import os
 import sys
 import time
+from contextlib import redirect_stdout
 from json import dumps
 
 import torch
@@ -24,11 +25,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import runtime
-from configurator import configure, parse
+from configurator import configure
 from dataset import read_text, read_tokenizer, tokenizer_from
 from decoding import Text, stream
 from model import GPT, GPTConfig
-from prompt import interact
+from prompt import interact, stop_strings
 
 # ---------------------------------------------------------------------------- settings
 
@@ -52,19 +53,12 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = False  # torch.compile
 
-stdout = sys.stdout
-if any(arg.startswith('--json') and arg.lower() != '--json=false' for arg in sys.argv):
-    sys.stdout = sys.stderr  # whoever reads the JSON gets nothing else
-configure(globals())
+# who reads the JSON gets nothing else
+messages = sys.stderr if {'--json', '--json=true'} & {a.lower() for a in sys.argv} else sys.stdout
+with redirect_stdout(messages):
+    configure(globals())
 
 # ---------------------------------------------------------------------------- model, prompts
-
-
-def stop_strings():
-    strings = parse(stop) if stop and stop.startswith('[') else [stop.replace('\\n', '\n')] if stop else []
-    if not isinstance(strings, list) or not all(s and isinstance(s, str) for s in strings):
-        raise ValueError(f"stop={stop} is neither a string nor a list of strings like ['a', 'b']")
-    return strings
 
 
 def check_settings():
@@ -73,7 +67,7 @@ def check_settings():
     if not (0 < top_p <= 1 and 0 <= min_p <= 1 and repetition_penalty > 0 and max_new_tokens >= 0):
         raise ValueError('top_p must lie in (0, 1], min_p in [0, 1]; repetition_penalty must be above 0, '
                          'max_new_tokens at least 0')
-    stop_strings()
+    stop_strings(stop)
 
 
 check_settings()
@@ -84,7 +78,8 @@ if prompts is not None:
     texts = [line for line in read_text(prompts).replace('\r\n', '\n').split('\n') if line]
     if not texts:
         raise ValueError(f'{prompts} holds no prompts')
-run = runtime.start(device, dtype, compile)
+with redirect_stdout(messages):
+    run = runtime.start(device, dtype, compile)
 
 if init_from == 'resume':
     state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
@@ -108,6 +103,9 @@ def encode(text):
     return ids
 
 
+for text in texts:
+    encode(text)  # a mistake in one is told before any sample
+
 # ---------------------------------------------------------------------------- samples
 
 def generate(prompts, n_samples, seed):
@@ -117,7 +115,7 @@ def generate(prompts, n_samples, seed):
     lengths = torch.tensor([len(i) for i in ids[::n_samples]], device=run.device)  # (B,)
     idx = pad_sequence([torch.tensor(i) for i in ids[::n_samples]], batch_first=True)  # (B, T)
     seeds = [seed + i for i in range(len(ids))]
-    rows = [Text(tokenizer.decode_bytes(i), max_new_tokens, stop_strings()) for i in ids]
+    rows = [Text(tokenizer.decode_bytes(i), max_new_tokens, stop_strings(stop)) for i in ids]
     steps = stream(model, idx.to(run.device), max_new_tokens, temperature, top_k, tokenizer.n_vocab,
                    n_samples, lengths, seeds, top_p, min_p, repetition_penalty)
     began, seconds, t = time.perf_counter(), {}, min(map(len, ids))
@@ -147,4 +145,4 @@ for i in range(0, len(texts), n_prompts):
             if not json:
                 print(text, end='\n---------------\n' if sample else '', flush=True)
             elif sample:
-                print(dumps(sample), file=stdout, flush=True)
+                print(dumps(sample), flush=True)

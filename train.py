@@ -27,6 +27,7 @@ import runtime
 from configurator import configure
 from dataset import (PADDED_GPT2_VOCAB, SAMPLERS, check_split, eval_windows, fingerprint, open_split,
                      prefetch, read_meta, read_tokenizer, read_windows)
+from evaluation import mean_loss
 from guard import Guard
 from model import GPT, GPTConfig
 from optim import SCHEDULES, WeightAverage
@@ -135,8 +136,6 @@ tokenizer, meta = read_tokenizer(data_dir), read_meta(data_dir)
 data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
 if meta:
     print0(f'found vocab_size = {data_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
-if sample_interval:
-    tokenizer.decode([int(data['val'][0])])  # the files that it may have to fetch, now rather than on the way
 
 # ---------------------------------------------------------------------------- model, optimizer
 
@@ -245,25 +244,11 @@ def get_batch(iteration, micro_step):
     return run.to_device(x), run.to_device(y)
 
 
-@torch.no_grad()
 def estimate_loss():
-    """Mean loss of each split over the same windows every time, the processes taking turns at the batches."""
-    model.eval()
-    means = {}
-    for split, tokens in data.items():
-        batches = eval_windows(len(tokens), block_size, batch_size, eval_iters)
-        losses, counts = [torch.zeros((), device=run.device)], [0]
-        for starts in batches[run.rank::run.world_size]:
-            x, y = read_windows(tokens, starts, block_size)
-            with run.autocast():
-                _, loss = model(run.to_device(x), run.to_device(y), return_logits=False)
-            losses.append(loss)
-            counts.append(int((y >= 0).sum()))
-        total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
-        loss_sum, n_targets = run.sum(total.item(), sum(counts))
-        means[split] = loss_sum / n_targets
-    model.train()
-    return means
+    """Mean loss of each split, with the averaged weights if there are any."""
+    with average.in_place():
+        return {split: mean_loss(model, run, tokens, block_size, batch_size, eval_iters)
+                for split, tokens in data.items()}
 
 
 def get_lr(it):
@@ -359,8 +344,7 @@ while iter_num <= max_iters:
         pause = time.perf_counter()
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating or eval_only:
-            with average.in_place():
-                losses = estimate_loss()
+            losses = estimate_loss()
             print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
                    style='bold')
             if eval_only:

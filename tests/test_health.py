@@ -43,7 +43,9 @@ def test_attention_logit_is_the_largest_of_a_naive_loop(options, monkeypatch):
     def naive(q, k, v, *args):
         """Every query, every key up to it; query head h belongs to key head h // (heads that share it)."""
         shared = q.shape[1] // k.shape[1]
-        largest.append(max(abs(float(q[b, h, t] @ k[b, h // shared, s])) / math.sqrt(q.shape[3])
+        size = (lambda a, b: float((a - b).square().sum()) / 2) if options.get('attn_type') == 'GK' else \
+            (lambda a, b: abs(float(a @ b)))
+        largest.append(max(size(q[b, h, t], k[b, h // shared, s]) / math.sqrt(q.shape[3])
                            for b in range(len(q)) for h in range(q.shape[1])
                            for t in range(q.shape[2]) for s in range(t + 1)))
         return attend(q, k, v, *args)
@@ -153,3 +155,24 @@ def test_numbers_are_logged_with_the_next_line(train, tmp_path):
     assert all(len(v) == 2 for e in entries(tmp_path / 'out', 'health') for v in e['health'].values())
     assert all(set(e['health']) == {'activation_rms', 'attention_logit', 'update_ratio'}
                for e in entries(tmp_path / 'out', 'health'))
+
+
+def test_squared_distances_beyond_a_polynomial_are_counted_and_told(train, tmp_path):
+    args = ('--max_iters=3', '--eval_interval=3', '--attn_type=GKpoly-0', '--qk_norm', '--n_layer=1')
+    script = train(*args)  # |q - k|^2 / (2 sqrt(hs)) of normalised ones is up to 2 sqrt(hs) = 8
+    counts = [x['health']['out_of_range'] for x in entries(tmp_path / 'out', 'health')]
+    assert [len(c) for c in counts] == [1, 1] and counts[0][0] > 0
+    assert f'{counts[0][0]:,} squared distances of the attention lie beyond' in script['log']
+    quiet = train(*args, '--attn_type=GKpoly-10')
+    assert 'lie beyond' not in quiet['log']
+    assert 'out_of_range' not in train(*args, '--attn_type=GK')['vitals']
+
+
+def test_counts_and_sizes_of_the_gaussian_kernel_equal_loops():
+    q, k = torch.randn(2, 5, 4) * 2, torch.randn(2, 5, 4) * 2
+    x = health.logit_sizes('GKpoly-1', q, k)
+    for h in range(2):
+        for t in range(5):
+            for j in range(5):
+                expected = (q[h, t] - k[h, j]).square().sum() / 4 if j <= t else torch.tensor(0.0)
+                assert torch.allclose(x[h, t, j], expected, atol=1e-4)

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from decoding import draw, noise_keys
-from model import GPT, GPTConfig, LinearCrossEntropy
+from loss import LinearCrossEntropy
+from model import GPT, GPTConfig
 
 
 def tiny(**changes):
@@ -232,71 +232,3 @@ def test_number_of_parameters_and_flops():
     flops = 6 * model.get_num_params() + 12 * 12 * 12 * 64 * 1024
     assert math.isclose(model.estimate_mfu(8, 2.0), flops * 1024 * 8 / 2.0 / 312e12)
     assert math.isclose(model.estimate_mfu(8, 2.0, peak_flops=1e12), flops * 1024 * 8 / 2.0 / 1e12)
-
-
-def test_greedy_generation_takes_the_likeliest_token_each_time():
-    model = tiny().eval()
-    idx = tokens(2, 3)
-    out = model.generate(idx, 40, temperature=0)  # beyond block_size
-    assert out.shape == (2, 43) and torch.equal(out[:, :3], idx)
-    for t in range(3, 43):
-        logits, _ = model(out[:, max(0, t - 32):t])
-        assert torch.equal(out[:, t], logits[:, -1].argmax(-1))
-
-
-@pytest.mark.parametrize('length', [1, 5, 30, 32, 40])
-def test_cached_generation_equals_uncached(length):
-    """With prompts shorter than, equal to and longer than block_size, and far past it."""
-    model = tiny(block_size=32).double().eval()
-    idx = tokens(2, length)
-    out = model.generate(idx, 60, temperature=0, n_samples=3)
-    expected = idx.repeat_interleave(3, dim=0)
-    with torch.no_grad():
-        for _ in range(60):
-            logits, _ = model(expected[:, -32:])
-            expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(out, expected)
-
-
-def test_prompts_of_different_lengths_go_on_as_if_alone():
-    model = tiny(block_size=32).double().eval()
-    prompts = [tokens(1, n) for n in (3, 9, 17)]
-    batch = torch.zeros(3, 17, dtype=torch.int64)
-    for row, prompt in zip(batch, prompts, strict=True):
-        row[:prompt.shape[1]] = prompt
-    out = model.generate(batch, 25, temperature=0, lengths=torch.tensor([3, 9, 17]), n_samples=2)
-    for i, prompt in enumerate(prompts):
-        alone = model.generate(prompt, 25, temperature=0)[0]
-        assert torch.equal(out[2 * i, :len(alone)], alone) and torch.equal(out[2 * i + 1, :len(alone)], alone)
-
-
-def test_padding_rows_of_the_vocabulary_are_never_drawn():
-    model = tiny().eval()
-    with torch.no_grad():
-        model.lm_head.weight[50:] = 10 * model.lm_head.weight[:14]  # padding that would win if it could
-    for temperature in (0, 1.0, 100.0):
-        assert model.generate(tokens(8, 4), 30, temperature, n_vocab=50)[:, 4:].max() < 50
-
-
-def test_draws_follow_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, -math.inf]])
-    n = 40000
-    counts = torch.bincount(draw(logits.expand(n, -1), 0.7, None).flatten(), minlength=5) / n
-    torch.testing.assert_close(counts, (logits[0] / 0.7).softmax(-1), rtol=0, atol=0.01)
-    assert counts[4] == 0
-
-
-def test_draws_stay_among_the_top_k():
-    logits = torch.randn(500, 20)
-    drawn = draw(logits, 5.0, 3)
-    assert all(token in row.topk(3).indices for token, row in zip(drawn[:, 0], logits, strict=True))
-    assert draw(logits, 1.0, 1000).max() < 20  # more than there are: all of them
-
-
-def test_equal_seeds_give_equal_samples():
-    model = tiny().eval()
-    samples = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        samples.append(model.generate(tokens(1, 1) * 0, 20))
-    assert torch.equal(samples[0][:, 1:], samples[1][:, 1:]) and not torch.equal(samples[0], samples[2])

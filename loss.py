@@ -1,0 +1,54 @@
+"""
+Cross-entropy of a large vocabulary, without holding all logits in memory.
+
+    loss = linear_cross_entropy(x, weight, targets)      # of the logits x weight^T
+"""
+
+import torch
+
+
+def linear_cross_entropy(x, w, targets, cap=0.0):
+    """x: (N, C), w: (V, C), targets: (N,) with -1 for none -> mean cross-entropy in nats. A cap that isn't 0
+    makes the logits cap tanh(x w^T / cap)."""
+    return LinearCrossEntropy.apply(x, w, targets, torch.is_grad_enabled(), cap)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x w^T, a few rows at a time, so that they are never held all at once.
+
+    The gradient of each chunk, (softmax(x w^T) - onehot(target)) / count, is used up right away, while its
+    softmax is there: nothing is computed twice, and the backward pass has only to scale.
+    """
+    CHUNK = 1 << 24  # logits in memory at a time
+
+    @staticmethod
+    def forward(ctx, x, w, targets, with_grad, cap):
+        rows = max(1, LinearCrossEntropy.CHUNK // w.shape[0])
+        exact = torch.promote_types(x.dtype, torch.float32)  # for sums, where autocast multiplies in 16 bits
+        kept = targets != -1
+        weight = kept.to(exact) / kept.sum()  # (N,)
+        loss = x.new_zeros((), dtype=exact)
+        dx, dw = (torch.zeros_like(x), torch.zeros_like(w)) if with_grad else (None, None)
+        for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
+            logits = (x[at] @ w.T).to(exact)  # (rows, V)
+            capped = logits.div_(cap).tanh_().mul_(cap) / cap if cap else None
+            target = targets[at].clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            loss += ((log_sum - logits.gather(1, target))[:, 0] * weight[at]).sum()
+            if with_grad:
+                p = logits.sub_(log_sum).exp_()
+                p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
+                if cap:
+                    p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
+                dx[at] = p @ w
+                if torch.is_autocast_enabled(x.device.type):
+                    dw += p.T @ x[at]
+                else:
+                    dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx.mul_(grad), dw.mul_(grad), None, None, None
