@@ -174,9 +174,10 @@ def finish(axis, title, unit, scale):
         axis.text(0.5, 0.5, 'not in the log', ha='center', transform=axis.transAxes)
     elif scale == 'linear':
         axis.set_ylim(0, values.max() * 1.05 or 1)
-    elif values.min() > 0 and (ratio := values.max() / values.min()) > 1.5:
+    elif values.max() > 0 and (ratio := values.max() / values[values > 0].min()) > 1.5:
         axis.set_yscale('log')
-        subs = np.arange(10, 100, 2) / 10 if ratio < 3 else (1, 1.5, 2, 3, 4, 6, 8) if ratio < 20 else (1, 3)
+        subs = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9) if ratio < 6 else
+                (1, 1.5, 2, 3, 4, 6, 8) if ratio < 20 else (1, 3))
         axis.yaxis.set(major_locator=LogLocator(subs=subs, numticks=99), minor_locator=NullLocator(),
                        major_formatter=StrMethodFormatter('{x:,g}'))
 

@@ -80,17 +80,16 @@ class Progress:
         print0(f'iter {i}: loss {entry["loss"]:.4f}, {", ".join(parts)}', live=True)
 
 
-def show_sample(model, tokenizer, prompt, run, seed, iteration):
-    """Print and return what the model writes after `prompt`, token ids, in one window. Its random numbers
-    follow from (seed, iteration); a training iteration seeds its own afresh, so none of them are lost."""
-    run.seed(seed + 1, iteration)
+def show_sample(model, tokenizer, prompt, run, iteration, seed):
+    """Print and return what the model writes after `prompt`, token ids, in one window. The draws follow from
+    `seed`, not from torch's generator, which is the training's."""
     idx = torch.tensor([prompt], device=run.device)  # (1, T)
     length = min(200, model.config.block_size - len(prompt))
     # compiled for whole batches, the model would be compiled anew for every length
     eager = torch.compiler.set_stance('force_eager') if run.compile else nullcontext()
     model.eval()
     with eager, run.autocast():
-        ids = model.generate(idx, length, temperature=0.8, top_k=200, n_vocab=tokenizer.n_vocab)
+        ids = model.generate(idx, length, 0.8, top_k=200, n_vocab=tokenizer.n_vocab, seeds=[seed])
     model.train()
     text = tokenizer.decode(ids[0].tolist())
     print0(f'sample at iteration {iteration}:\n{text}\n---------------', style='cyan')

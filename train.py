@@ -365,7 +365,8 @@ while iter_num <= max_iters:
         if saving and save('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
         if sampling and is_writing:
-            text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, seed, iter_num)
+            with average.in_place():
+                text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num, seed + iter_num)
             wandb.log_sample(iter_num, text)
         clock += time.perf_counter() - pause
 
@@ -430,7 +431,7 @@ elif not (dry_run or eval_only):
         raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
     if stopped:
         print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
-wandb.call('finish')
 log.close()
+wandb.call('finish')
 drawing.close(patience=seconds / 100)
 run.stop()

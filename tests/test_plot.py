@@ -181,7 +181,7 @@ def test_a_mistake_is_one_line(plot, tmp_path, args, reason):
 
 def test_script_runs_as_in_the_readme(run_script, tmp_path):
     a, b = write(tmp_path / 'a', entries()), write(tmp_path / 'b', entries())
-    done = run_script('plot.py', a, b, '--terminal=True', '--low_priority', f'--output={tmp_path / "c.png"}')
+    done = run_script('plot.py', a, b, '--terminal=True', f'--output={tmp_path / "c.png"}')
     assert 'A validation, a each logged batch' in done.stdout and (tmp_path / 'c.png').exists()
     assert not list(tmp_path.glob('**/*.part'))
 

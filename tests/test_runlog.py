@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_ARGS, losses
+from conftest import TINY, TINY_ARGS, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
 import runlog
+import runtime
+from dataset import read_tokenizer
+from model import GPT, GPTConfig
 from runlog import Drawing, Progress, RunLog, Wandb, keep_line, print0
 
 
@@ -109,6 +112,13 @@ def test_log_holds_what_pandas_and_json_readers_take(tmp_path):
     log.write(entry)
     log.close()
     assert json.loads((tmp_path / 'log.jsonl').read_text()) == entry  # floats survive whole
+
+
+def test_number_that_json_has_not_is_left_out(tmp_path):
+    log = RunLog(tmp_path / 'log.jsonl')
+    log.write({'iter': 1, 'mfu': float('nan'), 'grad_norm': float('inf'), 'loss': 2.0})
+    log.close()
+    assert entries(tmp_path / 'log.jsonl') == [{'iter': 1, 'loss': 2.0}]
 
 
 # ---------------------------------------------------------------------------- a full disk
@@ -329,10 +339,24 @@ def test_samples_leave_the_run_as_it_was(train, tmp_path):
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
 
+def test_sample_is_drawn_from_its_own_generator_and_without_dropout(char_data):
+    tokenizer, run = read_tokenizer(char_data), runtime.Runtime('cpu', 'float32', False, 'gloo')
+    model = GPT(GPTConfig(**TINY))
+    without = runlog.show_sample(model, tokenizer, [1, 2], run, 5, seed=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    state = torch.random.get_rng_state()
+    three, four = (runlog.show_sample(model, tokenizer, [1, 2], run, 5, seed) for seed in (3, 4))
+    assert three == without != four and len(three) == TINY['block_size']
+    assert three.startswith(tokenizer.decode([1, 2]))
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+
+
 def test_samples_are_the_same_in_a_run_that_was_resumed(train, tmp_path):
     args = ('--sample_interval=2', '--eval_interval=100', '--learning_rate=1e-2')
     whole = samples(train('--max_iters=6', *args, out_dir=tmp_path / 'whole')['log'])
-    train('--max_iters=2', *args, '--checkpoint_interval=2', out_dir=tmp_path / 'parts')
+    train('--max_iters=3', *args, out_dir=tmp_path / 'parts')
     resumed = samples(train('--max_iters=6', *args, '--init_from=resume', out_dir=tmp_path / 'parts')['log'])
     assert list(whole) == ['0', '2', '4', '6'] and len(set(whole.values())) == 4
     assert resumed == {i: whole[i] for i in ('4', '6')}
@@ -351,7 +375,7 @@ def wait(drawing):
 def test_run_draws_its_log_beside_itself(train, tmp_path):
     pytest.importorskip('matplotlib')
     script = train('--max_iters=4', '--eval_interval=2', '--plot')
-    wait(script['drawing'])
+    assert not script['drawing'].is_busy(300)  # its priority is low
     assert (tmp_path / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
     assert 'no pictures' not in script['log']
 
@@ -378,13 +402,19 @@ def test_drawing_is_not_waited_for_and_one_at_a_time(program):
 
 def test_drawing_of_the_last_evaluation_is_made_after_all(program):
     path, drawn = program
-    drawing = Drawing([path, '0', drawn])
+    path.write_text("""
+import os, sys, time
+is_first = not os.path.exists(sys.argv[1])
+open(sys.argv[1], 'a').write('' if is_first else 'x')
+time.sleep(600 * is_first)
+""")
+    drawing = Drawing([path, drawn])
     drawing.start()
-    drawing.start()  # too early
+    while not drawn.exists():
+        time.sleep(0.01)
+    drawing.start()  # too early: the first one takes ten minutes
     drawing.close(patience=60)
-    assert not drawing.is_busy() and drawn.read_text() in ('x', 'xx')  # the first may have been cut off
-    drawing.close(patience=60)
-    assert not drawing.is_busy()
+    assert not drawing.is_busy() and drawn.read_text() == 'x'
 
 
 def test_drawing_that_fails_is_told_once(program, capsys):
