@@ -63,7 +63,7 @@ def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypa
         assert space['encode']('hi there') == [46, 47, 1, 58, 46, 43, 56, 43]
 
 
-def test_greeting_of_build_gpt_is_the_known_eight_numbers_on_any_text(copy):
+def test_greeting_of_build_gpt_is_the_known_eight_numbers():
     stored = [''.join(o.get('data', {}).get('text/plain', '')) for cell in cells(NOTEBOOKS[0], 'code')
               for o in cell['outputs'] if 'shakespeare_chars' in ''.join(cell['source'])]
     assert stored == ['[46, 47, 1, 58, 46, 43, 56, 43]']
