@@ -1,0 +1,37 @@
+"""
+One type of attention on Shakespeare's characters; docs/attention_study.py compares them all under it.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/attention_study.py --attn_type=GK
+    python docs/attention_study.py                   # every type, three seeds: a table and a picture
+
+GPT-2's architecture but for the attention, and its optimizer: docs/RESULTS.md has the results.
+"""
+
+out_dir = 'out-attention-study'
+dataset = 'shakespeare_char'
+device = 'cpu'
+compile = False
+
+# 32 sequences * 64 characters * 400 iterations = 819,200 tokens, 0.8 epochs
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 64
+
+# 0.80M parameters
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+learning_rate = 3e-3
+min_lr = 0.0
+warmup_iters = 40
+max_iters = 400
+lr_decay_iters = 400
+beta2 = 0.99
+
+eval_interval = 100
+eval_iters = 27  # 27 batches * 32 sequences * 64 characters: half of the validation split
+log_interval = 10
+always_save_checkpoint = False
+checkpoint_interval = 0
