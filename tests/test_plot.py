@@ -70,7 +70,7 @@ def same(a, b):
 
 @pytest.mark.filterwarnings('error')
 def test_picture_is_in_the_first_folder(plot, tmp_path):
-    a, b = write(tmp_path / 'a', entries()), write(tmp_path / 'run with a long name', entries(last=10))
+    a, b = write(tmp_path / 'a', entries()), write(tmp_path / ('a name of many words ' * 5), entries(last=10))
     said = plot(a, b, '--health', pixels=True)['said']
     data = (a / 'loss.png').read_bytes()
     width, height = struct.unpack('>II', data[16:24])
@@ -110,6 +110,8 @@ def test_log_without_counted_tokens_gives_the_same_places(plot, tmp_path):
 def test_evaluations_between_lines_are_where_they_were(plot, tmp_path):
     axes = plot(write(tmp_path / 'a', entries(log_interval=100)))['axes']  # one line only, at 0
     assert same(line(axes[1], 'validation')[0], np.arange(0, 21, 5) * PER_ITER / 1000)
+    old = plot(write(tmp_path / 'b', entries(log_interval=6, new=False)))['axes']  # the last line is of 18
+    assert same(line(old[2], 'validation')[0], [0, 2.5, 5, 7.5, math.nan])  # seconds: not made up
 
 
 def test_steps_that_a_resumed_run_took_again_count_once(plot, tmp_path):
@@ -128,9 +130,9 @@ def test_runs_of_one_name_are_told_apart(plot, tmp_path):
 
 def test_gaps_and_broken_lines_are_left_out(plot, tmp_path):
     lines = [{'iter': 0, 'loss': 3.0}, 'nonsense', '[1]', '3', '{"loss": 2}', '{"iter": null, "loss": 1}',
-             '{"iter": 1, "loss": NaN, "lr": null, "grad_norm": Infinity}', '{"iter": 2, "loss": 2}',
+             '{"iter": 1, "loss": Infinity, "lr": null, "grad_norm": NaN}', '{"iter": 2, "loss": 2}',
              {'iter': 3, 'health': {'activation_rms': [1.0, 2.0]}}, '{"iter": 4, "lo']
-    axes = plot(write(tmp_path / 'a', lines), '--health')['axes']
+    axes = plot(write(tmp_path / 'a', lines), '--health', '--terminal')['axes']
     assert same(line(axes[0], 'each logged batch'), ([0, 1, 2], [3.0, math.nan, 2.0]))
     assert [bool(a.texts) for a in axes] == [False, True, True, True, True, True, True, False, True, True]
 
@@ -162,6 +164,12 @@ def test_sketch_has_each_loss_at_its_height(plot, tmp_path, monkeypatch):
     last_val = 5 / 21
     nearest = min(range(16), key=lambda r: abs(math.log(heights[r] / last_val)))
     assert rows[nearest][1].endswith('B')
+
+
+def test_validation_is_on_top_in_the_sketch(plot, tmp_path):
+    lines = [{'iter': i, key: 4.0 - i} for i in (0, 2) for key in ('val_loss', 'loss')]
+    said = plot(write(tmp_path / 'a', lines), '--terminal')['said']
+    assert re.findall(r'\|(.*)$', said, re.M)[0] == 'A' and '| a' not in said
 
 
 # ---------------------------------------------------------------------------- as a user runs it
