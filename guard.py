@@ -18,18 +18,21 @@ MEMORY = 128  # updates that a spike is judged by
 class Guard:
     """Keeps bad updates out of the weights.
 
+    grad_clip: the largest norm a gradient keeps; guard.n_clipped counts those above it, on the device.
     skip_spikes: leave out updates whose loss or gradient norm is this many standard deviations above the mean
     of the last MEMORY; 0: none. unscaled: whether a gradient scaler deals with gradients that aren't finite.
     """
 
-    def __init__(self, device, skip_spikes, unscaled):
-        self.skip_spikes, self.unscaled = skip_spikes, unscaled
+    def __init__(self, device, grad_clip, skip_spikes, unscaled):
+        self.grad_clip, self.skip_spikes, self.unscaled = grad_clip, skip_spikes, unscaled
+        self.n_clipped = torch.zeros((), device=device)
         self.first_bad = torch.full((), math.inf, device=device)  # the first iteration that wasn't finite
         self.n_skipped, self.recent = 0, []  # updates left out; loss and gradient norm of the last others
 
     def allows(self, iteration, loss, norm, optimizer):
         """Whether to make an update, of a loss and a gradient norm that are still on the device. Where they
         aren't finite the optimizer leaves it out, by found_inf: the host needn't wait for them."""
+        self.n_clipped += norm > self.grad_clip
         finite = torch.isfinite(loss) if self.unscaled else torch.isfinite(loss + norm)
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=iteration))
         optimizer.found_inf = (~finite).float()
@@ -61,7 +64,8 @@ class Guard:
                                      f'so nothing was saved. {last_state}')
 
     def state_dict(self):
-        return {'n_skipped': self.n_skipped, 'recent': self.recent}
+        return {'n_skipped': self.n_skipped, 'recent': self.recent, 'n_clipped': self.n_clipped.item()}
 
     def load_state_dict(self, state):
         self.n_skipped, self.recent = state['n_skipped'], state['recent']
+        self.n_clipped.fill_(state['n_clipped'])

@@ -88,7 +88,6 @@ optimizer = 'adamw'  # adamw, muon (the blocks' matrices; AdamW for all else)
 muon_lr = 0.02  # of Muon, where learning_rate is AdamW's
 muon_weight_decay = 0.0
 muon_momentum = 0.95
-muon_ns_steps = 5  # Newton-Schulz iterations
 learning_rate = 6e-4  # the highest, after the warm-up
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
@@ -114,6 +113,7 @@ peak_flops = 0.0  # FLOP/s of one device, which mfu is a share of; 0: looked up 
 seed = 1337
 
 config = configure(globals())
+grad_clip = grad_clip or math.inf
 # ---------------------------------------------------------------------------- machine, data
 
 run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
@@ -184,8 +184,8 @@ average = WeightAverage(model.to(run.device), ema_decay)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
-muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': muon_weight_decay, 'momentum': muon_momentum,
-        'ns_steps': muon_ns_steps} if optimizer == 'muon' else None
+muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': muon_weight_decay,
+        'momentum': muon_momentum} if optimizer == 'muon' else None
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device_type, muon)
 for name, group in zip(('decayed', 'non-decayed', 'Muon'), optimizer.param_groups):
     count = sum(p.numel() for p in group['params'])
@@ -195,15 +195,13 @@ scaler = run.grad_scaler()
 # what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss = 0, math.inf
 seconds, n_tokens = 0.0, 0  # of training, evaluations and saving aside
-guard = Guard(run.device, skip_spikes, scaler.is_enabled())
-n_clipped = torch.zeros((), device=run.device)  # updates, since the last line of the log
+guard = Guard(run.device, grad_clip, skip_spikes, scaler.is_enabled())
 wandb_id = os.urandom(4).hex()
 if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
     guard.load_state_dict(state.get('guard') or guard.state_dict())
     n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
-    n_clipped += state.get('n_clipped', 0)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
         if 'trained' in state:  # state['model'] is their average
@@ -282,7 +280,6 @@ def save(name, keep=None, with_optimizer=True):
         'seconds': seconds,
         'n_tokens': n_tokens,
         'guard': guard.state_dict(),
-        'n_clipped': n_clipped.item(),
         'wandb_id': wandb_id,
     }
     if ema_decay:
@@ -384,8 +381,7 @@ while iter_num <= max_iters:
             loss += micro_loss.detach()
     loss = run.mean(loss)  # of the whole batch, on the device
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    n_clipped += norm > (grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
 
     if guard.allows(iter_num, loss, norm, optimizer):
         with health.watch_update(model, vitals) if evaluating and is_writing else nullcontext():
@@ -409,11 +405,11 @@ while iter_num <= max_iters:
         rate = done * run.world_size * block_size / dt
         mfu = 100 * model.estimate_mfu(done, dt, peak_flops or math.nan)
         entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': guard.n_skipped,
-                 'clipped': n_clipped.item() / min(log_interval, iter_num + 1), 'seconds': seconds,
+                 'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1), 'seconds': seconds,
                  'tokens': n_tokens, 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
         progress.show(entry)
         log.write(entry)
-        n_clipped.zero_()
+        guard.n_clipped.zero_()
         clock, timed_iters, timed_sequences = time.perf_counter(), 0, 0
     iter_num += 1
 

@@ -41,8 +41,7 @@ from dataset import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu')  # of log.jsonl: these differ from run to run
-STATE = ('model', 'trained', 'optimizer', 'iter_num', 'best_val_loss', 'guard', 'scaler', 'data', 'n_tokens',
-         'n_clipped')
+STATE = ('model', 'trained', 'optimizer', 'iter_num', 'best_val_loss', 'guard', 'scaler', 'data', 'n_tokens')
 
 
 # ---------------------------------------------------------------------------- runs
