@@ -89,7 +89,8 @@ def test_merging_leaves_the_model_and_shares_what_has_no_adapter(adapted):
     merged = lora.merged_state_dict(adapted)
     assert list(merged) == list(GPT(adapted.config).state_dict())
     assert all(torch.equal(p, before[name]) for name, p in adapted.state_dict().items())
-    copied = {n for n, p in adapted.state_dict().items() if n in merged and p.data_ptr() != merged[n].data_ptr()}
+    copied = {name for name, p in adapted.state_dict().items()
+              if name in merged and p.data_ptr() != merged[name].data_ptr()}
     assert copied == {f'transformer.h.{i}.{n}.weight' for i in range(L)
                       for n in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
 
