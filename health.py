@@ -11,7 +11,8 @@ A record has tensors on the device, of a number for each layer:
     attention_logit   the largest |q . k| / sqrt(hs), for Gaussian kernels |q - k|^2 / (2 sqrt(hs)), of a
                       position with itself or one before
     out_of_range      of GKpoly-n, how many of the latter are above 2^n, where its polynomial rises again
-    update_ratio      root mean square of an update, over that of the weights before it: the block's matrices
+    update_ratio      root mean square of an update, over that of the weights before it: the block's
+                      matrices that are trained
 """
 
 import math
@@ -61,7 +62,8 @@ def logit_sizes(attn_type, q, k):
 @contextmanager
 def watch_update(model, record):
     """Adds update_ratio to the record, of what happens to the weights within."""
-    layers = [[p for p in block.parameters() if p.dim() == 2] for block in model.transformer.h]
+    layers = [[p for p in block.parameters() if p.dim() == 2 and p.requires_grad]
+              for block in model.transformer.h]
     before = [[p.detach().clone() for p in layer] for layer in layers]
     yield
     norm = torch.nn.utils.get_total_norm

@@ -28,7 +28,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         kept = targets != -1
         weight = kept.to(exact) / kept.sum()  # (N,)
         loss = x.new_zeros((), dtype=exact)
-        dx, dw = (torch.zeros_like(x), torch.zeros_like(w)) if with_grad else (None, None)
+        dx = torch.zeros_like(x) if with_grad else None
+        dw = torch.zeros_like(w) if with_grad and ctx.needs_input_grad[1] else None  # none where w is frozen
         for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits = (x[at] @ w.T).to(exact)  # (rows, V)
             capped = logits.div_(cap).tanh_().mul_(cap) / cap if cap else None
@@ -41,9 +42,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if cap:
                     p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
                 dx[at] = p @ w
-                if torch.is_autocast_enabled(x.device.type):
+                if dw is not None and torch.is_autocast_enabled(x.device.type):
                     dw += p.T @ x[at]
-                else:
+                elif dw is not None:
                     dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
         ctx.save_for_backward(dx, dw)
         return loss
@@ -51,4 +52,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None
+        return dx.mul_(grad), None if dw is None else dw.mul_(grad), None, None, None

@@ -515,10 +515,12 @@ class GPT(nn.Module):
         """Share of `peak_flops` (default: an A100's, bfloat16) used by an iteration of `dt` seconds that
         runs `fwdbwd_per_iter` sequences of block_size tokens forward and backward.
 
-        Counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L nh hs T FLOPs a token.
+        Counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 N + 12 L nh hs T FLOPs a token; with
+        frozen weights, which need no gradient of their own, 4 N.
         """
         c = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        per_weight = 6 if self.lm_head.weight.requires_grad else 4
+        flops_per_token = per_weight * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):

@@ -46,7 +46,8 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir):
 def memory_needed(model, batch_size, dtype):
     """Bytes that training holds at its highest, estimated.
 
-    Parameters, gradients and AdamW's two moments are in float32: 16 bytes a parameter. A block keeps 16
+    Parameters are in float32, and so are gradient and AdamW's two moments of each that is trained: 4 bytes
+    a parameter and 12. A block keeps 16
     n_embd values a token for its backward pass: the inputs of two normalisations, of c_attn and c_fc, q, k, v
     and the attention's result, and four times n_embd before and after the activation; with
     activation_checkpointing only its input, the rest for one block at a time. Then there are the logits of a
@@ -58,12 +59,18 @@ def memory_needed(model, batch_size, dtype):
     block = tokens * c.n_embd * 16 * size
     kept = c.n_layer * tokens * c.n_embd * 4 + block if model.activation_checkpointing else c.n_layer * block
     head = 2 * 4 * min(tokens * c.vocab_size, 1 << 24) + 4 * c.vocab_size * c.n_embd
-    return 16 * model.get_num_params(non_embedding=False) + kept + head
+    return 4 * model.get_num_params(non_embedding=False) + 12 * n_trained(model) + kept + head
 
 
 def checkpoint_bytes(model):
-    """A checkpoint holds the parameters and two moments of each, in float32."""
-    return 12 * model.get_num_params(non_embedding=False)
+    """A checkpoint holds the parameters and two moments of each that is trained, in float32; what has
+    adapters twice, without and with them."""
+    adapted = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and not p.requires_grad)
+    return 4 * (model.get_num_params(non_embedding=False) + adapted) + 8 * n_trained(model)
+
+
+def n_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def free_disk(folder):

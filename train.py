@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import health
+import lora
 import plan
 import runtime
 from configurator import configure
@@ -96,6 +97,8 @@ beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 ema_decay = 0.0  # of an average of the weights, which is evaluated and sampled from; 0: none
 skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
+lora_rank = 0  # of adapters, which alone are trained: fine-tuning in little memory (lora.py); 0: none
+lora_alpha = 16.0  # what they add counts alpha / rank times
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
 lr_schedule = 'cosine'  # cosine, linear, wsd, constant
@@ -147,6 +150,7 @@ elif eval_only and init_from == 'resume':
     state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 elif init_from in ('resume', 'auto'):
     state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=dry_run)
+lora.check(config, state)
 if state:
     model_config = GPTConfig.from_args(state['model_args'] | changes)
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
@@ -180,6 +184,7 @@ if state:
     model.load_state_dict(state['model'])
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
+lora.add_adapters(model, lora_rank, lora_alpha)
 average = WeightAverage(model.to(run.device), ema_decay)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
@@ -204,7 +209,7 @@ if going_on:
     n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
-        if 'trained' in state:  # state['model'] is their average
+        if 'trained' in state:  # of which state['model'] is the average, or adapters and all in one
             checkpoint.load_weights(model, state['trained'])
         checkpoint.load_optimizer(optimizer, state['optimizer'])
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
@@ -266,7 +271,7 @@ def save(name, keep=None, with_optimizer=True):
         return True
     guard.stop_if_unfit(iter_num, last_state(), model, optimizer)
     with average.in_place():
-        averaged = model.state_dict()
+        averaged = lora.merged_state_dict(model)
     state = {
         'model': averaged,
         'optimizer': optimizer.state_dict(),
@@ -282,7 +287,7 @@ def save(name, keep=None, with_optimizer=True):
         'guard': guard.state_dict(),
         'wandb_id': wandb_id,
     }
-    if ema_decay:
+    if ema_decay or lora_rank:
         state['trained'] = model.state_dict()
     if not with_optimizer:
         state = {k: v for k, v in state.items() if k not in ('optimizer', 'trained')}

@@ -1,0 +1,62 @@
+"""
+Low-rank adapters (Hu et al. 2021, "LoRA"): fine-tuning in little memory, since few weights are trained.
+
+    add_adapters(model, rank=8, alpha=16)     # before the optimizer is made
+    weights = merged_state_dict(model)        # of a plain model that computes the same
+
+A linear layer W x + b of a block becomes W x + b + (alpha / rank) B A x, of which only A, (rank, inputs), and
+B, (outputs, rank), are trained. B is 0 at first, so that the model begins as the one that it was.
+"""
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def add_adapters(model, rank, alpha):
+    """Freeze a GPT and give each linear layer of its blocks an adapter; a rank of 0 leaves all as it is."""
+    if not rank:
+        return
+    model.requires_grad_(False)
+    for linear in [m for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]:
+        n_out, n_in = linear.weight.shape
+        linear.lora_A = nn.Parameter(torch.randn(rank, n_in) * n_in ** -0.5)
+        linear.lora_B = nn.Parameter(torch.zeros(n_out, rank))
+        linear.lora_scale = alpha / rank
+        linear.register_forward_hook(adapt)
+
+
+def adapt(linear, inputs, output):
+    """inputs[0]: (B, T, inputs), output: (B, T, outputs) -> (B, T, outputs)"""
+    return output + F.linear(F.linear(inputs[0], linear.lora_A) * linear.lora_scale, linear.lora_B)
+
+
+@torch.no_grad()
+def merged_state_dict(model):
+    """The state dict with (alpha / rank) B A added to each W, under a plain GPT's names. What was added up is
+    in the CPU's memory, all else the model's own; a model without adapters gives its state dict."""
+    weights = model.state_dict()
+    for name, linear in model.named_modules():
+        if hasattr(linear, 'lora_A'):
+            update = linear.lora_scale * linear.lora_B @ linear.lora_A
+            weights[f'{name}.weight'] = (linear.weight + update).cpu()
+            del weights[f'{name}.lora_A'], weights[f'{name}.lora_B']
+    return weights
+
+
+def check(config, state):
+    """ValueError for settings that don't go with adapters. state: the one that a run begins with, or None."""
+    rank, going_on = config['lora_rank'], state is not None and config['init_from'] != 'finetune'
+    before = state.get('config', {}) if going_on else {}
+    if rank < 0:
+        raise ValueError(f'lora_rank={rank} must not be negative')
+    if config['eval_only']:  # what a state has as its model needs no adapters
+        return
+    for name in ('lora_rank', 'lora_alpha') if rank or before.get('lora_rank') else ():
+        if going_on and config[name] != before.get(name, 0):
+            raise ValueError(f'{name}={config[name]}, but the run to go on with has {before.get(name, 0)}: '
+                             'take that, or start anew from its ckpt.pt with --init_from=finetune')
+    if rank and state is None and config['init_from'] in ('scratch', 'auto'):
+        raise ValueError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, a folder or finetune')
+    if rank and (config['ema_decay'] or config['optimizer'] != 'adamw'):
+        raise ValueError(f'lora_rank={rank} goes with optimizer=adamw and ema_decay=0 only')
