@@ -186,7 +186,7 @@ def test_draws_stay_among_the_top_k():
 
 def test_tiny_temperatures_and_one_candidate_are_greedy():
     logits = torch.randn(500, 20) * 10
-    for options in ({'temperature': 1e-30}, {'top_k': 1}, {'top_p': 1e-9}, {'min_p': 1.0}):
+    for options in ({'temperature': 1e-40}, {'top_k': 1}, {'top_p': 1e-9}, {'min_p': 1.0}):
         assert torch.equal(draw(logits, keys(500), **options), logits.argmax(-1, keepdim=True))
 
 
@@ -277,6 +277,15 @@ def test_all_that_is_decided_is_shown_at_once():
     grown.add('\u20ac'.encode()[2:])
     shown.append(grown.take())
     assert shown == ['x', '', '', 'abd', 'a', '\ny', '\u20ac', '', '\u20ac']
+
+
+def test_the_stop_string_that_is_complete_first_ends_the_text():
+    for pieces in (['xabbc'], ['x', 'a', 'b', 'b', 'c']):
+        grown = Text(b'', 9, ['abb', 'b'])
+        for piece in pieces:
+            if not grown.ended:
+                grown.add(piece.encode())
+        assert (grown.take(), grown.ended) == ('xa', 'stop')
 
 
 def test_no_tokens_are_the_prompt_alone():

@@ -1,5 +1,6 @@
 """sample.py and prompt.py: what comes out, from what, and what is refused."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from conftest import ROOT
 
 import checkpoint
 from dataset import CharTokenizer, GPT2Tokenizer, read_tokenizer
+from decoding import Text
 from model import GPT, GPTConfig
 
 LINE = '---------------\n'
@@ -155,6 +157,34 @@ def test_streamed_bytes_equal_unstreamed(sample, gpt2_folder, bpe):
     assert samples(found) == [tokenizer.decode(row)]
 
 
+def test_characters_of_several_tokens_are_shown_whole(bpe):
+    tokenizer, text = GPT2Tokenizer(), 'na\u00efve \ud55c\uad6d\uc5b4 \U0001f600\U0001d6d1 \u20ac'
+    ids = tokenizer.encode(text)
+    assert sum('\ufffd' in tokenizer.decode([i]) for i in ids) > 5
+    grown, pieces = Text(b'', len(ids)), []
+    for i in ids:
+        grown.add(tokenizer.decode_bytes([i]))
+        pieces.append(grown.take())
+    assert ''.join(pieces) == text
+
+
+@pytest.mark.parametrize('interactive', [False, True])
+def test_each_character_is_shown_as_soon_as_it_is_made(sample, monkeypatch, interactive):
+    class Recorder(io.StringIO):
+        flushed = []
+
+        def flush(self):
+            self.flushed.append(self.getvalue())
+
+    typed = iter(['king', '/quit'])
+    monkeypatch.setattr('builtins.input', lambda _: next(typed))
+    monkeypatch.setattr(sys, 'stdout', Recorder())
+    sample('--start=king', '--num_samples=1', '--max_new_tokens=20', f'--interactive={interactive}')
+    text = sys.stdout.getvalue()
+    begin = text.rindex('king')
+    assert {text[:begin + n] for n in range(4, 24)} <= set(Recorder.flushed)
+
+
 def test_a_sample_is_made_again_by_its_seed(sample, tmp_path):
     """Whatever the prompts beside it, their lengths, the number of samples and what a batch holds."""
     (tmp_path / 'prompts.txt').write_text('king\nthe queen and the day\n\nwar\r\n', newline='')
@@ -226,12 +256,13 @@ class Terminal:
     def type(self, text):
         os.write(self.master, text.encode())
 
-    def until(self, pattern, seconds=60):
-        """What is shown up to the next match of the pattern."""
+    def until(self, pattern, seconds=60, press=''):
+        """What is shown up to the next match of the pattern; a key pressed each second until then."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
-            if select.select([self.master], [], [], 0.1)[0]:
+            self.type(press)
+            if select.select([self.master], [], [], 1)[0]:
                 try:
                     self.seen += os.read(self.master, 65536).decode().replace('\r\n', '\n')
                 except OSError:  # the other end was closed
@@ -265,8 +296,7 @@ def test_the_prompt_is_driven_as_by_a_user(trained, sample):
         assert f'\n{greedy}\n[seed 1338, 40 tokens, ' in user.until('ended by length\\]\n> ')
         user.type('half a line')
         user.until('half a line')
-        user.type('\x03')
-        user.until('\n> ')
+        user.until('\n> ', press='\x03')  # readline may miss one that comes between two keys
         user.type('\x04')
         assert user.process.wait(20) == 0
     finally:
