@@ -117,6 +117,7 @@ seed = 1337
 
 config = configure(globals())
 grad_clip = grad_clip or math.inf
+
 # ---------------------------------------------------------------------------- machine, data
 
 run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
