@@ -289,6 +289,27 @@ def test_the_checkpoints_attention_is_kept_unless_another_is_named(train, tmp_pa
     assert train('--init_from=finetune', '--eval_only', '--attn_type=sm')['model'].config.attn_type == 'SM'
 
 
+def test_the_attention_configs_run_one_after_the_other(train, tmp_path, gpt2_folder):
+    data = tmp_path / 'bpe'
+    data.mkdir()
+    for split in ('train', 'val'):
+        np.random.randint(50257, size=3000).astype(np.uint16).tofile(data / f'{split}.bin')
+    small = (*TINY_ARGS, '--n_layer=1', '--n_head=1', '--max_iters=2', '--eval_interval=2',
+             f'--data_dir={data}')
+
+    def run(config, name, *args):
+        return train(f'config/{config}.py', *small, f'--out_dir={tmp_path / name}', *args)
+    one = run('train_11', 'one')
+    assert one['model'].config.attn_type == 'GK' and set(evaluations(one['log'])) == {0, 2}
+    pointwise = run('PA', 'PA', f'--init_from={gpt2_folder}')
+    assert pointwise['model'].config.attn_type == 'PA_gelu' and 2 in evaluations(pointwise['log'])
+    for name, trained in (('one', one), ('PA', pointwise)):
+        evaluated = run('EVAL', name)
+        assert not losses(evaluated['log'])
+        assert list(evaluations(evaluated['log']).values()) == [evaluations(trained['log'])[2]]
+        assert evaluated['model'].config.attn_type == trained['model'].config.attn_type
+
+
 def test_finetune_without_a_source_is_one_line(train, tmp_path):
     with pytest.raises(FileNotFoundError, match='ckpt.pt'):
         train('--init_from=finetune')
