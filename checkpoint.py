@@ -186,20 +186,31 @@ def clean_names(weights):
     return {clean: weights[name] for name, clean in names.items() if not clean.endswith('.attn.bias')}
 
 
+def cut(saved, like):
+    """A saved tensor in the shape of the model's: cropped where the model is, and of a sharded tensor the part
+    that this process holds."""
+    if saved.dim() == 0:
+        return saved.clone()
+    saved = saved[tuple(map(slice, like.shape))]
+    if hasattr(like, 'device_mesh'):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(saved, like.device_mesh, like.placements, src_data_rank=None)
+    return saved.clone()  # the file behind it may go away
+
+
 def load_weights(model, saved):
-    """Copy a saved state dict into a model, cropped where the model is."""
+    """Copy a saved state dict into a model."""
     own = model.state_dict()
-    model.load_state_dict({name: t[tuple(map(slice, own[name].shape))] for name, t in saved.items()})
+    model.load_state_dict({name: cut(t, own[name]) for name, t in saved.items()})
 
 
 def load_optimizer(optimizer, saved):
     """Give an optimizer the buffers of a saved state, keeping its own settings: a resumed run takes its
-    weight decay and betas from its config. Buffers of a tensor that was cropped are cropped as it was.
-    Raises ValueError if the parameters don't match."""
+    weight decay and betas from its config. Raises ValueError if the parameters don't match."""
     groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
               zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
-    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
-    for p, buffers in optimizer.state.items():
-        for name, buffer in buffers.items():
-            if isinstance(buffer, torch.Tensor):  # copied: the file behind it may go away
-                buffers[name] = buffer[tuple(map(slice, p.shape)) if buffer.dim() else ...].clone()
+    params = dict(zip((i for group in groups for i in group['params']),
+                      (p for group in optimizer.param_groups for p in group['params']), strict=True))
+    state = {i: {name: cut(buffer, params[i]) if isinstance(buffer, torch.Tensor) else buffer
+                 for name, buffer in buffers.items()} for i, buffers in saved['state'].items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})

@@ -4,6 +4,7 @@ A model's loss on a dataset, as a measurement: the same windows every time, and 
     loss = mean_loss(model, run, tokens, block_size=1024, batch_size=12)
 """
 
+import numpy as np
 import torch
 
 from dataset import eval_windows, read_windows
@@ -17,12 +18,15 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     model.eval()
     losses, counts = [torch.zeros((), device=run.device)], [0]
     batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
+    # as many for each process, who may need one another to run the model; those added have no targets
+    batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
     for starts in watch(batches[run.rank::run.world_size]):
         x, y = read_windows(tokens, starts, block_size)
         with run.autocast():
             _, loss = model(run.to_device(x), run.to_device(y), return_logits=False)
-        losses.append(loss)
-        counts.append(int((y >= 0).sum()))
+        if (y >= 0).any():
+            losses.append(loss)
+            counts.append(int((y >= 0).sum()))
     model.train(was_training)
     total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
     loss_sum, n_targets = run.sum(total.item(), sum(counts))

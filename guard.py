@@ -6,7 +6,6 @@ Numbers that blow up: losses and gradients that are not finite, or far above tho
     guard.stop_if_not_finite(iter_num)    # now and then: it waits for the device
 """
 
-import itertools
 import math
 import statistics
 
@@ -35,7 +34,7 @@ class Guard:
         self.n_clipped += norm > self.grad_clip
         finite = torch.isfinite(loss) if self.unscaled else torch.isfinite(loss + norm)
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=iteration))
-        optimizer.found_inf = (~finite).float()
+        optimizer.found_inf = (~finite).float().to(norm.device)  # the parameters', on a CPU if offloaded
         if not self.skip_spikes:
             return True
         values = loss.item(), norm.item()
@@ -56,10 +55,10 @@ class Guard:
                 f'iteration {iteration:.0f}: the loss or the gradient is not finite; no update was made with '
                 f'it. {last_state}. A lower learning_rate or a longer warm-up may help')
 
-    def stop_if_unfit(self, iteration, last_state, model, optimizer):
+    def stop_if_unfit(self, iteration, last_state, state):
         """FloatingPointError if a weight or an optimizer's buffer is not finite: such a state isn't saved."""
-        buffers = (b for of_one in optimizer.state.values() for b in of_one.values())
-        if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), buffers)):
+        parts = state['model'], state.get('trained', {}), *state['optimizer']['state'].values()
+        if not all(t.isfinite().all() for part in parts for t in part.values()):
             raise FloatingPointError(f'iteration {iteration}: weights or optimizer buffers are not finite, '
                                      f'so nothing was saved. {last_state}')
 

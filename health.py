@@ -22,6 +22,8 @@ from unittest.mock import patch
 
 import torch
 
+from parallel import is_sharded, whole
+
 
 @torch.no_grad()
 def measure(model, run, x):
@@ -46,7 +48,8 @@ def measure(model, run, x):
             stack.callback(hook.remove)
         model.eval()
         with run.autocast():
-            model.forward(run.to_device(x))  # not model(), which may have been compiled without the hooks
+            # not model() where that may have been compiled without the hooks; FSDP's needs it
+            (model if is_sharded(model) else model.forward)(run.to_device(x))
         model.train()
     record = {'activation_rms': torch.stack(rms).sqrt(), 'attention_logit': torch.stack(logits)}
     return record | ({'out_of_range': torch.stack(beyond)} if limit < math.inf else {})
@@ -69,4 +72,4 @@ def watch_update(model, record):
     norm = torch.nn.utils.get_total_norm
     with torch.no_grad():
         record['update_ratio'] = torch.stack([
-            norm(torch._foreach_sub(new, old)) / norm(old) for new, old in zip(layers, before)])
+            whole(norm(torch._foreach_sub(new, old)) / norm(old)) for new, old in zip(layers, before)])

@@ -58,5 +58,5 @@ def check(config, state):
                              'take that, or start anew from its ckpt.pt with --init_from=finetune')
     if rank and state is None and config['init_from'] in ('scratch', 'auto'):
         raise ValueError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, a folder or finetune')
-    if rank and (config['ema_decay'] or config['optimizer'] != 'adamw'):
-        raise ValueError(f'lora_rank={rank} goes with optimizer=adamw and ema_decay=0 only')
+    if rank and (config['ema_decay'] or config['optimizer'] != 'adamw' or config['parallel'] != 'ddp'):
+        raise ValueError(f'lora_rank={rank} goes with optimizer=adamw, ema_decay=0 and parallel=ddp only')

@@ -308,13 +308,15 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-@dataclass
 class Shared:
-    """What all blocks of a forward pass use, each None where the configuration has no need of it."""
-    cos_sin: tuple | None = None  # of the positions' angles, for rope
-    bias: torch.Tensor | None = None  # (nh, T, T so far), added to the attention's scores, for alibi
-    embedding: torch.Tensor | None = None  # (B, T, C), what the first block gets, for residual_scale
-    first_v: torch.Tensor | None = None  # (B, n_kv_head, T, hs), the first block's, for value_residual
+    """What all blocks of a forward pass use, None where the configuration has no need of it. No dataclass: of
+    those FSDP gives each block a copy."""
+
+    def __init__(self, embedding):
+        self.embedding = embedding  # (B, T, C), what the first block gets, for residual_scale
+        self.first_v = None  # (B, n_kv_head, T, hs), the first block's, for value_residual
+        self.cos_sin = None  # of the positions' angles, for rope
+        self.bias = None  # (nh, T, T so far), added to the attention's scores, for alibi
 
 
 class CausalSelfAttention(nn.Module):
@@ -443,7 +445,7 @@ class GPT(nn.Module):
         if self.config.ngram > 1:
             x = x + self.embed_ngrams(idx, caches and caches[0])
         x = self.transformer.drop(x)
-        shared = Shared(embedding=x)
+        shared = Shared(x)
         if self.config.pos_emb == 'rope':
             shared.cos_sin = rotation(positions, self.config.n_embd // self.config.n_head)
         elif self.config.pos_emb == 'alibi':

@@ -63,7 +63,12 @@ class WeightAverage:
 
     def swap(self):
         for p, a in zip(self.params, self.average):
-            p.data, a.data = a.data, p.data
+            if hasattr(p, 'to_local'):  # FSDP holds on to the memory of its part
+                kept = p.detach().clone()
+                p.detach().copy_(a)
+                a.copy_(kept)
+            else:
+                p.data, a.data = a.data, p.data
 
 
 class Muon(AdamW):

@@ -18,7 +18,6 @@ import time
 from contextlib import nullcontext
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import health
@@ -32,6 +31,7 @@ from evaluation import mean_loss
 from guard import Guard
 from model import GPT, GPTConfig
 from optim import SCHEDULES, WeightAverage
+from parallel import check, compile_model, connect, place, whole, whole_model, whole_optimizer
 from runlog import Drawing, Progress, RunLog, Wandb, print0, show_sample
 
 # ---------------------------------------------------------------------------- settings
@@ -106,6 +106,8 @@ warmup_iters = 2000
 lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
 # machine
+parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of each block
+cpu_offload = False  # fsdp on GPUs: parameters and optimizer in the machine's memory; slow
 backend = 'auto'  # nccl, gloo
 dist_timeout = 600.0  # seconds a process waits for the others before the run ends
 device = 'auto'  # cuda, cuda:1, mps, cpu
@@ -126,6 +128,7 @@ config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=r
 for name, choices in {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'), 'lr_schedule': SCHEDULES}.items():
     if config[name] not in choices:
         raise ValueError(f'{name}={config[name]} is not one of {", ".join(choices)}')
+check(parallel, run, optimizer, cpu_offload)
 if min(batch_size, block_size, gradient_accumulation_steps, eval_interval, log_interval) < 1:
     raise ValueError('batch_size, block_size, gradient_accumulation_steps, eval_interval and log_interval '
                      'must be at least 1')
@@ -186,7 +189,8 @@ if state:
 if block_size < model_config.block_size:
     model.crop_block_size(block_size)
 lora.add_adapters(model, lora_rank, lora_alpha)
-average = WeightAverage(model.to(run.device), ema_decay)
+model = place(model, run, parallel, cpu_offload)
+average = WeightAverage(model, ema_decay)
 model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
@@ -219,10 +223,8 @@ first_iter = saved_iter = iter_num
 
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
-    model.compile()  # in place: no wrapper, no prefix on the parameters' names
-ddp_model = DistributedDataParallel(model, device_ids=[run.device] if run.device_type == 'cuda' else None) \
-    if run.world_size > 1 else model
-hold_gradients = ddp_model.no_sync if run.world_size > 1 else nullcontext
+    compile_model(model)
+parallel_model, hold_gradients = connect(model, run)
 
 
 # ---------------------------------------------------------------------------- what the loop calls
@@ -266,16 +268,13 @@ def get_lr(it):
 
 
 def save(name, keep=None, with_optimizer=True):
-    """Write all that an exact resume needs to out_dir, on the first process. A full disk costs a warning, not
-    the run: returns False where the file could not be written."""
-    if not run.is_master:
-        return True
-    guard.stop_if_unfit(iter_num, last_state(), model, optimizer)
+    """Write all that an exact resume needs to out_dir, on the first process; all call it. A full disk costs a
+    warning, not the run: returns False, on all, where the file could not be written."""
     with average.in_place():
-        averaged = lora.merged_state_dict(model)
+        averaged = lora.merged_state_dict(model) if lora_rank else whole_model(model)
     state = {
         'model': averaged,
-        'optimizer': optimizer.state_dict(),
+        'optimizer': whole_optimizer(model, optimizer),
         'model_args': model.config.to_args(),
         'iter_num': iter_num,
         'best_val_loss': best_val_loss,
@@ -289,15 +288,18 @@ def save(name, keep=None, with_optimizer=True):
         'wandb_id': wandb_id,
     }
     if ema_decay or lora_rank:
-        state['trained'] = model.state_dict()
-    if not with_optimizer:
-        state = {k: v for k, v in state.items() if k not in ('optimizer', 'trained')}
-    try:
-        checkpoint.save(os.path.join(out_dir, name), state, keep and os.path.join(out_dir, keep))
-    except OSError as error:
-        print0(f'NOT SAVED: {error}. The run goes on and tries again at the next interval')
-        return False
-    return True
+        state['trained'] = whole_model(model)
+    saved = True
+    if run.is_master:
+        guard.stop_if_unfit(iter_num, last_state(), state)
+        if not with_optimizer:
+            state = {k: v for k, v in state.items() if k not in ('optimizer', 'trained')}
+        try:
+            checkpoint.save(os.path.join(out_dir, name), state, keep and os.path.join(out_dir, keep))
+        except OSError as error:
+            print0(f'NOT SAVED: {error}. The run goes on and tries again at the next interval')
+            saved = False
+    return run.broadcast(saved)
 
 
 def last_state():
@@ -311,7 +313,9 @@ if not eval_only:
     end = max(iter_num, max_iters + 1)
     print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
                          sequences_before(end) - sequences_before(iter_num), batch_size, out_dir))
-is_writing = run.is_master and not (eval_only or dry_run)
+is_training = not (eval_only or dry_run)
+is_writing = run.is_master and is_training
+is_watching = is_writing or parallel == 'fsdp' and is_training  # whose processes run the model together
 if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
@@ -355,7 +359,7 @@ while iter_num <= max_iters:
             guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
             log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
                        'mfu': mfu, 'seconds': seconds + pause - clock, 'tokens': n_tokens})
-            if is_writing:
+            if is_watching:
                 vitals = health.measure(model, run, probe)
                 log.write_later(iter_num, vitals)
             if iter_num > first_iter:
@@ -367,7 +371,7 @@ while iter_num <= max_iters:
                     best_val_loss = best_before
         if saving and save('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
-        if sampling and is_writing:
+        if sampling and is_watching:
             with average.in_place():
                 text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num, seed + iter_num)
             wandb.log_sample(iter_num, text)
@@ -381,16 +385,16 @@ while iter_num <= max_iters:
             x, y = next(batches)
             with hold_gradients() if micro_step < n_micro - 1 else nullcontext():
                 with run.autocast():
-                    _, micro_loss = ddp_model(x, y, return_logits=False)
+                    _, micro_loss = parallel_model(x, y, return_logits=False)
                     micro_loss = micro_loss / n_micro
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     loss = run.mean(loss)  # of the whole batch, on the device
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
 
     if guard.allows(iter_num, loss, norm, optimizer):
-        with health.watch_update(model, vitals) if evaluating and is_writing else nullcontext():
+        with health.watch_update(model, vitals) if evaluating and is_watching else nullcontext():
             scaler.step(optimizer)
     else:
         print0(f'iter {iter_num}: update skipped, a spike ({guard.n_skipped} so far)')
