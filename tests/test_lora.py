@@ -198,8 +198,8 @@ def test_told_sizes_are_those_of_a_run_with_adapters(train, base, tmp_path):
     (('--lora_rank=-1',), 'lora_rank=-1 must not be negative'),
     (('--init_from=scratch',), 'lora_rank=4 adapts a trained model: --init_from=gpt2'),
     (('--init_from=auto',), 'lora_rank=4 adapts a trained model: --init_from=gpt2'),
-    (('--ema_decay=0.9',), 'lora_rank=4 goes with optimizer=adamw and ema_decay=0 only'),
-    (('--optimizer=muon',), 'lora_rank=4 goes with optimizer=adamw and ema_decay=0 only'),
+    (('--ema_decay=0.9',), 'lora_rank=4 goes with optimizer=adamw, ema_decay=0 and parallel=ddp only'),
+    (('--optimizer=muon',), 'lora_rank=4 goes with optimizer=adamw, ema_decay=0 and parallel=ddp only'),
 ])
 def test_settings_that_do_not_go_with_adapters_are_refused(args, message, train, base, tmp_path):
     with pytest.raises(ValueError, match=message):
