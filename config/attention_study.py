@@ -13,7 +13,7 @@ dataset = 'shakespeare_char'
 device = 'cpu'
 compile = False
 
-# 32 sequences * 64 characters * 400 iterations = 819,200 tokens, 0.8 epochs
+# 32 sequences * 64 characters * 250 iterations = 512,000 tokens, half an epoch
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64
@@ -25,13 +25,13 @@ n_embd = 128
 
 learning_rate = 3e-3
 min_lr = 0.0
-warmup_iters = 40
-max_iters = 400
-lr_decay_iters = 400
+warmup_iters = 25
+max_iters = 250
+lr_decay_iters = 250
 beta2 = 0.99
 
-eval_interval = 100
-eval_iters = 27  # 27 batches * 32 sequences * 64 characters: half of the validation split
+eval_interval = 50
+eval_iters = 14  # 14 batches * 32 sequences * 64 characters: a quarter of the validation split
 log_interval = 10
 always_save_checkpoint = False
 checkpoint_interval = 0

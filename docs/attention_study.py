@@ -22,7 +22,7 @@ from configurator import configure  # noqa: E402
 
 types = 'SM,GK,GKpoly-2,GKpoly-4,GKpoly-8,PA_gelu,PA_relu,PA_sigmoid,PA_square,PA_relu-square,PA_silu'
 seeds = 3
-max_iters = 400
+max_iters = 250
 out_dir = 'out-attention-study'  # a folder in it for each run
 picture = 'attention_study.png'  # in out_dir; needs matplotlib
 
