@@ -33,6 +33,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 bias = False
+attn_type = 'SM'  # SM, GK, GKpoly-n, PA_f
 real_data = True  # False: random tokens, no data needed
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
@@ -67,7 +68,8 @@ if real_data:
 else:
     tokens = torch.randint(vocab_size, (1 << 20,)).to(torch.uint16).numpy()
 
-model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias)).to(run.device)
+model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
+model = GPT(model_config).to(run.device)
 model.activation_checkpointing = activation_checkpointing
 optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), run.device_type)
 scaler = run.grad_scaler()
