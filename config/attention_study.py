@@ -5,7 +5,7 @@ One type of attention on Shakespeare's characters; docs/attention_study.py compa
     python train.py config/attention_study.py --attn_type=GK
     python docs/attention_study.py                   # every type, three seeds: a table and a picture
 
-GPT-2's architecture but for the attention, and its optimizer: docs/RESULTS.md has the results.
+Rotary positions and Muon, so that a short run tells something; docs/RESULTS.md has the results.
 """
 
 out_dir = 'out-attention-study'
@@ -13,7 +13,7 @@ dataset = 'shakespeare_char'
 device = 'cpu'
 compile = False
 
-# 32 sequences * 64 characters * 250 iterations = 512,000 tokens, half an epoch
+# 32 sequences * 64 characters * 150 iterations = 307,200 tokens, 0.3 epochs
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64
@@ -22,13 +22,17 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
+pos_emb = 'rope'
 
-learning_rate = 3e-3
+optimizer = 'muon'
+muon_lr = 0.04
+learning_rate = 6e-3
+weight_decay = 0.0
+lr_schedule = 'linear'
 min_lr = 0.0
-warmup_iters = 25
-max_iters = 250
-lr_decay_iters = 250
-beta2 = 0.99
+warmup_iters = 10
+max_iters = 150
+lr_decay_iters = 150
 
 eval_interval = 50
 eval_iters = 14  # 14 batches * 32 sequences * 64 characters: a quarter of the validation split

@@ -1,7 +1,7 @@
 """
 Compare types of attention on one text: the same model, windows, seeds and settings for all.
 
-    python docs/attention_study.py                                    # half an hour on two CPU cores
+    python docs/attention_study.py                                    # a quarter of an hour on two CPU cores
     python docs/attention_study.py --types=SM,GK --seeds=1 --max_iters=100
 
 Trains every type under config/attention_study.py, prints a table and draws the validation losses. What is
@@ -22,7 +22,7 @@ from configurator import configure  # noqa: E402
 
 types = 'SM,GK,GKpoly-2,GKpoly-4,GKpoly-8,PA_gelu,PA_relu,PA_sigmoid,PA_square,PA_relu-square,PA_silu'
 seeds = 3
-max_iters = 250
+max_iters = 150
 out_dir = 'out-attention-study'  # a folder in it for each run
 picture = 'attention_study.png'  # in out_dir; needs matplotlib
 
