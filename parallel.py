@@ -4,11 +4,11 @@ Several processes, one model: each with all of it (DDP), or with a part of each 
     model = place(model, run, 'fsdp', cpu_offload=False)      # on its device, in parts
     parallel_model, hold_gradients = connect(model, run)      # to call; a context without exchange of gradients
     norm = whole(clip_grad_norm_(model.parameters(), 1.0))    # the number that all processes share
-    weights, optimizer_state = whole_state(model, optimizer)  # as one process without FSDP has them
+    weights = whole_model(model)                              # as one process without FSDP has them
 
 FSDP, fully sharded data parallelism (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023): a process
-keeps 1/n of every parameter, gradient and optimizer buffer. It collects a block's parameters before it computes
-with them and forgets them after.
+keeps 1/n of every parameter, gradient and optimizer buffer. It collects a block's parameters before it
+computes with them and forgets them after.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -128,7 +128,8 @@ def whole_optimizer(model, optimizer):
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not state:
         return state
-    numbers = {name: i for i, name in enumerate(n for group in state['param_groups'] for n in group['params'])}
+    names = [name for group in state['param_groups'] for name in group['params']]
+    numbers = {name: i for i, name in enumerate(names)}
     groups = [group | {'params': [numbers[n] for n in group['params']]} for group in state['param_groups']]
-    return {'state': {numbers[n]: state['state'][n] for n in numbers if n in state['state']},
+    return {'state': {numbers[n]: state['state'][n] for n in names if n in state['state']},
             'param_groups': groups}

@@ -43,6 +43,130 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir):
     return '\n'.join(f'{name:8}{text}' for name, text in rows.items())
 
 
+# bytes of memory; bytes/s to one GPU of the same node, to one of another node, to the machine's memory: data
+# sheets' (NVLink, PCIe), and for other nodes the usual network of such machines, 25 to 50 GB/s a GPU
+GPUS = {
+    'A100': (80e9, 300e9, 25e9, 32e9),
+    'H100': (80e9, 450e9, 50e9, 64e9),
+    'H200': (141e9, 450e9, 50e9, 64e9),
+    'B200': (180e9, 900e9, 50e9, 64e9),
+    'RTX 4090': (24e9, 32e9, 3e9, 32e9),
+}
+NODE = 8  # GPUs
+# A, alpha, B, beta of the loss of N parameters after D tokens: Hoffmann et al. 2022 ("Training Compute-Optimal
+# Large Language Models"), approach 3, and the fit to their data that Besiroglu et al. 2024 corrected
+FITS = {
+    'Hoffmann et al.': (406.4, 0.34, 410.7, 0.28),
+    'Besiroglu et al.': (482.01, 0.3478, 2085.43, 0.3658),
+}
+MFU = 0.4  # of a well filled GPU, of the matrix products alone: an assumption, see docs/SCALING.md
+RESERVED = 2e9  # bytes for CUDA, libraries' workspaces and what falls between allocations: an assumption
+STRATEGIES = {  # sharded, activation checkpointing, offload
+    'ddp': (False, False, False),
+    'ddp + checkpointing': (False, True, False),
+    'fsdp': (True, False, False),
+    'fsdp + checkpointing': (True, True, False),
+    'fsdp + checkpointing + offload': (True, True, True),
+}
+
+
+def scale(model, n_gpus, gpu, sequences, iterations):
+    """A table of what a run needs on n_gpus of a kind, for each strategy; docs/SCALING.md explains it.
+
+    model: may be on the meta device. sequences: of block_size tokens an iteration. Computed, not measured.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f'plan_gpu={gpu} is not one of {", ".join(GPUS)}')
+    if sequences % n_gpus:
+        raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration can\'t '
+                         f'be shared by {n_gpus} GPUs: take a multiple of that')
+    n, tokens = model.get_num_params(non_embedding=False), sequences * model.config.block_size
+    best = ', '.join(f'{best_tokens(n, *fit):.1e} ({name})' for name, fit in FITS.items())
+    lines = [f'{n:,} parameters on {n_gpus:,} {gpu}, {tokens:,} tokens an iteration, {tokens * iterations:.1e} '
+             'in all',
+             f'tokens that make the best of the arithmetic: {best}',
+             f'{"strategy":32}{"state":>10}{"micro-batch":>13}{"memory":>10}{"iteration":>11}{"run":>14}'
+             f'{"GPU-hours":>12}']
+    for name, strategy in STRATEGIES.items():
+        fits = [b for b in range(1, sequences // n_gpus + 1) if sequences // n_gpus % b == 0
+                and gpu_memory(model, n_gpus, sequences, b, *strategy) <= GPUS[gpu][0]]
+        b = max(fits, default=0)
+        row = f'{name:32}{size(state_memory(model, n_gpus, sequences, b or 1, *strategy)):>10}'
+        if b:
+            seconds = iteration_time(model, n_gpus, gpu, sequences, b, *strategy)
+            row += (f'{b:13}{size(gpu_memory(model, n_gpus, sequences, b, *strategy)):>10}{seconds:>9.2f} s'
+                    f'{duration(seconds * iterations):>14}{seconds * iterations * n_gpus / 3600:>12,.0f}')
+        else:
+            row += f'  does not fit: a micro-batch of 1 needs ' \
+                   f'{size(gpu_memory(model, n_gpus, sequences, 1, *strategy))}'
+        lines.append(row)
+    return '\n'.join(lines)
+
+
+def state_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, offload):
+    """Bytes on a GPU that don't depend on the batch: in float32 parameters, gradients and AdamW's moments.
+
+    DDP adds its buckets for gradients, and autocast copies of the matrices in 16 bits. FSDP holds 1/n, and
+    gathered: the embeddings and their gradient in float32, two blocks in 16 bits, a block's gradient in both;
+    and between micro-steps the sum of whole gradients.
+    """
+    n, c = model.get_num_params(non_embedding=False), model.config
+    blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    if not sharded:
+        return 16 * n + (4 * n if n_gpus > 1 else 0) + 2 * blocks
+    block = blocks // c.n_layer
+    gathered = 8 * (n - blocks) + 2 * 2 * block + 6 * block
+    accumulated = 4 * n if sequences // n_gpus > batch_size else 0
+    return (0 if offload else 16 * n // n_gpus) + gathered + accumulated
+
+
+def block_activations(model, size):
+    """Bytes a token that a block keeps for its backward pass, for numbers of `size` bytes in matrix products:
+    the inputs of both normalisations, which stay in float32, and of the four matrices; q, k, v; the activation's
+    argument. Of GPT-2's block 8 C + 14 C size."""
+    block, C = model.transformer.h[0], model.config.n_embd
+    matrices = 2 * C + block.attn.c_attn.out_features + C + block.mlp.c_fc.out_features + \
+        block.mlp.c_proj.in_features
+    return 2 * 4 * C + size * matrices
+
+
+def activation_memory(model, batch_size, checkpointing, size=2):
+    """Bytes of what a micro-batch keeps, the loss's chunk of logits included."""
+    c, tokens = model.config, batch_size * model.config.block_size
+    block = block_activations(model, size)
+    blocks = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
+    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, 1 << 24)
+    return tokens * blocks + head
+
+
+def gpu_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, offload):
+    return (state_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, offload)
+            + activation_memory(model, batch_size, checkpointing) + RESERVED)
+
+
+def iteration_time(model, n_gpus, gpu, sequences, batch_size, sharded, checkpointing, offload):
+    """Seconds: the longer of arithmetic and exchange, which overlap, and then what offloading adds.
+
+    A ring passes each byte on once: DDP 8 N an iteration (gradients, there and back), FSDP 4 N a micro-step
+    (parameters of 16 bits, twice) and 4 N an iteration.
+    """
+    _, near, far, host = GPUS[gpu]
+    n, micro_steps = model.get_num_params(non_embedding=False), sequences // n_gpus // batch_size
+    flops = model.estimate_mfu(sequences, 1.0, 1.0) * (4 / 3 if checkpointing else 1) / n_gpus
+    arithmetic = flops / (MFU * runtime.PEAK_FLOPS[gpu])
+    sent = n * (4 * micro_steps + 4 if sharded else 8) * (n_gpus - 1) / n_gpus
+    exchange = sent / (near if n_gpus <= NODE else far)
+    # to and from the machine's memory, of whose own speed, 20 GB/s a GPU, AdamW takes 28 bytes a parameter
+    offloading = n / n_gpus * ((8 * micro_steps + 4) / host + 28 / 20e9) if offload else 0
+    return max(arithmetic, exchange) + offloading
+
+
+def best_tokens(n_params, A, alpha, B, beta):
+    """Tokens for which a model of this size has the lowest loss of all that train with the same arithmetic,
+    by the loss E + A / N^alpha + B / D^beta: where its derivatives along 6 N D = const. meet."""
+    return (beta * B / (alpha * A) * n_params ** alpha) ** (1 / beta)
+
+
 def memory_needed(model, batch_size, dtype):
     """Bytes that training holds at its highest, estimated.
 

@@ -50,6 +50,8 @@ always_save_checkpoint = True  # ckpt.pt at every evaluation, not only where the
 checkpoint_interval = 1000  # iterations between states to resume from; 0: only when the run is told to stop
 ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
 dry_run = False  # tell what the run needs, measure a few iterations, write nothing
+plan_gpus = 0  # with dry_run: tell what it would need on so many GPUs, and no more
+plan_gpu = 'H100'  # their kind: A100, H100, H200, B200, RTX 4090
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
@@ -119,6 +121,13 @@ seed = 1337
 
 config = configure(globals())
 grad_clip = grad_clip or math.inf
+named = [f.name for f in dataclasses.fields(GPTConfig)]
+architecture = {k: config[k] for k in named if config.get(k, 'auto') != 'auto'}
+if dry_run and plan_gpus:
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture))
+    print(plan.scale(model, plan_gpus, plan_gpu, gradient_accumulation_steps * batch_size, max_iters + 1))
+    raise SystemExit
 
 # ---------------------------------------------------------------------------- machine, data
 
@@ -162,8 +171,7 @@ if state:
     if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
         print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
 elif init_from in ('scratch', 'auto'):
-    named = {f.name for f in dataclasses.fields(GPTConfig)} & config.keys()
-    model_config = GPTConfig(vocab_size=data_vocab, **{k: config[k] for k in named if config[k] != 'auto'})
+    model_config = GPTConfig(vocab_size=data_vocab, **architecture)
 else:
     model = GPT.from_pretrained(init_from, changes)
     model_config = model.config

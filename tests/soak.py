@@ -345,29 +345,38 @@ def signals(folder, data, count):
     return f'{sent} signals, {good} exits with status 0, {len(lost)} times a step lost', lost
 
 
-def restart(folder, data, count):
-    """A rank killed under torchrun --max-restarts: the job goes on by itself."""
+def restart(folder, data, count, more=()):
+    """A rank killed under torchrun --max-restarts, every other time inside a save: the job goes on."""
     args = [f'--data_dir={data}', '--gradient_accumulation_steps=2', '--max_iters=200', '--eval_interval=50',
-            '--checkpoint_interval=5', '--init_from=auto']
+            '--checkpoint_interval=5', '--init_from=auto', *more]
     launcher = [*TORCHRUN, '--max-restarts=2']
-    whole, kills, good, lost = uninterrupted(folder / 'whole', args, launcher), 0, 0, []
+    whole, kills, inside, good, lost = uninterrupted(folder / 'whole', args, launcher), 0, 0, 0, []
     for i in itertools.count():
         if kills == count:
             break
         out_dir = folder / f'out{i}'
         process = start([*args, f'--out_dir={out_dir}'], launcher)
-        output = wait_for(process, 'iter ')
+        output = wait_for(process, 'iter 1')  # of 10 or more
         time.sleep(random.uniform(0, 0.4))
-        before = ranks_under(process.pid)
+        ranks, part = ranks_under(process.pid), out_dir / 'latest.pt.part'
+        while i % 2 == 0 and process.poll() is None and not part.exists():
+            pass
         with contextlib.suppress(KeyError, OSError):
-            os.kill(before[random.randrange(2)], signal.SIGKILL)
+            os.kill(ranks[random.randrange(2)], signal.SIGKILL)
+        saving = part.exists()
         output += process.communicate()[0]
         restarted = output.count('\ndevice: ') > 1
         wrong = differences(whole, out_dir) if process.returncode == 0 else [output[-1500:]]
-        kills += restarted
+        kills, inside = kills + restarted, inside + (saving and restarted)
         good += restarted and not wrong
         lost += wrong
-    return f'{kills} ranks killed, {good} finished runs with the same log and weights', lost
+    return (f'{kills} ranks killed, {inside} inside a save, {good} finished runs with the same log and '
+            'weights'), lost
+
+
+def fsdp_restart(folder, data, count):
+    """The same of a sharded model."""
+    return restart(folder, data, count, ['--parallel=fsdp', '--n_embd=128'])
 
 
 def flip(folder, data, count):
@@ -585,8 +594,8 @@ def data_faults(folder, data, count):
 
 FAULTS = {  # how often, where --count doesn't say
     'exact': (exact, 20), 'kill': (kill, 100), 'signal': (signals, 50), 'restart': (restart, 20),
-    'flip': (flip, 1000), 'disk': (disk, 20), 'nan': (nan, 1000), 'misspell': (misspell, 10**6),
-    'data': (data_faults, 100),
+    'fsdp_restart': (fsdp_restart, 20), 'flip': (flip, 1000), 'disk': (disk, 20), 'nan': (nan, 1000),
+    'misspell': (misspell, 10**6), 'data': (data_faults, 100),
 }
 
 

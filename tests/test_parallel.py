@@ -1,0 +1,173 @@
+"""parallel.py: processes that share a model compute what one computes, and each holds its part of it."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import soak
+import torch
+from conftest import ROOT
+
+import checkpoint
+import parallel
+
+pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
+BATCH = ('--gradient_accumulation_steps=4', '--learning_rate=1e-2', '--lr_decay_iters=50', '--eval_iters=3',
+         '--eval_interval=20')
+
+
+@pytest.fixture(scope='module')
+def ranks():
+    """{n: n processes}"""
+    found = {n: soak.Ranks(n) for n in (1, 2, 4)}
+    yield found
+    for some in found.values():
+        some.close()
+
+
+def run(ranks, n, mode, folder, *args):
+    replies = ranks[n].train(*BATCH, f'--parallel={mode}', f'--out_dir={folder}', *args)
+    assert [r.error for r in replies] == [None] * n
+    return replies[0].output
+
+
+def gap(one, other):
+    """The largest difference of two runs' logged numbers, each iteration's last line counting."""
+    logs = [{(e['iter'], tuple(e)): e for e in soak.read_log(folder)} for folder in (one, other)]
+    for log in logs:
+        for entry in log.values():
+            entry.update({(k, i): x for k, v in entry.pop('health', {}).items() for i, x in enumerate(v)})
+    assert len(logs[0]) > 0
+    return max(abs(entry[k] - logs[1][key][k]) for key, entry in logs[0].items() for k in entry)
+
+
+@pytest.fixture(scope='module')
+def whole(ranks, char_data, tmp_path_factory):
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp('whole')
+    run(ranks, 1, 'ddp', folder, f'--data_dir={char_data}', '--max_iters=50')
+    return folder
+
+
+@pytest.mark.parametrize('n, mode', [(1, 'fsdp'), (2, 'ddp'), (2, 'fsdp'), (4, 'ddp'), (4, 'fsdp')])
+def test_any_number_of_processes_computes_what_one_does(n, mode, ranks, whole, char_data, tmp_path):
+    run(ranks, n, mode, tmp_path, f'--data_dir={char_data}', '--max_iters=50')
+    assert gap(whole, tmp_path) < 1e-4
+    one, other = (checkpoint.load(folder / 'latest.pt') for folder in (whole, tmp_path))
+    assert [*one] == [*other] and [*one['model']] == [*other['model']]
+    for a, b in zip(soak.numbers_of(one['optimizer']), soak.numbers_of(other['optimizer']), strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+
+
+def test_run_goes_on_under_any_number_of_processes_and_either_way(ranks, whole, char_data, tmp_path):
+    for end, (n, mode) in zip((7, 13, 19, 26, 33, 40, 50), [(1, 'ddp'), (4, 'fsdp'), (2, 'ddp'), (1, 'fsdp'),
+                                                            (2, 'fsdp'), (4, 'ddp'), (4, 'fsdp')]):
+        output = run(ranks, n, mode, tmp_path, f'--data_dir={char_data}', f'--max_iters={end}',
+                     '--init_from=auto')
+        assert end == 7 or 'resuming at iteration' in output
+    assert gap(whole, tmp_path) < 1e-4
+
+
+ODD = ('--value_residual', '--residual_scale', '--ngram=3', '--ngram_rows=64', '--pos_emb=rope',
+       '--ema_decay=0.9', '--norm=rmsnorm', '--activation=swiglu', '--sampler=epoch',
+       '--activation_checkpointing', '--sample_interval=5', '--max_iters=8', '--skip_spikes=9')
+
+
+@pytest.mark.parametrize('options', [ODD, (
+    '--tie_weights=False', '--bias', '--dtype=bfloat16', '--grad_clip=0.3', '--max_iters=8')])
+def test_options_work_on_sharded_models(options, ranks, char_data, tmp_path):
+    said = [run(ranks, n, mode, tmp_path / mode, f'--data_dir={char_data}', *options)
+            for n, mode in ((1, 'ddp'), (4, 'fsdp'))]
+    assert gap(tmp_path / 'ddp', tmp_path / 'fsdp') < (1e-2 if '--bias' in options else 1e-4)
+    samples = [re.findall(r'^sample at iteration (?:.|\n)*?^-----', output, re.M) for output in said]
+    assert samples[0] == samples[1] and len(samples[0]) == (2 if options == ODD else 0)
+    one, other = (checkpoint.load(tmp_path / mode / 'latest.pt') for mode in ('ddp', 'fsdp'))
+    tied = '--bias' not in options
+    for state in (one, other):
+        weights = [state['model'][name].data_ptr() for name in ('lm_head.weight', 'transformer.wte.weight')]
+        assert (weights[0] == weights[1]) == tied
+    assert ('trained' in other) == (options == ODD) and [*one] == [*other]
+
+
+def test_number_that_is_not_finite_is_never_saved(ranks, char_data, tmp_path):
+    for kind in ('weight', 'loss'):
+        replies = ranks[2].train(
+            f'--data_dir={char_data}', '--parallel=fsdp', '--gradient_accumulation_steps=2', '--max_iters=9',
+            '--checkpoint_interval=2', f'--out_dir={tmp_path / kind}', '--dist_timeout=20', kind=kind, at=5,
+            value='nan', rank_of=None if kind == 'weight' else 1)
+        assert all(r.error for r in replies) and replies[0].error.startswith('FloatingPointError')
+        saved = checkpoint.load(tmp_path / kind / 'latest.pt')
+        assert saved['iter_num'] == 4 and all(t.isfinite().all() for t in soak.numbers_of(saved))
+
+
+MEASURE = '''
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, parallel, runtime
+from model import GPT, GPTConfig
+run = runtime.start('cpu')
+model = parallel.place(GPT(GPTConfig(32, 64, 2, 2, 64, bias=False)), run, sys.argv[2])
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+called, _ = parallel.connect(model, run)
+idx = torch.zeros(2, 32, dtype=torch.int64)
+called(idx, idx, return_logits=False)[1].backward()
+optimizer.step()
+part = lambda t: (t.to_local() if hasattr(t, 'to_local') else t).nbytes
+params = [*model.parameters()]
+found = [sum(map(part, tensors)) for tensors in (params, [p.grad for p in params], [
+    t for buffers in optimizer.state.values() for t in buffers.values() if t.dim()])]
+print('held', run.rank, *found, flush=True)
+run.stop()
+'''
+
+
+def test_memory_of_a_process_is_its_share(tmp_path):
+    """Of parameters, gradients and moments, in bytes; rows that four don't divide are none here."""
+    (tmp_path / 'measure.py').write_text(MEASURE)
+    held = {}
+    for mode in ('ddp', 'fsdp'):
+        done = subprocess.run([sys.executable, *soak.TORCHRUN[:-1], '--nproc_per_node=4',
+                               tmp_path / 'measure.py', str(ROOT), mode], capture_output=True, text=True)
+        held[mode] = sorted(map(str.split, re.findall('held (.*)', done.stdout)))
+        assert len(held[mode]) == 4, done.stderr
+    for (_, *whole), (_, *part) in zip(held['ddp'], held['fsdp'], strict=True):
+        assert [4 * int(n) for n in part] == [int(n) for n in whole]
+        assert int(whole[2]) == 2 * int(whole[0]) == 2 * int(whole[1])
+
+
+@pytest.mark.parametrize('settings, message', [
+    (('zero', 'adamw', False), 'parallel=zero is not one of ddp, fsdp'),
+    (('fsdp', 'muon', False), 'optimizer=muon needs them whole'),
+    (('fsdp', 'adamw', True), 'needs parallel=fsdp and CUDA, this run has parallel=fsdp on cpu'),
+    (('ddp', 'adamw', True), 'needs parallel=fsdp and CUDA, this run has parallel=ddp on cpu'),
+])
+def test_what_does_not_go_together_is_one_line(settings, message, train, tmp_path):
+    mode, optimizer, offload = settings
+    with pytest.raises(ValueError, match=message) as error:
+        train(f'--parallel={mode}', f'--optimizer={optimizer}', f'--cpu_offload={offload}')
+    assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('device, scaled, message', [
+    ('mps', False, 'is for CUDA and CPUs, this run is on mps'),
+    ('cuda', True, 'dtype=float16 needs a gradient scaler'),
+])
+def test_sharding_is_refused_where_it_cannot_be_had(device, scaled, message):
+    run = SimpleNamespace(device=device, device_type=device,
+                          grad_scaler=lambda: SimpleNamespace(is_enabled=lambda: scaled))
+    with pytest.raises(ValueError, match=message):
+        parallel.check('fsdp', run, 'adamw', False)
+
+
+def test_gradients_are_exchanged_in_the_last_micro_step_only(monkeypatch):
+    model, calls = SimpleNamespace(set_requires_gradient_sync=lambda on: calls.append(on)), []
+    _, hold = parallel.connect(model, SimpleNamespace(world_size=4))
+    with hold():
+        calls.append('micro-step')
+    assert calls == [False, 'micro-step', True]
+
+
+def test_killed_sharded_run_is_restarted_and_finishes_with_the_same_log(char_data, tmp_path):
+    text, lost = soak.fsdp_restart(tmp_path, char_data, 1)
+    assert lost == [] and text.startswith('1 ranks killed')
