@@ -187,7 +187,7 @@ def clean_names(weights):
 
 
 def cut(saved, like):
-    """A saved tensor in the shape of the model's: cropped where the model is, and of a sharded tensor the part
+    """A saved tensor in the shape of the model's: cropped where the model is, and of a sharded one the part
     that this process holds."""
     if saved.dim() == 0:
         return saved.clone()

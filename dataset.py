@@ -2,7 +2,8 @@
 What the numbers on disk mean: token files, tokenizers, and which windows make a batch.
 
 A dataset is a folder, `data/<name>/`:
-    train.bin, val.bin   token ids, uint16 in machine order, no header
+    train.bin, val.bin   token ids, uint16 in machine order, no header; or, of either, train_000.bin,
+                         train_001.bin, ..., the same cut in files of any size
     meta.pkl             character data only: {'vocab_size': int, 'itos': {id: char}, 'stoi': {char: id}}
     dataset.json         what it is and where it comes from; optional
 Without meta.pkl the ids are GPT-2 BPE. `write_dataset` writes such a folder, `open_split` reads one.
@@ -36,20 +37,44 @@ TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/
 # ---------------------------------------------------------------------------- reading
 
 def open_split(data_dir, split):
-    """The tokens of `split` ('train' or 'val') as a read-only memory map, (N,) uint16.
+    """The tokens of `split` ('train' or 'val') as a read-only array, (N,) uint16: a memory map of SPLIT.bin,
+    or Shards of SPLIT_000.bin, SPLIT_001.bin, ...
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, empty, of an odd
     size, or not the size that dataset.json tells.
     """
     path = Path(data_dir, f'{split}.bin')
-    if not path.is_file():
+    shards = sorted(Path(data_dir).glob(f'{split}_[0-9][0-9][0-9].bin'))
+    if path.is_file() and shards:
+        raise ValueError(f'{data_dir} has {path.name} and {shards[0].name}: remove one or the other')
+    for i, shard in enumerate(shards):
+        if int(shard.stem.removeprefix(f'{split}_')) != i:
+            missing = path.with_name(f'{split}_{i:03}.bin')
+            raise FileNotFoundError(f'{missing} is missing, {shard.name} is there')
+    if not path.is_file() and not shards:
         prepare = Path(data_dir, 'prepare.py')
         how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
         raise FileNotFoundError(f'{path} is missing; {how}')
+    tokens = Shards(shards) if shards else open_tokens(path)
+    expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
+    if len(tokens) != expected:
+        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
+                         'Prepare it again')
+    return tokens
+
+
+def count_tokens(path):
+    """Tokens of a file, by its size."""
     size = path.stat().st_size
     if size % 2 or size == 0:
         raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or no file of '
                          'uint16 tokens. Prepare it again')
+    return size // 2
+
+
+def open_tokens(path):
+    """A file as a read-only memory map, (N,) uint16."""
+    count_tokens(path)
     try:
         tokens = np.memmap(path, dtype=np.uint16, mode='r')
     except OSError as error:
@@ -59,11 +84,33 @@ def open_split(data_dir, split):
                                                    and not start[1::2].any()):
         raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: write it '
                          'with array.astype(numpy.uint16).tofile(path)')
-    expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
-    if len(tokens) != expected:
-        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
-                         'Prepare it again')
     return tokens
+
+
+class Shards:
+    """Files, one after the other, as one array of tokens, which gives slices and, for an array of positions,
+    the tokens there. Eight of them at most are open at a time."""
+
+    def __init__(self, paths):
+        self.ends = np.cumsum([count_tokens(path) for path in paths])
+        self.starts = self.ends - np.diff(self.ends, prepend=0)
+        self.open = functools.lru_cache(maxsize=8)(lambda i: open_tokens(paths[i]))
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            assert step == 1, f'step {step}, not 1'
+            touched = np.flatnonzero((self.starts < stop) & (self.ends > start))
+            parts = [self.open(i)[max(0, start - self.starts[i]):stop - self.starts[i]]
+                     for i in touched.tolist()]
+            return np.concatenate([np.empty(0, np.uint16), *parts])
+        tokens, shard = np.empty(at.shape, np.uint16), np.searchsorted(self.ends, at, side='right')
+        for i in np.unique(shard).tolist():
+            tokens[shard == i] = self.open(i)[at[shard == i] - self.starts[i]]
+        return tokens
 
 
 def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):

@@ -2,7 +2,7 @@
 Several processes, one model: each with all of it (DDP), or with a part of each block (FSDP2).
 
     model = place(model, run, 'fsdp', cpu_offload=False)      # on its device, in parts
-    parallel_model, hold_gradients = connect(model, run)      # to call; a context without exchange of gradients
+    parallel_model, hold_gradients = connect(model, run)      # to call; a context without exchange
     norm = whole(clip_grad_norm_(model.parameters(), 1.0))    # the number that all processes share
     weights = whole_model(model)                              # as one process without FSDP has them
 

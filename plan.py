@@ -53,8 +53,8 @@ GPUS = {
     'RTX 4090': (24e9, 32e9, 3e9, 32e9),
 }
 NODE = 8  # GPUs
-# A, alpha, B, beta of the loss of N parameters after D tokens: Hoffmann et al. 2022 ("Training Compute-Optimal
-# Large Language Models"), approach 3, and the fit to their data that Besiroglu et al. 2024 corrected
+# A, alpha, B, beta of the loss of N parameters after D tokens: Hoffmann et al. 2022, approach 3 ("Training
+# Compute-Optimal Large Language Models"), and Besiroglu et al. 2024, who fitted the same data again
 FITS = {
     'Hoffmann et al.': (406.4, 0.34, 410.7, 0.28),
     'Besiroglu et al.': (482.01, 0.3478, 2085.43, 0.3658),
@@ -78,12 +78,12 @@ def scale(model, n_gpus, gpu, sequences, iterations):
     if gpu not in GPUS:
         raise ValueError(f'plan_gpu={gpu} is not one of {", ".join(GPUS)}')
     if sequences % n_gpus:
-        raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration can\'t '
-                         f'be shared by {n_gpus} GPUs: take a multiple of that')
+        raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
+                         f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')
     n, tokens = model.get_num_params(non_embedding=False), sequences * model.config.block_size
     best = ', '.join(f'{best_tokens(n, *fit):.1e} ({name})' for name, fit in FITS.items())
-    lines = [f'{n:,} parameters on {n_gpus:,} {gpu}, {tokens:,} tokens an iteration, {tokens * iterations:.1e} '
-             'in all',
+    lines = [f'{n:,} parameters on {n_gpus:,} {gpu}, {tokens:,} tokens an iteration, '
+             f'{tokens * iterations:.1e} in all',
              f'tokens that make the best of the arithmetic: {best}',
              f'{"strategy":32}{"state":>10}{"micro-batch":>13}{"memory":>10}{"iteration":>11}{"run":>14}'
              f'{"GPU-hours":>12}']
@@ -122,12 +122,12 @@ def state_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, o
 
 def block_activations(model, size):
     """Bytes a token that a block keeps for its backward pass, for numbers of `size` bytes in matrix products:
-    the inputs of both normalisations, which stay in float32, and of the four matrices; q, k, v; the activation's
-    argument. Of GPT-2's block 8 C + 14 C size."""
+    the inputs of both normalisations, which stay in float32, and of the four matrices; q, k, v; the
+    activation's argument, swiglu's gate. Of GPT-2's block (8 + 14 size) C."""
     block, C = model.transformer.h[0], model.config.n_embd
-    matrices = 2 * C + block.attn.c_attn.out_features + C + block.mlp.c_fc.out_features + \
-        block.mlp.c_proj.in_features
-    return 2 * 4 * C + size * matrices
+    mlp = block.mlp.c_fc.out_features + block.mlp.c_proj.in_features * (
+        2 if model.config.activation == 'swiglu' else 1)
+    return 2 * 4 * C + size * (2 * C + block.attn.c_attn.out_features + C + mlp)
 
 
 def activation_memory(model, batch_size, checkpointing, size=2):

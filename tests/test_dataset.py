@@ -720,3 +720,54 @@ def test_server_that_is_not_there_is_told(direct, tmp_path):
     with pytest.raises(FileNotFoundError, match='--input=FILE'):
         download(f'http://127.0.0.1:{port}/input.txt', SHA256, tmp_path / 'input.txt')
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- shards
+
+def cut_in_shards(folder, ids, sizes):
+    for i, part in enumerate(np.split(ids, np.cumsum(sizes)[:-1])):
+        part.tofile(folder / f'train_{i:03}.bin')
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(0, 1000))
+def test_shards_read_as_one_file(tmp_path_factory, sizes, seed):
+    folder, generator = tmp_path_factory.mktemp('shards'), np.random.default_rng(seed)
+    ids = generator.integers(1, 30_000, sum(sizes)).astype(np.uint16)
+    cut_in_shards(folder, ids, sizes)
+    tokens = open_split(folder, 'train')
+    assert len(tokens) == len(ids) and len(list(folder.iterdir())) == len(sizes)
+    for start, stop in generator.integers(0, len(ids) + 3, (20, 2)):
+        assert np.array_equal(tokens[start:stop], ids[start:stop])
+    assert np.array_equal(tokens[:], ids) and tokens[:1].tolist() == ids[:1].tolist()
+    starts = generator.integers(0, len(ids), 20)
+    for shard, file in zip(read_windows(tokens, starts, 7), read_windows(ids, starts, 7)):
+        assert np.array_equal(shard, file) and shard.dtype == file.dtype
+    for at_most in (1 << 26, 64):
+        assert fingerprint(folder, 'train', tokens, at_most) == fingerprint(folder, 'train', ids, at_most)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='it looks into /proc')
+def test_few_shards_are_open_at_a_time_and_none_before_it_is_read(tmp_path, monkeypatch):
+    cut_in_shards(tmp_path, np.arange(1, 401, dtype=np.uint16), [4] * 100)
+    (tmp_path / 'train_050.bin').write_bytes(b'\x93NUMPY  ')
+    tokens = open_split(tmp_path, 'train')
+    for i in range(50):
+        assert tokens[4 * i:4 * i + 1] == 4 * i + 1
+    with open('/proc/self/maps') as maps:
+        assert sum('/train_' in line for line in maps) <= 8
+    with pytest.raises(ValueError, match='train_050.bin holds a NumPy header'):
+        tokens[200:201]
+
+
+@pytest.mark.parametrize('spoil, reason', [
+    (lambda folder: (folder / 'train_001.bin').unlink(), 'train_001.bin is missing, train_002.bin is there'),
+    (lambda folder: (folder / 'train_001.bin').write_bytes(b''), 'train_001.bin has 0 bytes'),
+    (lambda folder: (folder / 'train.bin').write_bytes(b'ab'), 'has train.bin and train_000.bin: remove'),
+])
+def test_shards_that_are_not_whole_are_refused(spoil, reason, tmp_path):
+    cut_in_shards(tmp_path, np.arange(30, dtype=np.uint16), [10] * 3)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        open_split(tmp_path, 'train')
+    assert_one_line(error)

@@ -214,3 +214,81 @@ def test_dry_run_leaves_a_damaged_state_where_it_is(train, tmp_path):
 def test_dry_run_of_a_finished_run_has_nothing_to_measure(train, tmp_path):
     train('--max_iters=4')
     assert '0 iterations' in train('--dry_run', '--init_from=resume', '--max_iters=4')['log']
+
+
+# ---------------------------------------------------------------------------- other machines
+
+def planned(**sizes):
+    with torch.device('meta'):
+        return GPT(GPTConfig(bias=False, **sizes))
+
+
+@pytest.mark.parametrize('dtype, size', [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('more', [{}, {'activation': 'swiglu'}])
+def test_activations_are_what_autograd_keeps(dtype, size, checkpointing, more):
+    """Within 10 %: of two models, so that the head, which both have, falls out."""
+    kept = []
+    for n_layer in (2, 6):
+        model = GPT(GPTConfig(96, 256, n_layer, 4, 128, bias=False, **more))
+        model.activation_checkpointing = checkpointing
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found, idx = {}, torch.zeros(2, 96, dtype=torch.int64)
+
+        def pack(t, found=found, own=own):
+            if t.untyped_storage().data_ptr() not in own:
+                found[t.untyped_storage().data_ptr()] = t  # held, so that its memory isn't used again
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+                torch.autocast('cpu', torch.bfloat16, enabled=size == 2):
+            model(idx, idx, return_logits=False)
+        # autocast's copies of weights are the model's state
+        weights = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
+        kept.append(sum(t.untyped_storage().nbytes() for t in found.values()
+                        if t.shape not in weights))
+    block = plan.activation_memory(model, 2, checkpointing, size)
+    model.config.n_layer = 2
+    expected = block - plan.activation_memory(model, 2, checkpointing, size)
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.1)
+
+
+def test_state_is_sixteen_bytes_a_parameter_shared_by_all_and_what_is_gathered():
+    model = planned(n_layer=4, n_head=2, n_embd=64, block_size=32, vocab_size=128)
+    n, block = model.get_num_params(non_embedding=False), 12 * 64 * 64 + 2 * 64
+    assert plan.state_memory(model, 1, 8, 8, False, False, False) == 16 * n + 2 * 4 * block
+    assert plan.state_memory(model, 8, 8, 1, False, False, False) == 20 * n + 2 * 4 * block
+    gathered = 8 * (n - 4 * block) + 10 * block
+    assert plan.state_memory(model, 8, 8, 1, True, False, False) == 2 * n + gathered
+    assert plan.state_memory(model, 8, 16, 1, True, False, False) == 6 * n + gathered
+    assert plan.state_memory(model, 8, 8, 1, True, False, True) == gathered
+
+
+def test_best_tokens_make_the_lowest_loss_of_the_same_arithmetic():
+    for A, alpha, B, beta in plan.FITS.values():
+        tokens = plan.best_tokens(1e9, A, alpha, B, beta)
+
+        def loss(n, c=1e9 * tokens, A=A, alpha=alpha, B=B, beta=beta):
+            return A / n ** alpha + B / (c / n) ** beta
+        assert loss(1e9) < min(loss(0.98e9), loss(1.02e9)) and 5e9 < tokens < 1e11
+
+
+def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train('--dry_run', '--plan_gpus=8', '--plan_gpu=A100', '--n_layer=48', '--n_head=25', '--n_embd=1600',
+              '--block_size=1024', '--batch_size=8', '--gradient_accumulation_steps=64', data_dir='nowhere')
+    rows = capsys.readouterr().out.splitlines()[-6:]
+    assert end.value.code is None and not (tmp_path / 'out').exists()
+    assert 'micro-batch' in rows[0] and [row[:32].strip() for row in rows[1:]] == [*plan.STRATEGIES]
+    found = [int(re.match(r'[\d.,]+ GB +(\d+) ', row[32:].strip())[1]) for row in rows[1:]]
+    assert found == sorted(found) and 64 % found[0] == 0
+
+
+@pytest.mark.parametrize('args, message', [
+    (('--plan_gpus=8', '--plan_gpu=H9'), 'plan_gpu=H9 is not one of A100, H100'),
+    (('--plan_gpus=7',), "= 4 sequences an iteration can't be shared by 7 GPUs"),
+])
+def test_plan_that_cannot_be_made_is_one_line(args, message, train):
+    with pytest.raises(ValueError, match=message) as error:
+        train('--dry_run', *args)
+    assert '\n' not in str(error.value)
