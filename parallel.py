@@ -81,10 +81,11 @@ def compile_model(model):
         block.forward = torch.compile(block.forward)
 
 
-def connect(model, run):
-    """What to call in place of the model, and a context in which no gradients are exchanged."""
+def connect(model, run, cpu_offload=False):
+    """What to call in place of the model, and a context in which no gradients are exchanged. With cpu_offload
+    they always are: whole ones would take the room that it is there to save."""
     if is_sharded(model):
-        return model, lambda: no_sync(model)
+        return model, nullcontext if cpu_offload else lambda: no_sync(model)
     if run.world_size == 1:
         return model, nullcontext
     ddp = nn.parallel.DistributedDataParallel(

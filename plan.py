@@ -108,7 +108,7 @@ def state_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, o
 
     DDP adds its buckets for gradients, and autocast copies of the matrices in 16 bits. FSDP holds 1/n, and
     gathered: the embeddings and their gradient in float32, two blocks in 16 bits, a block's gradient in both;
-    and between micro-steps the sum of whole gradients.
+    and between micro-steps the sum of whole gradients, if they are not offloaded.
     """
     n, c = model.get_num_params(non_embedding=False), model.config
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -116,7 +116,7 @@ def state_memory(model, n_gpus, sequences, batch_size, sharded, checkpointing, o
         return 16 * n + (4 * n if n_gpus > 1 else 0) + 2 * blocks
     block = blocks // c.n_layer
     gathered = 8 * (n - blocks) + 2 * 2 * block + 6 * block
-    accumulated = 4 * n if sequences // n_gpus > batch_size else 0
+    accumulated = 4 * n if sequences // n_gpus > batch_size and not offload else 0
     return (0 if offload else 16 * n // n_gpus) + gathered + accumulated
 
 
@@ -148,16 +148,17 @@ def iteration_time(model, n_gpus, gpu, sequences, batch_size, sharded, checkpoin
     """Seconds: the longer of arithmetic and exchange, which overlap, and then what offloading adds.
 
     A ring passes each byte on once: DDP 8 N an iteration (gradients, there and back), FSDP 4 N a micro-step
-    (parameters of 16 bits, twice) and 4 N an iteration.
+    (parameters of 16 bits, twice) and 4 N an iteration (gradients), offloaded 4 N a micro-step.
     """
     _, near, far, host = GPUS[gpu]
     n, micro_steps = model.get_num_params(non_embedding=False), sequences // n_gpus // batch_size
     flops = model.estimate_mfu(sequences, 1.0, 1.0) * (4 / 3 if checkpointing else 1) / n_gpus
     arithmetic = flops / (MFU * runtime.PEAK_FLOPS[gpu])
-    sent = n * (4 * micro_steps + 4 if sharded else 8) * (n_gpus - 1) / n_gpus
+    bytes_each = 4 * micro_steps + 4 * (micro_steps if offload else 1) if sharded else 8
+    sent = n * bytes_each * (n_gpus - 1) / n_gpus
     exchange = sent / (near if n_gpus <= NODE else far)
     # to and from the machine's memory, of whose own speed, 20 GB/s a GPU, AdamW takes 28 bytes a parameter
-    offloading = n / n_gpus * ((8 * micro_steps + 4) / host + 28 / 20e9) if offload else 0
+    offloading = n / n_gpus * (12 * micro_steps / host + 28 / 20e9) if offload else 0
     return max(arithmetic, exchange) + offloading
 
 

@@ -232,7 +232,7 @@ first_iter = saved_iter = iter_num
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     compile_model(model)
-parallel_model, hold_gradients = connect(model, run)
+parallel_model, hold_gradients = connect(model, run, cpu_offload)
 
 
 # ---------------------------------------------------------------------------- what the loop calls
