@@ -21,7 +21,7 @@ batch_size = 1
 gradient_accumulation_steps = 8
 max_iters = 80
 
-learning_rate = 2e-4  # Hu et al.'s for GPT-2 medium; ten times that of all weights
+learning_rate = 2e-4  # this, the decay and the alpha are Hu et al.'s (2021) for GPT-2 medium
 lr_schedule = 'linear'
 warmup_iters = 8
 lr_decay_iters = 80
