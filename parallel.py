@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runtime import print0
+
 MODES = ('ddp', 'fsdp')
 
 
@@ -72,8 +74,9 @@ def is_sharded(model):
     return hasattr(model, 'set_requires_gradient_sync')
 
 
-def compile_model(model):
-    """In place, without wrappers: no prefix gets on the parameters' names. FSDP's own work stays outside."""
+def compile_in_place(model):
+    """Without wrappers: no prefix gets on the parameters' names. FSDP's own work stays outside."""
+    print0('compiling the model (the first iterations wait for it)')
     if not is_sharded(model):
         model.compile()
         return
@@ -82,8 +85,10 @@ def compile_model(model):
 
 
 def connect(model, run, cpu_offload=False):
-    """What to call in place of the model, and a context in which no gradients are exchanged. With cpu_offload
-    they always are: whole ones would take the room that it is there to save."""
+    """What to call in place of the model, compiled if the run is, and a context in which no gradients are
+    exchanged. With cpu_offload they always are: whole ones would take the room that it is there to save."""
+    if run.compile:
+        compile_in_place(model)
     if is_sharded(model):
         return model, nullcontext if cpu_offload else lambda: no_sync(model)
     if run.world_size == 1:

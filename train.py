@@ -31,7 +31,7 @@ from evaluation import mean_loss
 from guard import Guard
 from model import GPT, GPTConfig
 from optim import SCHEDULES, WeightAverage
-from parallel import check, compile_model, connect, place, whole, whole_model, whole_optimizer
+from parallel import check, connect, place, whole, whole_model, whole_optimizer
 from runlog import Drawing, Progress, RunLog, Wandb, print0, show_sample
 
 # ---------------------------------------------------------------------------- settings
@@ -229,9 +229,6 @@ if going_on:
 del state
 first_iter = saved_iter = iter_num
 
-if run.compile:
-    print0('compiling the model (the first iterations wait for it)')
-    compile_model(model)
 parallel_model, hold_gradients = connect(model, run, cpu_offload)
 
 
@@ -321,9 +318,8 @@ if not eval_only:
     end = max(iter_num, max_iters + 1)
     print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
                          sequences_before(end) - sequences_before(iter_num), batch_size, out_dir))
-is_training = not (eval_only or dry_run)
-is_writing = run.is_master and is_training
-is_watching = is_writing or parallel == 'fsdp' and is_training  # whose processes run the model together
+is_watching = (run.is_master or parallel == 'fsdp') and not (eval_only or dry_run)  # fsdp's run it together
+is_writing = run.is_master and is_watching
 if is_writing:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')

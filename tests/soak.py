@@ -356,7 +356,7 @@ def restart(folder, data, count, more=()):
             break
         out_dir = folder / f'out{i}'
         process = start([*args, f'--out_dir={out_dir}'], launcher)
-        output = wait_for(process, 'iter 1')  # of 10 or more
+        output = wait_for(process, 'iter ')
         time.sleep(random.uniform(0, 0.4))
         ranks, part = ranks_under(process.pid), out_dir / 'latest.pt.part'
         while i % 2 == 0 and process.poll() is None and not part.exists():

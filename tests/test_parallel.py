@@ -20,15 +20,19 @@ BATCH = ('--gradient_accumulation_steps=4', '--learning_rate=1e-2', '--lr_decay_
 
 @pytest.fixture(scope='module')
 def ranks():
-    """{n: n processes}"""
-    found = {n: soak.Ranks(n) for n in (1, 2, 4)}
-    yield found
+    """A function that gives n processes, which live as long as the module's tests."""
+    found = {}
+
+    def of(n):
+        found[n] = found.get(n) or soak.Ranks(n)
+        return found[n]
+    yield of
     for some in found.values():
         some.close()
 
 
 def run(ranks, n, mode, folder, *args):
-    replies = ranks[n].train(*BATCH, f'--parallel={mode}', f'--out_dir={folder}', *args)
+    replies = ranks(n).train(*BATCH, f'--parallel={mode}', f'--out_dir={folder}', *args)
     assert [r.error for r in replies] == [None] * n
     return replies[0].output
 
@@ -92,14 +96,13 @@ def test_options_work_on_sharded_models(options, ranks, char_data, tmp_path):
 
 
 def test_number_that_is_not_finite_is_never_saved(ranks, char_data, tmp_path):
-    for kind in ('weight', 'loss'):
-        replies = ranks[2].train(
-            f'--data_dir={char_data}', '--parallel=fsdp', '--gradient_accumulation_steps=2', '--max_iters=9',
-            '--checkpoint_interval=2', f'--out_dir={tmp_path / kind}', '--dist_timeout=20', kind=kind, at=5,
-            value='nan', rank_of=None if kind == 'weight' else 1)
-        assert all(r.error for r in replies) and replies[0].error.startswith('FloatingPointError')
-        saved = checkpoint.load(tmp_path / kind / 'latest.pt')
-        assert saved['iter_num'] == 4 and all(t.isfinite().all() for t in soak.numbers_of(saved))
+    replies = ranks(2).train(
+        f'--data_dir={char_data}', '--parallel=fsdp', '--gradient_accumulation_steps=2', '--max_iters=9',
+        '--checkpoint_interval=2', f'--out_dir={tmp_path}', '--dist_timeout=20', kind='loss', at=5,
+        value='nan', rank_of=1)
+    assert all(r.error.startswith('FloatingPointError: iteration 4: ') for r in replies)
+    saved = checkpoint.load(tmp_path / 'latest.pt')
+    assert saved['iter_num'] == 4 and all(t.isfinite().all() for t in soak.numbers_of(saved))
 
 
 MEASURE = '''
@@ -160,12 +163,13 @@ def test_sharding_is_refused_where_it_cannot_be_had(device, scaled, message):
         parallel.check('fsdp', run, 'adamw', False)
 
 
-def test_gradients_are_exchanged_in_the_last_micro_step_only(monkeypatch):
+def test_gradients_are_exchanged_in_the_last_micro_step_only_unless_offloaded():
     model, calls = SimpleNamespace(set_requires_gradient_sync=lambda on: calls.append(on)), []
-    _, hold = parallel.connect(model, SimpleNamespace(world_size=4))
-    with hold():
-        calls.append('micro-step')
-    assert calls == [False, 'micro-step', True]
+    run = SimpleNamespace(world_size=4, compile=False)
+    for offload in (False, True):
+        with parallel.connect(model, run, offload)[1]():
+            calls.append(offload)
+    assert calls == [False, False, True, True]  # off, the micro-step, on; then the offloaded model's
 
 
 def test_killed_sharded_run_is_restarted_and_finishes_with_the_same_log(char_data, tmp_path):
