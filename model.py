@@ -25,10 +25,6 @@ from huggingface import load_gpt2
 from loss import linear_cross_entropy
 from optim import AdamW, Muon
 
-def relu2(x):
-    """Squared ReLU (So et al. 2021, "Primer")"""
-    return F.relu(x).square()
-
 
 def swiglu(x):
     """Gated SiLU (Shazeer 2020, "GLU Variants"): (..., 2 n) -> (..., n)"""
@@ -39,7 +35,7 @@ def swiglu(x):
 ACTIVATIONS = {
     'gelu': F.gelu,
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # the approximation GPT-2 was trained with
-    'relu2': relu2,
+    'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, "Primer"
     'swiglu': swiglu,
 }
 CHOICES = {
@@ -47,7 +43,7 @@ CHOICES = {
     'pos_emb': ('learned', 'rope', 'alibi', 'none'),
     'norm': ('layernorm', 'rmsnorm'),
     'pa_norm': ('length', 'block_size', 'none'),
-    'init': ('gpt2', 'fan_in', 'zero_proj'),
+    'init': ('gpt2', 'zero_proj'),
 }
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
@@ -74,7 +70,7 @@ class GPTConfig:
     n_kv_head: int = 0  # heads of keys and values, shared by n_head / n_kv_head queries; 0: n_head
     ngram: int = 1  # embeddings of the last 2 to `ngram` tokens together; 1: none
     ngram_rows: int = 16384  # of the table of these, which they are hashed into
-    init: str = 'gpt2'  # gpt2, fan_in, zero_proj: see GPT.init_weights
+    init: str = 'gpt2'  # gpt2, zero_proj: see GPT.init_weights
     attn_type: str = 'SM'  # SM, GK, GKpoly-n, PA_f: see attention
     pa_norm: str = 'length'  # what PA_f is divided by: tokens so far (length), block_size, or none
 
@@ -127,18 +123,10 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
-class RMSNorm(nn.Module):
-    """Division by the root mean square of the channels (Zhang & Sennrich 2019)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
-
-
-NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
+NORMS = {
+    'layernorm': LayerNorm,
+    'rmsnorm': lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),  # Zhang & Sennrich 2019
+}
 
 
 def rotation(positions, hs, base=10000.0):
@@ -258,9 +246,10 @@ def pointwise(q, k, t, f, length):
     return f(q @ k.mT * q.shape[-1] ** -0.5) / (t + 1 if length is None else length)
 
 
-POINTWISE = {'square': torch.square, 'relu-square': relu2} | {name: getattr(F, name) for name in (
+POINTWISE = {name: getattr(F, name) for name in (
     'gelu', 'relu', 'sigmoid', 'tanh', 'silu', 'mish', 'softplus', 'softsign', 'elu', 'celu', 'selu', 'relu6',
     'leaky_relu', 'logsigmoid', 'hardsigmoid', 'hardswish', 'hardtanh', 'tanhshrink')}
+POINTWISE |= {'square': torch.square, 'relu-square': ACTIVATIONS['relu2']}
 
 
 def canonical_attn_type(name):
@@ -413,16 +402,14 @@ class GPT(nn.Module):
 
             init         embeddings   linear layers       projections into the residual (2 n_layer of them)
             gpt2         0.02         0.02                0.02 / sqrt(2 n_layer)
-            fan_in       0.02         1 / sqrt(inputs)    1 / sqrt(inputs) / sqrt(2 n_layer)
             zero_proj    0.02         1 / sqrt(inputs)    0
         """
-        init, depth = self.config.init, math.sqrt(2 * self.config.n_layer)
+        is_gpt2, depth = self.config.init == 'gpt2', math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                std = 0.02 if init == 'gpt2' or name.startswith('transformer.w') else p.shape[1] ** -0.5
-                if name.endswith('c_proj.weight'):
-                    std = 0.0 if init == 'zero_proj' else std / depth
-                p.normal_(std=std)
+            if p.dim() == 2 and name.endswith('c_proj.weight'):
+                p.normal_(std=0.02 / depth if is_gpt2 else 0.0)
+            elif p.dim() == 2:
+                p.normal_(std=0.02 if is_gpt2 or name.startswith('transformer.w') else p.shape[1] ** -0.5)
             elif 'ln_' in name and name.endswith('weight'):
                 p.fill_(1.0)
             elif name.endswith('bias'):

@@ -82,7 +82,7 @@ logit_softcap = 0.0  # logits between -cap and cap; 0: unlimited
 n_kv_head = 0  # heads of keys and values; 0: n_head
 ngram = 1  # embeddings of the last 2 to this many tokens; 1: none
 ngram_rows = 16384  # of the table of these
-init = 'gpt2'  # gpt2, fan_in, zero_proj
+init = 'gpt2'  # gpt2, zero_proj
 # attention, which may differ from that of the weights it starts from
 attn_type = 'auto'  # SM, GK, GKpoly-n, PA_f (model.py); auto: as in the checkpoint, SM where there is none
 pa_norm = 'auto'  # of PA_f: length, block_size, none; auto: as in the checkpoint, else length

@@ -37,7 +37,7 @@ def converted(model):
     {'bias': True}, {'bias': False}, {'activation': 'gelu_tanh'}, {'activation': 'relu2', 'bias': False},
     {'tie_weights': False}, {'n_kv_head': 2},
     LLAMA, LLAMA | {'n_head': 4, 'n_kv_head': 2}, LLAMA | {'n_head': 4, 'n_kv_head': 1, 'tie_weights': False},
-    LLAMA | {'bias': True, 'n_embd': 36, 'init': 'fan_in'},
+    LLAMA | {'bias': True, 'n_embd': 36, 'init': 'zero_proj'},
 ], ids=str)
 def test_logits_equal_those_of_the_converted_model(changes):
     model = random_model(**changes)

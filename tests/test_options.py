@@ -24,7 +24,6 @@ OPTIONS = {
     'softcap': {'logit_softcap': 3.0},
     'grouped queries': {'n_head': 4, 'n_kv_head': 2},
     'ngram': {'ngram': 4, 'ngram_rows': 512},
-    'fan_in': {'init': 'fan_in'},
     'zero_proj': {'init': 'zero_proj'},
     'Gaussian kernel': {'attn_type': 'GK'},
     'its polynomial': {'attn_type': 'GKpoly-4'},
