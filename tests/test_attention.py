@@ -203,7 +203,7 @@ def test_names_are_accepted_in_any_case(name, stored):
 @pytest.mark.parametrize('name', ['', 'softmax', 'GKpoly', 'GKpoly-', 'GKpoly-21', 'GKpoly--1', 'PA_',
                                   'PA_softmax', 'PA_dropout', 'PA_nonsense', 'GK-2'])
 def test_unknown_names_list_the_choices(name):
-    with pytest.raises(ValueError, match='is not one of SM, GK, GKpoly-n .*PA_gelu, PA_relu, .*PA_square, PA_relu-square'):
+    with pytest.raises(ValueError, match='not one of SM, GK, GKpoly-n .*PA_gelu, PA_relu, .*PA_relu-square'):
         GPTConfig(attn_type=name)
 
 
