@@ -6,8 +6,9 @@ Fine-tune GPT-2 on Shakespeare in little memory: low-rank adapters alone are tra
     python train.py config/finetune_lora.py --init_from=gpt2-xl --activation_checkpointing=True
     python sample.py --out_dir=out-lora
 
-Beside GPT-2 medium's 355M weights 3.1M are trained, beside XL's 1558M 9.8M. Measured on a CPU, in float32, with
-random weights of the 124M size, block_size 256 and a batch of 1, one run each; the settings below were not tuned:
+Beside GPT-2 medium's 355M weights 3.1M are trained, beside XL's 1558M 9.8M. Measured on a CPU, in float32,
+with random weights of the 124M size, block_size 256 and a batch of 1, one run each; the settings below were
+not tuned:
 
                                           all weights    lora_rank=8
     gradient and AdamW's moments (exact)     1,486 MB          14 MB
