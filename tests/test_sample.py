@@ -257,12 +257,14 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def until(self, pattern, seconds=60, press=''):
-        """What is shown up to the next match of the pattern; a key pressed each second until then."""
+        """What is shown up to the next match of the pattern; keys pressed again after a second of silence."""
         end = time.monotonic() + seconds
+        self.type(press)
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
-            self.type(press)
-            if select.select([self.master], [], [], 1)[0]:
+            if not select.select([self.master], [], [], 1)[0]:
+                self.type(press)
+            else:
                 try:
                     self.seen += os.read(self.master, 65536).decode().replace('\r\n', '\n')
                 except OSError:  # the other end was closed
@@ -297,6 +299,7 @@ def test_the_prompt_is_driven_as_by_a_user(trained, sample):
         user.type('half a line')
         user.until('half a line')
         user.until('\n> ', press='\x03')  # readline may miss one that comes between two keys
+        user.until('seed = 1339\n> ', press='/seed\n')  # one pressed too often has come by then
         user.type('\x04')
         assert user.process.wait(20) == 0
     finally:
