@@ -1,23 +1,9 @@
-"""
-Optimizers that PyTorch doesn't have in the form we need, and the shapes of learning-rate schedules.
+"""Optimizers that PyTorch doesn't have in the form we need, and averaged weights."""
 
-    optimizer = Muon(adamw_groups, muon_groups)
-    lr = min_lr + SCHEDULES['linear'](progress) * (learning_rate - min_lr)
-"""
-
-import math
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-
-# The part of the way from min_lr to learning_rate, at a progress from 0 (end of the warm-up) to 1.
-SCHEDULES = {
-    'cosine': lambda p: 0.5 * (1 + math.cos(math.pi * p)),  # Loshchilov & Hutter 2017, eq. 5, one period
-    'linear': lambda p: 1 - p,
-    'wsd': lambda p: min(1.0, (1 - p) / 0.2),  # stable, the last fifth decay (Hu et al. 2024)
-    'constant': lambda p: 1.0,
-}
 
 
 def plain(method):
@@ -81,9 +67,8 @@ class Muon(AdamW):
     Step t's momentum rises from 0.85 to `momentum` in the first `momentum_warmup` steps.
     """
 
-    def __init__(self, adamw_groups, muon_groups, lr, betas, fused, momentum=0.95, momentum_warmup=300,
-                 ns_steps=5):
-        settings = {'momentum': momentum, 'momentum_warmup': momentum_warmup, 'ns_steps': ns_steps, 'step': 0}
+    def __init__(self, adamw_groups, muon_groups, lr, betas, fused, momentum=0.95, momentum_warmup=300):
+        settings = {'momentum': momentum, 'momentum_warmup': momentum_warmup, 'step': 0}
         muon_groups = [settings | group for group in muon_groups]
         super().__init__([*adamw_groups, *muon_groups], lr=lr, betas=betas, fused=fused)
 
@@ -116,14 +101,14 @@ class Muon(AdamW):
         torch._foreach_lerp_(buffers, grads, (1 - momentum) * keep)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
         matrices = [m for g, parts in zip(grads, group['parts'], strict=True) for m in g.split(parts)]
-        updates = iter(orthogonalize(matrices, group['ns_steps']))
+        updates = iter(orthogonalize(matrices))
         for p, parts in zip(params, group['parts'], strict=True):
             update = torch.cat([next(updates) for _ in parts])
             p.mul_(1 - group['lr'] * group['weight_decay'] * keep)
             p.sub_(update * (group['lr'] * keep))
 
 
-def orthogonalize(matrices, steps):
+def orthogonalize(matrices):
     """Each matrix's nearest (semi-)orthogonal one, approximately, times sqrt(max(1, rows / columns)), in the
     order given. Matrices of one shape are worked on together, by several processes in equal parts."""
     results = [None] * len(matrices)
@@ -132,23 +117,23 @@ def orthogonalize(matrices, steps):
         by_shape.setdefault(tuple(m.shape), []).append(i)
     for (rows, columns), members in by_shape.items():
         x = torch.stack([matrices[i] for i in members])  # (n, rows, columns)
-        x = share(x, steps) if dist.is_initialized() else newton_schulz(x, steps)
+        x = share(x) if dist.is_initialized() else newton_schulz(x)
         for i, update in zip(members, x * max(1, rows / columns) ** 0.5):
             results[i] = update
     return results
 
 
-def share(x, steps):
+def share(x):
     """newton_schulz(x), each process doing its part of x and handing it to the others."""
     world_size = dist.get_world_size()
     part = -(-len(x) // world_size)
     padded = torch.cat([x, x.new_zeros(part * world_size - len(x), *x.shape[1:])])
-    mine = newton_schulz(padded[dist.get_rank() * part:][:part], steps)
+    mine = newton_schulz(padded[dist.get_rank() * part:][:part])
     dist.all_gather_into_tensor(padded, mine)
     return padded[:len(x)]
 
 
-def newton_schulz(x, steps):
+def newton_schulz(x, steps=5):
     """x: (n, rows, columns) -> the same with singular values near 1, between 0.7 and 1.2.
 
     The odd polynomial a s + b s^3 + c s^5 of the singular values, iterated; Jordan et al. (2024) chose its

@@ -11,10 +11,11 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -58,6 +59,54 @@ def keep_line():
     line_is_live = False
 
 
+class Meter:
+    """How fast a run is: its seconds, those of evaluations and saving aside, and the tokens of all processes.
+
+    Processes wait for each other in the last backward pass of an iteration. What each needs until then is its
+    own doing: the log has it of the slowest process and of the median one, to find out who holds up the rest.
+    (With parallel=fsdp they wait in each layer, and all times are alike.)
+    """
+
+    def __init__(self, run, seconds=0.0, tokens=0):
+        self.run, self.seconds, self.tokens = run, seconds, tokens
+        self.times = []  # seconds an iteration, a number for each lap
+        self.begin_lap()
+
+    def begin_lap(self):
+        self.clock, self.n_iters, self.tokens_before = time.perf_counter(), 0, self.tokens
+
+    @contextmanager
+    def pause(self):
+        """What is done within it doesn't count. Gives the seconds until then."""
+        self.run.synchronize()
+        begin = time.perf_counter()
+        yield self.seconds + begin - self.clock
+        self.clock += time.perf_counter() - begin
+
+    def begin_iteration(self):
+        self.begin = self.run.moment()
+
+    def begin_waiting(self):
+        """From here on this process may have to wait for others."""
+        self.ready = self.run.moment()
+
+    def end_iteration(self, tokens):
+        self.n_iters += 1
+        self.tokens += tokens
+
+    def lap(self):
+        """What the log says of the iterations since the last call. All processes call it."""
+        own = self.run.gather(self.run.ms_between(self.begin, self.ready))
+        dt = (time.perf_counter() - self.clock) / self.n_iters
+        rate = (self.tokens - self.tokens_before) / self.n_iters / dt
+        self.times.append(dt)
+        self.seconds += dt * self.n_iters
+        self.begin_lap()
+        entry = {'seconds': self.seconds, 'tokens': self.tokens, 'ms': dt * 1000, 'tokens_per_s': rate}
+        return entry if len(own) == 1 else entry | {
+            'slowest_rank': own.index(max(own)), 'slowest_ms': max(own), 'median_ms': statistics.median(own)}
+
+
 class Progress:
     """The line that a run prints for a logged iteration."""
 
@@ -70,6 +119,9 @@ class Progress:
         mfu = 'n/a' if math.isnan(entry['mfu']) else f'{entry["mfu"]:.2f}%'
         parts = [f'time {entry["ms"]:.2f}ms', f'mfu {mfu}', f'lr {entry["lr"]:.2e}',
                  f'norm {entry["grad_norm"]:.2f}', f'{entry["tokens_per_s"]:.0f} tokens/s']
+        if entry.get('slowest_ms', 0) > 1.2 * entry.get('median_ms', 0):
+            parts.append(f'rank {entry["slowest_rank"]} holds up the others: {entry["slowest_ms"]:.2f}ms by '
+                         f'itself, median {entry["median_ms"]:.2f}ms')
         if self.begin is None:
             self.first_iter, self.begin = i, now
         else:

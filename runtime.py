@@ -122,6 +122,27 @@ class Runtime:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value):
+        """The number of each process, in order."""
+        if self.world_size == 1:
+            return [value]
+        return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.world_size)))
+
+    def moment(self):
+        """A point in the device's work, for ms_between."""
+        if self.device_type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms_between(self, first, second):
+        """Milliseconds of the device's work from one moment to another; waits for it."""
+        if self.device_type != 'cuda':
+            return (second - first) * 1000
+        second.synchronize()
+        return first.elapsed_time(second)
+
     def stop(self):
         if dist.is_initialized():
             dist.destroy_process_group()

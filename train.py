@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import os
-import time
 from contextlib import nullcontext
 
 import torch
@@ -30,9 +29,10 @@ from dataset import (PADDED_GPT2_VOCAB, SAMPLERS, check_split, eval_windows, fin
 from evaluation import mean_loss
 from guard import Guard
 from model import GPT, GPTConfig
-from optim import SCHEDULES, WeightAverage
+from optim import WeightAverage
 from parallel import check, connect, place, whole, whole_model, whole_optimizer
-from runlog import Drawing, Progress, RunLog, Wandb, print0, show_sample
+from runlog import Drawing, Meter, Progress, RunLog, Wandb, print0, show_sample
+from schedule import SCHEDULES, BatchRamp
 
 # ---------------------------------------------------------------------------- settings
 
@@ -145,6 +145,7 @@ if gradient_accumulation_steps % run.world_size:
     raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts over all processes '
                      f'and must be a multiple of their number, {run.world_size}')
 micro_steps = gradient_accumulation_steps // run.world_size
+ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * batch_size  # of a micro-step
 
 data_dir = data_dir or os.path.join('data', dataset)
 data = {split: open_split(data_dir, split) for split in ('train', 'val')}
@@ -212,14 +213,13 @@ scaler = run.grad_scaler()
 
 # what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss = 0, math.inf
-seconds, n_tokens = 0.0, 0  # of training, evaluations and saving aside
+meter, wandb_id = Meter(run), os.urandom(4).hex()
 guard = Guard(run.device, grad_clip, skip_spikes, scaler.is_enabled())
-wandb_id = os.urandom(4).hex()
 if going_on:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
-    seconds, wandb_id = state.get('seconds', seconds), state.get('wandb_id', wandb_id)
+    meter.seconds, wandb_id = state.get('seconds', 0.0), state.get('wandb_id', wandb_id)
     guard.load_state_dict(state.get('guard') or guard.state_dict())
-    n_tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
+    meter.tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
         if 'trained' in state:  # of which state['model'] is the average, or adapters and all in one
@@ -234,22 +234,10 @@ parallel_model, hold_gradients = connect(model, run, cpu_offload)
 
 # ---------------------------------------------------------------------------- what the loop calls
 
-def micro_steps_at(it):
-    """Micro-steps of this process in an iteration."""
-    return math.ceil(micro_steps * min(1, (it + 1) / (batch_ramp_iters + 1)))
-
-
-def sequences_before(it):
-    """Sequences that all processes have seen before an iteration."""
-    ramp = min(it, batch_ramp_iters)
-    return (sum(map(micro_steps_at, range(ramp))) + (it - ramp) * micro_steps) * run.world_size * batch_size
-
-
 def get_batch(iteration, micro_step):
     """x, y: (B, T), this process's part of the iteration's global batch."""
-    count = micro_steps_at(iteration) * run.world_size * batch_size
-    windows, at = SAMPLERS[sampler], sequences_before(iteration) if sampler == 'epoch' else iteration
-    starts = windows(seed, at, count, len(data['train']), block_size)
+    at = ramp.before(iteration) * sequences if sampler == 'epoch' else iteration
+    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), block_size)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], block_size)
     return run.to_device(x), run.to_device(y)
@@ -287,8 +275,8 @@ def save(name, keep=None, with_optimizer=True):
         'tokenizer': tokenizer.to_dict(),
         'scaler': scaler.state_dict(),
         'data': fingerprints,
-        'seconds': seconds,
-        'n_tokens': n_tokens,
+        'seconds': meter.seconds,
+        'n_tokens': meter.tokens,
         'guard': guard.state_dict(),
         'wandb_id': wandb_id,
     }
@@ -317,7 +305,7 @@ def last_state():
 if not eval_only:
     end = max(iter_num, max_iters + 1)
     print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
-                         sequences_before(end) - sequences_before(iter_num), batch_size, out_dir))
+                         (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir))
 is_watching = (run.is_master or parallel == 'fsdp') and not (eval_only or dry_run)  # fsdp's run it together
 is_writing = run.is_master and is_watching
 if is_writing:
@@ -333,13 +321,13 @@ progress = Progress(max_iters)
 probe, _ = read_windows(data['val'], eval_windows(len(data['val']), block_size, batch_size, 1)[0], block_size)
 if not eval_only:
     peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(micro_steps_at(i))))
+batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
 mfu = float('nan')  # percent
 stop, stopped = runtime.StopRequest(run), False
-clock, timed_iters, timed_sequences, times = time.perf_counter(), 0, 0, []
+meter.begin_lap()
 
 while iter_num <= max_iters:
-    stopped = stop.agreed() or (dry_run and len(times) == 12)
+    stopped = stop.agreed() or (dry_run and len(meter.times) == 12)
     if stopped:
         break
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -351,39 +339,39 @@ while iter_num <= max_iters:
     saving = checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > first_iter
     sampling = sample_interval and iter_num % sample_interval == 0
     if eval_only or (evaluating or saving or sampling) and not dry_run:
-        run.synchronize()
-        pause = time.perf_counter()
-        guard.stop_if_not_finite(iter_num, last_state())
-        if evaluating or eval_only:
-            losses = estimate_loss()
-            print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
-                   style='bold')
-            if eval_only:
-                break
-            guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
-            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
-                       'mfu': mfu, 'seconds': seconds + pause - clock, 'tokens': n_tokens})
-            if is_watching:
-                vitals = health.measure(model, run, probe)
-                log.write_later(iter_num, vitals)
-            if iter_num > first_iter:
-                drawing.start()
-            best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
-            if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
-                print0(f'saving checkpoint to {out_dir}')
-                if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
-                    best_val_loss = best_before
-        if saving and save('latest.pt', keep='previous.pt'):
-            saved_iter = iter_num
-        if sampling and is_watching:
-            with average.in_place():
-                text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num, seed + iter_num)
-            wandb.log_sample(iter_num, text)
-        clock += time.perf_counter() - pause
+        with meter.pause() as seconds:
+            guard.stop_if_not_finite(iter_num, last_state())
+            if evaluating or eval_only:
+                losses = estimate_loss()
+                print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
+                       style='bold')
+                if eval_only:
+                    break
+                guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
+                log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
+                           'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
+                if is_watching:
+                    vitals = health.measure(model, run, probe)
+                    log.write_later(iter_num, vitals)
+                if iter_num > first_iter:
+                    drawing.start()
+                best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
+                if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
+                    print0(f'saving checkpoint to {out_dir}')
+                    if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
+                        best_val_loss = best_before
+            if saving and save('latest.pt', keep='previous.pt'):
+                saved_iter = iter_num
+            if sampling and is_watching:
+                with average.in_place():
+                    text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num,
+                                       seed + iter_num)
+                wandb.log_sample(iter_num, text)
 
     # forward and backward; DDP averages the gradients in the last micro-step only
     run.seed(seed, iter_num)
-    loss, n_micro = torch.zeros((), device=run.device), micro_steps_at(iter_num)
+    loss, n_micro = torch.zeros((), device=run.device), ramp.at(iter_num)
+    meter.begin_iteration()
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
         for micro_step in range(n_micro):
             x, y = next(batches)
@@ -391,6 +379,7 @@ while iter_num <= max_iters:
                 with run.autocast():
                     _, micro_loss = parallel_model(x, y, return_logits=False)
                     micro_loss = micro_loss / n_micro
+                meter.begin_waiting()
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     loss = run.mean(loss)  # of the whole batch, on the device
@@ -407,32 +396,25 @@ while iter_num <= max_iters:
     optimizer.zero_grad(set_to_none=True)
 
     # log: the mean loss of the whole batch, the mean time since the last line
-    timed_iters, timed_sequences = timed_iters + 1, timed_sequences + n_micro * batch_size
-    n_tokens += n_micro * run.world_size * batch_size * block_size
+    meter.end_iteration(n_micro * sequences * block_size)
     if iter_num % log_interval == 0 or dry_run:
         guard.stop_if_not_finite(iter_num, last_state())
         loss, norm = loss.item(), norm.item()
-        dt = (time.perf_counter() - clock) / timed_iters
-        times.append(dt)
-        seconds += dt * timed_iters
-        done = timed_sequences / timed_iters  # sequences of an iteration, on this process
-        rate = done * run.world_size * block_size / dt
-        mfu = 100 * model.estimate_mfu(done, dt, peak_flops or math.nan)
         entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': guard.n_skipped,
-                 'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1), 'seconds': seconds,
-                 'tokens': n_tokens, 'ms': dt * 1000, 'tokens_per_s': rate, 'mfu': mfu}
+                 'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1)} | meter.lap()
+        rate = entry['tokens_per_s'] / run.world_size / block_size  # sequences/s of a process
+        entry['mfu'] = mfu = 100 * model.estimate_mfu(rate, 1.0, peak_flops or math.nan)
         progress.show(entry)
         log.write(entry)
         guard.n_clipped.zero_()
-        clock, timed_iters, timed_sequences = time.perf_counter(), 0, 0
     iter_num += 1
 
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
-if dry_run and times:
+if dry_run and meter.times:
     n_batches = sum(len(eval_windows(len(v), block_size, batch_size, eval_iters)) for v in data.values())
-    print0('time    ' + plan.time_needed(times, range(first_iter, max_iters + 1), eval_interval,
+    print0('time    ' + plan.time_needed(meter.times, range(first_iter, max_iters + 1), eval_interval,
                                          n_batches / run.world_size, micro_steps))
 elif not (dry_run or eval_only):
     guard.stop_if_not_finite(iter_num, last_state())
@@ -443,5 +425,5 @@ elif not (dry_run or eval_only):
         print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
 log.close()
 wandb.call('finish')
-drawing.close(patience=seconds / 100)
+drawing.close(patience=meter.seconds / 100)
 run.stop()

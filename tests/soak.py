@@ -40,7 +40,8 @@ import checkpoint  # noqa: E402
 from dataset import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu')  # of log.jsonl: these differ from run to run
+TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank',
+         'slowest_ms', 'median_ms')  # of log.jsonl: these differ from run to run
 STATE = ('model', 'trained', 'optimizer', 'iter_num', 'best_val_loss', 'guard', 'scaler', 'data', 'n_tokens')
 
 

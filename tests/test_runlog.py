@@ -21,7 +21,7 @@ import runlog
 import runtime
 from dataset import read_tokenizer
 from model import GPT, GPTConfig
-from runlog import Drawing, Progress, RunLog, Wandb, keep_line, print0
+from runlog import Drawing, Meter, Progress, RunLog, Wandb, keep_line, print0
 
 
 def entries(path):
@@ -260,6 +260,45 @@ LINE = {'iter': 10, 'loss': 1.23456, 'ms': 12.345, 'mfu': 34.567, 'lr': 6e-4, 'g
         'tokens_per_s': 1234.5}
 CONTRACT = (r'^iter 1\d: loss 1\.2346, time 12\.35ms, mfu (34\.57%|n/a), lr 6\.00e-04, norm 0\.99, '
             r'123[45] tokens/s')
+
+
+def test_meter_leaves_out_pauses_and_counts_since_the_last_lap(monkeypatch):
+    clock = iter([0.0,  # the lap begins
+                  1.0, 2.0,  # an iteration begins, and has done what it can by itself
+                  4.0, 10.0,  # a pause
+                  12.0, 13.5, 16.0, 16.0,  # an iteration; the lap ends, the next begins
+                  17.0, 18.0, 20.0, 20.0])
+    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+    meter = Meter(runtime.Runtime('cpu', 'float32', False, 'gloo'), seconds=100.0, tokens=1000)
+    meter.begin_iteration()
+    meter.begin_waiting()
+    meter.end_iteration(300)
+    with meter.pause() as seconds:
+        assert seconds == 104
+    meter.begin_iteration()
+    meter.begin_waiting()
+    meter.end_iteration(200)
+    assert meter.lap() == {'seconds': 110, 'tokens': 1500, 'ms': 5000, 'tokens_per_s': 50}
+    meter.begin_iteration()
+    meter.begin_waiting()
+    meter.end_iteration(100)
+    assert meter.lap() == {'seconds': 114, 'tokens': 1600, 'ms': 4000, 'tokens_per_s': 25}
+    assert meter.times == [5, 4]
+
+
+def test_process_that_holds_up_the_others_is_named(monkeypatch, capsys):
+    meter = Meter(runtime.Runtime('cpu', 'float32', False, 'gloo'))
+    monkeypatch.setattr(runtime.Runtime, 'gather', lambda self, value: [10.0, 11.0, 25.0, 9.0])
+    meter.begin_iteration()
+    meter.begin_waiting()
+    meter.end_iteration(1)
+    found = meter.lap()
+    assert (found['slowest_rank'], found['slowest_ms'], found['median_ms']) == (2, 25.0, 10.5)
+    Progress(10).show(LINE | found)
+    Progress(10).show(LINE | found | {'slowest_ms': 12.0})
+    slow, even = capsys.readouterr().out.splitlines()
+    assert slow.endswith(', rank 2 holds up the others: 25.00ms by itself, median 10.50ms')
+    assert 'rank' not in even
 
 
 def test_redirected_lines_are_plain_and_end_with_the_time_left(capsys, monkeypatch):

@@ -167,8 +167,8 @@ def test_decay_that_ends_with_the_warm_up_does_not_divide_by_zero(train):
 
 def test_batch_grows_to_the_whole_number_of_micro_steps(train, tmp_path):
     script = train('--batch_ramp_iters=3', '--gradient_accumulation_steps=4', '--max_iters=5')
-    assert [script['micro_steps_at'](i) for i in range(6)] == [1, 2, 3, 4, 4, 4]
-    assert [script['sequences_before'](i) for i in range(6)] == [0, 4, 12, 24, 40, 56]
+    assert [script['ramp'].at(i) for i in range(6)] == [1, 2, 3, 4, 4, 4]
+    assert [script['ramp'].before(i) for i in range(6)] == [0, 1, 3, 6, 10, 14]
     lines = [json.loads(line) for line in (tmp_path / 'out/log.jsonl').read_text().splitlines()]
     trained = [x for x in lines if 'loss' in x]
     tokens = [x['tokens_per_s'] * x['ms'] / 1000 for x in trained]
