@@ -10,6 +10,7 @@ A setting of 'auto' becomes what this machine does best; anything else is taken 
 """
 
 import atexit
+import ctypes
 import functools
 import importlib.util
 import os
@@ -19,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -182,11 +183,24 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     if device_type == 'cuda':
         # TF32 on tensor cores for what autocast leaves in float32: 10-bit mantissas, several times the rate
         torch.set_float32_matmul_precision('high')
+    if device_type == 'cpu':
+        keep_freed_memory()
     torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
     run = Runtime(device, dtype, compile, backend, rank, world_size)
     print0(f'device: {device} ({device_name(device)}), dtype: {dtype}, compile: {compile}, '
            f'backend: {backend}, processes: {world_size}')
     return run
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory of tensors that are freed, up to 1 GiB, for the next ones. It would return
+    larger blocks to the kernel, which clears every page anew: with large tensors that is up to 15 % of an
+    iteration. The price is up to 8 % more memory at the peak. Other C libraries have nothing of the sort."""
+    if sys.platform == 'linux':
+        with suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+                mallopt(parameter, 1 << 30)
 
 
 def own_store(rank, world_size):

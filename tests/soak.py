@@ -380,6 +380,40 @@ def fsdp_restart(folder, data, count):
     return restart(folder, data, count, ['--parallel=fsdp', '--n_embd=128'])
 
 
+def agents(n, args, *options):
+    """A torchrun for each of n nodes, which this machine plays on addresses of its own; a process on each."""
+    port = free_port()
+    return [start(args, ['-m', 'torch.distributed.run', '--nproc_per_node=1', '--rdzv_id=1',
+                         '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}',
+                         f'--local-addr=127.0.0.{node + 1}', *options]) for node in range(n)]
+
+
+def node(folder, data, count):
+    """One of two nodes lost under --nnodes=1:2: the other goes on alone, with the same global batch."""
+    args = [f'--data_dir={data}', '--gradient_accumulation_steps=2', '--max_iters=600', '--eval_interval=50',
+            '--checkpoint_interval=5', '--init_from=auto']
+    whole, good, lost = uninterrupted(folder / 'whole', args, TORCHRUN), 0, []
+    for i in range(count):
+        out_dir = folder / f'out{i}'
+        with mock.patch.dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'):
+            stays, goes = agents(2, [*args, f'--out_dir={out_dir}'], '--nnodes=1:2', '--max-restarts=3',
+                                 '--rdzv-conf=last_call_timeout=5')
+        log = out_dir / 'log.jsonl'
+        while goes.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) > 20):
+            time.sleep(0.01)
+        for pid in [goes.pid, *ranks_under(goes.pid).values()]:
+            os.kill(pid, signal.SIGKILL)
+        goes.communicate()
+        output = stays.communicate()[0]
+        gaps = [abs(a[k] - b[k]) for a, b in zip(read_log(whole), read_log(out_dir), strict=True)
+                for k in a if k.endswith('loss')]
+        if stays.returncode or 'processes: 1' not in output or max(gaps) > 1e-4:
+            lost.append(f'status {stays.returncode}, losses differ by {max(gaps)}: {output[-1500:]}')
+        else:
+            good += 1
+    return f'{count} nodes of two lost, {good} runs that the other finished with the same losses', lost
+
+
 def flip(folder, data, count):
     """Bytes flipped and files cut: seen each time, and an older state is taken where there is one."""
     ranks, source = Ranks(), folder / 'source'
@@ -595,8 +629,8 @@ def data_faults(folder, data, count):
 
 FAULTS = {  # how often, where --count doesn't say
     'exact': (exact, 20), 'kill': (kill, 100), 'signal': (signals, 50), 'restart': (restart, 20),
-    'fsdp_restart': (fsdp_restart, 20), 'flip': (flip, 1000), 'disk': (disk, 20), 'nan': (nan, 1000),
-    'misspell': (misspell, 10**6), 'data': (data_faults, 100),
+    'fsdp_restart': (fsdp_restart, 20), 'node': (node, 5), 'flip': (flip, 1000), 'disk': (disk, 20),
+    'nan': (nan, 1000), 'misspell': (misspell, 10**6), 'data': (data_faults, 100),
 }
 
 

@@ -105,6 +105,29 @@ def test_number_that_is_not_finite_is_never_saved(ranks, char_data, tmp_path):
     assert saved['iter_num'] == 4 and all(t.isfinite().all() for t in soak.numbers_of(saved))
 
 
+@pytest.mark.parametrize('mode', ['ddp', 'fsdp'])
+def test_two_nodes_equal_one(mode, char_data, tmp_path):
+    """Of two processes; the nodes are played by this machine, on addresses of their own."""
+    args = [f'--data_dir={char_data}', f'--parallel={mode}', '--gradient_accumulation_steps=2',
+            '--max_iters=20', '--eval_interval=10']
+    one = soak.uninterrupted(tmp_path / 'one', args, soak.TORCHRUN)
+    for node in soak.agents(2, [*args, f'--out_dir={tmp_path / "two"}'], '--nnodes=2'):
+        assert node.communicate(timeout=100) and node.returncode == 0
+    assert soak.differences(one, tmp_path / 'two') == []
+
+
+def test_nodes_that_are_numbered_by_hand_equal_one(char_data, tmp_path):
+    args = [f'--data_dir={char_data}', '--gradient_accumulation_steps=2', '--max_iters=20']
+    one = soak.uninterrupted(tmp_path / 'one', args, soak.TORCHRUN)
+    nodes = [soak.start([*args, f'--out_dir={tmp_path / "two"}'], [
+        '-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2', f'--node_rank={rank}',
+        '--master_addr=127.0.0.1', f'--master_port={port}'])
+        for port in [soak.free_port()] for rank in range(2)]
+    for node in nodes:
+        assert node.communicate(timeout=100) and node.returncode == 0
+    assert soak.differences(one, tmp_path / 'two') == []
+
+
 MEASURE = '''
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, parallel, runtime
