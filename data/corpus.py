@@ -78,6 +78,8 @@ def files_of(source, split=None):
 def format_of(source, files):
     """The format of local files, which must be of one kind; None for a source on the hub."""
     if not Path(source).exists():
+        if Path(source).suffix in FORMATS or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', source):
+            raise ValueError(f'{source} is not there, and no name that a data set on the hub could have')
         return None
     kinds = sorted({p.suffix for p in files})
     if len(kinds) > 1:

@@ -349,7 +349,8 @@ def write_sources(folder):
     ('one.txt', 'text', ['1 documents', 'data/text/prepare.py']),
     ('table.csv', 'text', ['.parquet, .jsonl']),
     ('folder', 'text', ['.parquet, .jsonl']),
-    ('nothing.jsonl', 'text', ['nothing.jsonl', '--source=PATH']),
+    ('nothing.jsonl', 'text', ['nothing.jsonl is not there']),
+    ('no_folder/', 'text', ['no_folder is not there']),
 ])
 def test_source_without_documents_is_refused_in_one_line(source, column, words, corpus, tmp_path):
     write_sources(tmp_path)
@@ -361,6 +362,7 @@ def test_source_without_documents_is_refused_in_one_line(source, column, words, 
 
 @pytest.mark.parametrize('args, words', [
     (['--source=nobody/nothing'], ['nobody/nothing', '--source=PATH']),
+    (['--source=no_folder/'], ['no_folder/ is not there']),
     (['--source=good.jsonl', '--text_column=body'], ['no column body', '--text_column']),
 ])
 def test_mistake_with_documents_is_one_line_for_the_user(args, words, bpe, prepare):
