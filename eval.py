@@ -5,7 +5,7 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
     python eval.py --init_from=gpt2 --dataset=openwebtext
     python eval.py --init_from=gpt2-xl --task=lambada,hellaswag --json=gpt2-xl.json
     python eval.py --init_from=gpt2 --task=lambada --source=lambada_test.jsonl
-    python eval.py --init_from=gpt2 --task=lm_eval:arc_easy             # after: pip install lm-eval
+    python eval.py --init_from=gpt2 --task=lm_eval:arc_easy             # after: pip install "lm-eval[hf]"
 
 Prints a table, then the same as a line of JSON.
 """

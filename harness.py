@@ -1,7 +1,7 @@
 """
 Our models in EleutherAI's lm-eval, for all of its tasks.
 
-    pip install lm-eval
+    pip install "lm-eval[hf]"
     python eval.py --init_from=gpt2 --task=lm_eval:arc_easy,lm_eval:piqa
 """
 
@@ -15,7 +15,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ValueError(f'tasks of lm-eval need it installed ({error}): pip install lm-eval') from None
+    raise ValueError(f'tasks of lm-eval need it installed ({error}): pip install "lm-eval[hf]"') from None
 
 PIECE = 32  # tokens generated between looks for a stop string
 

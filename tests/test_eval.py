@@ -253,7 +253,7 @@ def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
     (['--task=lambada', '--source={passages}'], "not in this model's vocabulary: 'T'"),
     (['--task=lambada', '--source={long}'], 'block_size=32 is too short for an answer of 41 tokens'),
     (['--data_dir={other}'], 'was prepared with another tokenizer'),
-    (['--task=lm_eval:piqa'], 'pip install lm-eval'),
+    (['--task=lm_eval:piqa'], 'pip install "lm-eval'),
 ])
 def test_a_mistake_is_one_line(run_here, char_run, char_data, tmp_path, monkeypatch, args, reason):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
