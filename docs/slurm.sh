@@ -13,16 +13,17 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue                    # preempted, the job waits in the queue again
 #SBATCH --open-mode=append           # and goes on with the same file of output
-#SBATCH --signal=B:TERM@120          # two minutes before the time limit this script gets a SIGTERM
+#SBATCH --signal=B:USR1@120          # two minutes before the time limit this script gets a SIGUSR1: on a
+                                     # SIGTERM, scancel's, it would put a cancelled job in the queue again
 
-# Passes the signal on: all processes stop at the next iteration and save, for which torchrun gives them 30 s.
+# Time is up: all processes stop at the next iteration and save, for which torchrun gives them 30 s.
 stop() {
-    trap '' TERM
+    trap '' USR1
     scancel --signal=TERM "$SLURM_JOB_ID.0"    # the job's first step, which is torchrun on all nodes
-    wait "$step"
-    [ -n "$SLURM_JOB_ID" ] && scontrol requeue "$SLURM_JOB_ID"
+    wait "$step" && exit 0                     # the run was done by then
+    scontrol requeue "$SLURM_JOB_ID"
 }
-trap stop TERM
+trap stop USR1
 
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # restarts on several nodes (runtime.py, own_store)
