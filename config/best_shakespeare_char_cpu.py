@@ -26,7 +26,7 @@ pos_emb = 'rope'
 activation = 'swiglu'
 qk_norm = True
 value_residual = True
-ngram = 4
+ngram = 5
 ngram_rows = 65536
 
 optimizer = 'muon'
@@ -37,11 +37,12 @@ beta2 = 0.95
 lr_schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 15
-max_iters = 380
-lr_decay_iters = 380
+max_iters = 385
+lr_decay_iters = 385
 
-eval_interval = 380
-eval_iters = 28  # 28 batches * 16 sequences * 128 characters: half of the validation split
+eval_interval = 385
+eval_iters = 8
+plot = False  # there are two evaluations to draw
 log_interval = 10
 always_save_checkpoint = False
 checkpoint_interval = 0
