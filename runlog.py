@@ -119,7 +119,7 @@ class Progress:
         mfu = 'n/a' if math.isnan(entry['mfu']) else f'{entry["mfu"]:.2f}%'
         parts = [f'time {entry["ms"]:.2f}ms', f'mfu {mfu}', f'lr {entry["lr"]:.2e}',
                  f'norm {entry["grad_norm"]:.2f}', f'{entry["tokens_per_s"]:.0f} tokens/s']
-        if entry.get('slowest_ms', 0) > 1.2 * entry.get('median_ms', 0):
+        if entry.get('slowest_ms', 0) - entry.get('median_ms', 0) > 0.1 * entry['ms']:
             parts.append(f'rank {entry["slowest_rank"]} holds up the others: {entry["slowest_ms"]:.2f}ms by '
                          f'itself, median {entry["median_ms"]:.2f}ms')
         if self.begin is None:
