@@ -118,7 +118,7 @@ tokenizer = checkpoint.tokenizer_of(state)
 args = GPTConfig.from_args(state['model_args']).to_args()
 config, weights = to_transformers(args, state['model'])
 
-from safetensors.torch import save_file  # noqa: E402, after the checks, like all that takes a second to import
+from safetensors.torch import save_file  # noqa: E402, after the checks, as it takes a second
 from transformers import GenerationConfig  # noqa: E402
 
 end = GPT2_VOCAB - 1 if tokenizer.to_dict()['kind'] == 'gpt2' else None

@@ -44,9 +44,10 @@ def merged_state_dict(model):
     return weights
 
 
-def check(config, state):
-    """ValueError for settings that don't go with adapters. state: the one that a run begins with, or None."""
-    rank, going_on = config['lora_rank'], state is not None and config['init_from'] != 'finetune'
+def check(config, state, going_on):
+    """ValueError for settings that don't go with adapters. state: the one that a run begins with, or None.
+    going_on: whether that is the run's own."""
+    rank = config['lora_rank']
     before = state.get('config', {}) if going_on else {}
     if rank < 0:
         raise ValueError(f'lora_rank={rank} must not be negative')

@@ -172,11 +172,10 @@ def memory_needed(model, batch_size, dtype):
     """Bytes that training holds at its highest, estimated.
 
     Parameters are in float32, and so are gradient and AdamW's two moments of each that is trained: 4 bytes
-    a parameter and 12. A block keeps 16
-    n_embd values a token for its backward pass: the inputs of two normalisations, of c_attn and c_fc, q, k, v
-    and the attention's result, and four times n_embd before and after the activation; with
-    activation_checkpointing only its input, the rest for one block at a time. Then there are the logits of a
-    chunk of tokens and the gradient of the output layer.
+    a parameter and 12. A block keeps 16 n_embd values a token for its backward pass: the inputs of two
+    normalisations, of c_attn and c_fc, q, k, v and the attention's result, and four times n_embd before and
+    after the activation; with activation_checkpointing only its input, the rest for one block at a time. Then
+    there are the logits of a chunk of tokens and the gradient of the output layer.
     """
     c = model.config
     size = 4 if dtype == 'float32' else 2

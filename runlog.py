@@ -169,7 +169,7 @@ class RunLog:
                 temporary.write_bytes(b''.join(line + b'\n' for line in lines if is_before(line, first_iter)))
         except OSError as error:
             print0(f'{path} could not be written: {error}')
-        self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, it stays open; unbuffered: a crash loses none
+        self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, open till the end; a crash loses none
 
     def write(self, entry):
         """entry: a dict of plain values, with the iteration as 'iter'. JSON has no nan: such are left out."""

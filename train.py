@@ -164,7 +164,8 @@ elif eval_only and init_from == 'resume':
     state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 elif init_from in ('resume', 'auto'):
     state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=dry_run)
-lora.check(config, state)
+going_on = state is not None and init_from != 'finetune'
+lora.check(config, state, going_on)
 if state:
     model_config = GPTConfig.from_args(state['model_args'] | changes)
     if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
@@ -186,7 +187,6 @@ if block_size > model_config.block_size:
 for split, tokens in data.items():
     check_split(tokens, os.path.join(data_dir, f'{split}.bin'), block_size, model_config.vocab_size)
 fingerprints = {split: fingerprint(data_dir, split, tokens) for split, tokens in data.items()}
-going_on = state is not None and init_from != 'finetune'
 if going_on and not (eval_only or allow_changed_data) and state.get('data', fingerprints) != fingerprints:
     raise ValueError(f'{data_dir} is not the data that {out_dir} was trained on: to go on with other data, '
                      'add --allow_changed_data=True')
