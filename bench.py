@@ -144,7 +144,7 @@ if mode in ('train', 'all'):
 if mode in ('decode', 'all'):
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
-    n_bytes = 4 * decode_tokens * (model.get_num_params() + cached)
+    n_bytes = runtime.DTYPES[run.dtype].itemsize * decode_tokens * (model.get_num_params() + cached)
     rows.append(row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                     n_bytes=n_bytes))
 if mode in ('data', 'all'):

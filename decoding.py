@@ -9,26 +9,37 @@ B batch, T positions, V vocabulary, as in model.py, which imports this file and 
 
 import codecs
 import math
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn import functional as F
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+MOST_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's order
+N_EAGER = 3  # positions made before a CUDA graph is recorded, in which libraries make their choices
 
 
 class KVCache:
     """Keys and values of the positions that one layer has seen, with room for n_positions.
 
     The first `append` may bring any number of positions, each later one a single position, which sees all.
+    Once `at` is set, positions are appended by the same operations on the same memory each time, as a CUDA
+    graph has it; attention then gets room and all, and a mask.
     """
 
     def __init__(self, n_positions):
         self.n_positions = n_positions
         self.length = 0
+        self.at = None  # (1,) int64, on the device: where the next position goes
         self.last_ids = None  # (B, ngram - 1), in the first layer's only: what GPT.embed_ngrams needs
 
     def append(self, k, v):
-        """k, v: (B, nh, T, hs) -> all so far, (B, nh, length, hs)"""
+        """k, v: (B, nh, T, hs) -> all so far, (B, nh, length, hs); with `at`, (B, nh, n_positions, hs)"""
+        if self.at is not None:
+            return self.k.index_copy_(2, self.at, k), self.v.index_copy_(2, self.at, v)
         if self.length == 0:
-            self.k, self.v = (t.new_empty(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v))
+            self.k, self.v = (t.new_zeros(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v))
         end = self.length + k.shape[2]
         self.k[:, :, self.length:end] = k
         self.v[:, :, self.length:end] = v
@@ -41,8 +52,23 @@ class KVCache:
         if self.last_ids is not None:
             self.last_ids = self.last_ids.repeat_interleave(n, dim=0)
 
+    def remember(self, ids):
+        """ids: (B, ngram - 1)"""
+        self.last_ids = ids if self.at is None else self.last_ids.copy_(ids)
 
-@torch.no_grad()
+
+def positions_after(caches, idx):
+    """Of idx, (B, T), which goes on where the caches end: positions (T,), how many keys attention will see,
+    and a mask of these, (1, n_keys), or None where all but those to come are there."""
+    start = caches[0].length if caches else 0
+    if caches and (at := caches[0].at) is not None:
+        n_keys = caches[0].n_positions
+        return at, n_keys, torch.arange(n_keys, device=idx.device) <= at[:, None]
+    end = start + idx.shape[1]
+    return torch.arange(start, end, device=idx.device), end, None
+
+
+@torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None, n_samples=1, lengths=None,
            seeds=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """Continue each row of idx, (B, T) int64, n_samples times; yield the tokens of each position,
@@ -56,29 +82,93 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
 
     Keys and values of past tokens are kept while all fits into block_size. Past it the window slides,
     every token's position changes, and with it all that was kept: each new token costs a whole window.
+    The weights must not change before the last token is made.
     """
-    T = idx.shape[1]
-    first = T if lengths is None else int(lengths.min())  # from here on a row may need a new token
-    out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
+    end, block_size = idx.shape[1] + max_new_tokens, model.config.block_size
+    first = idx.shape[1] if lengths is None else int(lengths.min())  # from here on a row may need a new token
+    out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)  # (B n_samples, end)
     given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)
-    keys = noise_keys(seeds, *out.shape).to(idx.device)  # (B n_samples, T + max_new_tokens)
-    caches, block_size = None, model.config.block_size
-    if first < block_size:
-        caches = [KVCache(min(block_size, T + max_new_tokens)) for _ in model.transformer.h]
-    for t in range(first, T + max_new_tokens):
-        if t > block_size:
-            caches = None
-        if t == first:  # the prompt, once for all its samples
-            logits, _ = model(idx[:, max(0, t - block_size):t], caches=caches)
-            logits = logits.repeat_interleave(n_samples, dim=0)
-            for cache in caches or ():
-                cache.repeat(n_samples)
-        else:
-            logits, _ = model(out[:, t - 1:t] if caches else out[:, t - block_size:t], caches=caches)
-        logits = penalize(logits[:, -1].float(), out[:, :t], repetition_penalty)[:, :n_vocab]
-        token = draw(logits, keys[:, t:t + 1], temperature, top_k, top_p, min_p)  # (B n_samples, 1)
-        out[:, t:t + 1] = token if given is None else torch.where(t < given, out[:, t:t + 1], token)
-        yield out[:, t:t + 1]
+    keys = noise_keys(seeds, *out.shape).to(idx.device)  # (B n_samples, end)
+    at = torch.tensor([first], device=idx.device)  # the position to fill; a graph would repeat a number
+    caches = [KVCache(min(block_size, end)) for _ in model.transformer.h] if first < block_size else None
+    recording = caches and can_record(model, idx.device)
+
+    def fill(logits):
+        """Draw each row's token of position `at`. logits: (B n_samples, 1, V)"""
+        logits = penalize(logits[:, -1].float(), out, at, repetition_penalty)[:, :n_vocab]
+        token = draw(logits, keys.index_select(1, at), temperature, top_k, top_p, min_p)  # (B n_samples, 1)
+        if given is not None:
+            token = torch.where(at < given, out.index_select(1, at), token)
+        out.index_copy_(1, at, token)
+        at.add_(1)
+
+    def step():
+        """One position more, by what the caches hold."""
+        for cache in caches if recording else ():
+            cache.at = at - 1
+        fill(model(out.index_select(1, at - 1), caches=caches)[0])
+
+    with fast_linears(model, len(out)):
+        for t in range(first, end):
+            if t == first:  # the prompt, once for all its samples
+                logits, _ = model(idx[:, max(0, t - block_size):t], caches=caches)
+                for cache in caches or ():
+                    cache.repeat(n_samples)
+                fill(logits.repeat_interleave(n_samples, dim=0))
+            elif caches and t <= block_size:
+                if recording and t == first + N_EAGER:
+                    step = record(step)
+                step()
+            else:
+                fill(model(out[:, t - block_size:t])[0])
+            yield out[:, t:t + 1]
+
+
+def can_record(model, device):
+    """Whether a position can be a CUDA graph: where attention takes a mask, and the model isn't in parts."""
+    return device.type == 'cuda' and model.config.attn_type == 'SM' and not is_sharded(model)
+
+
+def is_sharded(model):
+    return hasattr(next(model.parameters()), 'to_local')
+
+
+def record(step):
+    """step as a CUDA graph: a function that repeats its operations on the same tensors, in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads may copy batches
+        step()
+    return graph.replay
+
+
+@contextmanager
+def fast_linears(model, n_rows):
+    """Within it the linear layers do the same faster, for n_rows positions at a time.
+
+    Under autocast their weights are cast once, not for each position. In float32 on a CPU oneDNN multiplies,
+    which uses all cores for a few rows, where the default library uses one; for more than one it gets a copy
+    of the weights in an order of its own.
+    """
+    linears = [m for m in model.modules() if hasattr(m, 'fast') and not is_sharded(m)]
+    packing = n_rows > 1 and sum(m.weight.nbytes for m in linears) <= MOST_PACKED
+    compiled = getattr(model, '_compiled_call_impl', None) is not None  # a compiler chooses for itself
+    for m in linears:
+        kind, w, b = m.weight.device.type, m.weight, m.bias
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            m.fast = partial(F.linear, weight=w.to(dtype), bias=b if b is None else b.to(dtype))
+        elif HAS_ONEDNN and kind == 'cpu' and w.dtype == torch.float32 and not compiled:
+            w = torch.ops.mkldnn._reorder_linear_weight(w, n_rows) if packing else w
+            m.fast = partial(onednn_linear, weight=w, bias=b)
+    try:
+        yield
+    finally:
+        for m in linears:
+            m.fast = None
+
+
+def onednn_linear(x, weight, bias):
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, 'none', [], '')
 
 
 def draw(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
@@ -116,11 +206,13 @@ def keep_likeliest(logits, top_k=None, top_p=1.0, min_p=0.0):
     return logits, ids
 
 
-def penalize(logits, seen, penalty):
+def penalize(logits, ids, n_seen, penalty):
     """Make the tokens that a text has already less likely: divide their logits by the penalty, multiply
-    negative ones (Keskar et al. 2019, "CTRL", section 4.1). logits: (B, V), seen: (B, T) -> (B, V)"""
+    negative ones (Keskar et al. 2019, "CTRL", section 4.1). logits: (B, V), ids: (B, T), of which a text has
+    the first n_seen, at least one -> (B, V)"""
     if penalty == 1:
         return logits
+    seen = torch.where(torch.arange(ids.shape[1], device=ids.device) < n_seen, ids, ids[:, :1])  # (B, T)
     old = logits.gather(1, seen)  # (B, T)
     return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
 

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from decoding import stream
+from decoding import positions_after, stream
 from huggingface import load_gpt2
 from loss import linear_cross_entropy
 from optim import AdamW, Muon
@@ -45,7 +45,6 @@ CHOICES = {
     'pa_norm': ('length', 'block_size', 'none'),
     'init': ('gpt2', 'zero_proj'),
 }
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 
 @dataclass
@@ -146,19 +145,28 @@ def alibi_bias(positions, n_keys, nh):
     """Attention with linear biases (Press et al. 2022): minus the distance to a key, times a slope for each
     head; -inf for keys to come. positions of the queries (T,) -> (nh, T, n_keys)"""
     n = 2 ** math.floor(math.log2(nh))
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
-    slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (nh - n), 2)]  # their recipe for other counts
-    distance = positions[:, None] - torch.arange(n_keys, device=positions.device)  # (T, n_keys)
-    bias = -torch.tensor(slopes, device=positions.device)[:, None, None] * distance
+    head, key = (torch.arange(count, device=positions.device) for count in (nh, n_keys))
+    slope = 2 ** -(torch.where(head < n, 8 * head + 8, 8 * (head - n) + 4) / n)  # (nh,), as they give them
+    distance = positions[:, None] - key  # (T, n_keys)
+    bias = -slope[:, None, None] * distance
     return bias.masked_fill(distance < 0, -math.inf)
 
 
 # Attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T so far, hs) -> y: (B, nh, T, hs)
 
+def truth(x):
+    """A bool, of what is a symbol where torch.compile leaves shapes open: bool(x) would be one too."""
+    return True if x else False  # noqa: SIM210
+
+
+def shares_heads(q, k):
+    return truth(q.shape[1] != k.shape[1])
+
+
 def softmax_attention(q, k, v, dropout=0.0, bias=None):
     """softmax(q k^T / sqrt(hs) + bias) v, over the keys up to each query."""
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, bias is None and q.shape[2] > 1,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    is_causal = truth(bias is None and q.shape[2] > 1)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal, enable_gqa=shares_heads(q, k))
 
 
 def gaussian_attention(q, k, v, dropout=0.0, bias=None):
@@ -181,7 +189,7 @@ def gaussian_attention(q, k, v, dropout=0.0, bias=None):
     v[:, :, 0, hs] = 1.0
     with torch.autocast(q.device.type, enabled=False):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
-                                           enable_gqa=q.shape[1] != k.shape[1])[:, :, 1:]
+                                           enable_gqa=shares_heads(q, k))[:, :, 1:]
     return y[..., :hs] / y[..., hs:hs + 1]
 
 
@@ -287,25 +295,22 @@ def attention(config):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; without gradients on a CPU it is computed by oneDNN, which uses all cores for the few rows
-    of a decoding step, where the default library uses one."""
+    """nn.Linear, and while text is generated a faster function that does the same: decoding.fast_linears."""
+    fast = None
 
     def forward(self, x):
-        if (HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_grad_enabled()
-                and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()):
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, 'none', [], '')
-        return super().forward(x)
+        return super().forward(x) if self.fast is None else self.fast(x)
 
 
 class Shared:
     """What all blocks of a forward pass use, None where the configuration has no need of it. No dataclass: of
     those FSDP gives each block a copy."""
 
-    def __init__(self, embedding):
+    def __init__(self, embedding, mask):
         self.embedding = embedding  # (B, T, C), what the first block gets, for residual_scale
         self.first_v = None  # (B, n_kv_head, T, hs), the first block's, for value_residual
         self.cos_sin = None  # of the positions' angles, for rope
-        self.bias = None  # (nh, T, T so far), added to the attention's scores, for alibi
+        self.bias = mask  # of keys that aren't there yet; or what alibi adds to the scores, (nh, T, keys)
 
 
 class CausalSelfAttention(nn.Module):
@@ -422,21 +427,20 @@ class GPT(nn.Module):
         last position, (B, 1, V), and None. caches: a KVCache for each layer; idx goes on where they end.
         return_logits=False gives None for the logits, and the loss without holding them in memory.
         """
-        start = caches[0].length if caches else 0
-        end, most = start + idx.shape[1], self.config.block_size
-        assert end <= most, f'{end} positions, but block_size is {most}'
-        positions = torch.arange(start, end, device=idx.device)
+        positions, n_keys, mask = positions_after(caches, idx)
+        most = self.config.block_size
+        assert n_keys <= most, f'{n_keys} positions, but block_size is {most}'
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos_emb == 'learned':
             x = x + self.transformer.wpe(positions)
         if self.config.ngram > 1:
             x = x + self.embed_ngrams(idx, caches and caches[0])
         x = self.transformer.drop(x)
-        shared = Shared(x)
+        shared = Shared(x, mask)
         if self.config.pos_emb == 'rope':
             shared.cos_sin = rotation(positions, self.config.n_embd // self.config.n_head)
         elif self.config.pos_emb == 'alibi':
-            shared.bias = alibi_bias(positions, end, self.config.n_head).to(x.dtype)
+            shared.bias = alibi_bias(positions, n_keys, self.config.n_head).to(x.dtype)
         for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, shared, use_reentrant=False)
@@ -461,7 +465,7 @@ class GPT(nn.Module):
         before = cache.last_ids if cache and cache.length else idx.new_full((len(idx), n_before), -1)
         ids = torch.cat((before, idx), dim=1)  # (B, n_before + T)
         if cache:
-            cache.last_ids = ids[:, T:]
+            cache.remember(ids[:, T:])
         x, key = 0, idx
         for n in range(1, n_before + 1):
             key = key * (self.config.vocab_size + 1) + ids[:, n_before - n:n_before - n + T] + 1

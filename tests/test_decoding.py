@@ -7,7 +7,10 @@ import torch
 from conftest import TINY
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import decoding
 from decoding import Text, draw, gumbel, keep_likeliest, noise_keys, penalize, stream
 from model import GPT, GPTConfig
 
@@ -107,6 +110,112 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn():
         model.lm_head.weight[50:] = 10 * model.lm_head.weight[:14]  # padding that would win if it could
     for options in ({'temperature': 0}, {'top_k': 5}, {'temperature': 100.0}, {'repetition_penalty': 1.2}):
         assert model.generate(tokens(8, 4), 30, n_vocab=50, **options)[:, 4:].max() < 50
+
+
+# ---------------------------------------------------------------------------- faster layers
+
+@pytest.mark.parametrize('n_rows', [1, 4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_faster_linear_layers_compute_the_same(n_rows, dtype):
+    model, idx = tiny(bias=True), tokens(n_rows, 1)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad(), torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        for m in linears:
+            m.bias is None or m.bias.normal_()
+        expected, _ = model(idx)
+        with decoding.fast_linears(model, n_rows):
+            assert all(m.fast for m in linears)
+            found, _ = model(idx)
+    assert not any(m.fast for m in linears)
+    tolerance = {'rtol': 1e-5, 'atol': 1e-5} if dtype == torch.float32 else {'rtol': 0, 'atol': 0}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_layers_are_as_before_after_a_stream_that_nobody_finished():
+    model = tiny()
+    steps = stream(model, tokens(1, 4), 1000)
+    next(steps)
+    assert model.lm_head.fast
+    del steps
+    assert not model.lm_head.fast
+
+
+# ---------------------------------------------------------------------------- repeated operations
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph's stand-in: records operations while they run, and repeats them on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        result = f(*args, **(kwargs or {}))
+        self.operations.append((f, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for f, args, kwargs, result in self.operations:
+            old, new = (pytree.tree_leaves(r) for r in (result, f(*args, **kwargs)))
+            for a, b in zip(old, new, strict=True):
+                if isinstance(a, torch.Tensor) and a.numel() and a.data_ptr() != b.data_ptr():
+                    a.copy_(b)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Where a GPU would record a graph, a tape does it; the list of tapes."""
+    tapes = []
+
+    def record(step):
+        tape = Tape()
+        with tape:
+            step()  # which a GPU doesn't do while it records
+        tapes.append(tape)
+        done = iter([True])
+        return lambda: next(done, None) or tape.replay()
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: True)
+    monkeypatch.setattr(decoding, 'record', record)
+    return tapes
+
+
+@pytest.mark.parametrize('config', [
+    {}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residual': True, 'residual_scale': True},
+    {'pos_emb': 'alibi', 'n_head': 2}, {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5}])
+@pytest.mark.parametrize('options', [
+    {'temperature': 0}, {'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.3, 'n_vocab': 60}])
+def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, config, options):
+    """Prompts of different lengths, each with two samples, to the end of block_size and past it."""
+    model = tiny(block_size=32, **config).double()
+    batch, lengths = padded([tokens(1, n) for n in (1, 5, 9)])
+    options |= {'n_samples': 2, 'lengths': lengths, 'seeds': range(6)}
+    out = model.generate(batch, 40, **options)
+    assert len(taped) == 1
+    made_of_numbers = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
+    assert not any(f in made_of_numbers for f, *_ in taped[0].operations)  # a copy from or to the CPU
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
+    assert torch.equal(out, model.generate(batch, 40, **options))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('config', [{}, {'pos_emb': 'rope'}, {'pos_emb': 'alibi'}, {'ngram': 3}])
+def test_a_cuda_graph_decodes_what_the_model_does(monkeypatch, config):
+    model = tiny(block_size=32, **config).double().cuda()
+    idx = tokens(3, 4).cuda()
+    out = model.generate(idx, 40, seeds=range(3))
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
+    assert torch.equal(out, model.generate(idx, 40, seeds=range(3)))
+
+
+@pytest.mark.parametrize('recording', [False, True])
+def test_a_compiler_takes_a_decoding_step_whole(monkeypatch, recording):
+    """As sample.py --compile=True asks for it, with any number of positions."""
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: recording)
+    monkeypatch.setattr(decoding, 'record', lambda step: step)
+    model = tiny(block_size=32, pos_emb='rope', n_kv_head=2)
+    expected = model.generate(tokens(1, 3).fill_(5), 20, seeds=[1])
+    model.compile(dynamic=True, fullgraph=True, backend='eager')
+    assert torch.equal(model.generate(tokens(1, 3).fill_(5), 20, seeds=[1]), expected)
 
 
 # ---------------------------------------------------------------------------- seeds
@@ -213,7 +322,8 @@ def test_repetition_penalty_equals_transformers(penalty):
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
     logits, seen = torch.randn(100, 64) * 3, tokens(100, 40)  # many of them more than once
     expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone()) if penalty != 1 else logits
-    assert torch.equal(penalize(logits, seen, penalty), expected)
+    ids = torch.cat((seen, tokens(100, 20)), dim=1)  # the last 20 aren't there yet
+    assert torch.equal(penalize(logits, ids, 40, penalty), expected)
 
 
 def test_greedy_text_with_a_penalty_equals_transformers():
