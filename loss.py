@@ -19,7 +19,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     The gradient of each chunk, (softmax(x w^T) - onehot(target)) / count, is used up right away, while its
     softmax is there: nothing is computed twice, and the backward pass has only to scale.
     """
-    CHUNK = 1 << 24  # logits in memory at a time
+    CHUNK = 1 << 23  # logits in memory at a time
 
     @staticmethod
     def forward(ctx, x, w, targets, with_grad, cap):
@@ -31,14 +31,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx = torch.zeros_like(x) if with_grad else None
         dw = torch.zeros_like(w) if with_grad and ctx.needs_input_grad[1] else None  # none where w is frozen
         for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
-            logits = (x[at] @ w.T).to(exact)  # (rows, V)
-            capped = logits.div_(cap).tanh_().mul_(cap) / cap if cap else None
-            target = targets[at].clamp(min=0)[:, None]
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((log_sum - logits.gather(1, target))[:, 0] * weight[at]).sum()
+            p = (x[at] @ w.T).to(exact)  # (rows, V): logits, in whose memory all else is computed
+            capped = p.div_(cap).tanh_().mul_(cap) / cap if cap else None
+            target, share = targets[at].clamp(min=0)[:, None], weight[at, None]  # (rows, 1)
+            highest, wanted = p.amax(dim=-1, keepdim=True), p.gather(1, target)
+            total = p.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # of the softmax
+            loss += ((total.log() + highest - wanted) * share).sum()
             if with_grad:
-                p = logits.sub_(log_sum).exp_()
-                p.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(weight[at, None])
+                p.mul_(share / total).scatter_add_(1, target, -share)
                 if cap:
                     p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
                 dx[at] = p @ w
@@ -46,6 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dw += p.T @ x[at]
                 elif dw is not None:
                     dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
+            del p  # before the next is made
         ctx.save_for_backward(dx, dw)
         return loss
 
