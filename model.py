@@ -152,21 +152,17 @@ def alibi_bias(positions, n_keys, nh):
     return bias.masked_fill(distance < 0, -math.inf)
 
 
-# Attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T so far, hs) -> y: (B, nh, T, hs)
-
 def truth(x):
     """A bool, of what is a symbol where torch.compile leaves shapes open: bool(x) would be one too."""
     return True if x else False  # noqa: SIM210
 
 
-def shares_heads(q, k):
-    return truth(q.shape[1] != k.shape[1])
-
+# Attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T so far, hs) -> y: (B, nh, T, hs)
 
 def softmax_attention(q, k, v, dropout=0.0, bias=None):
     """softmax(q k^T / sqrt(hs) + bias) v, over the keys up to each query."""
-    is_causal = truth(bias is None and q.shape[2] > 1)
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal, enable_gqa=shares_heads(q, k))
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, truth(bias is None and q.shape[2] > 1),
+                                          enable_gqa=truth(q.shape[1] != k.shape[1]))
 
 
 def gaussian_attention(q, k, v, dropout=0.0, bias=None):
@@ -189,7 +185,7 @@ def gaussian_attention(q, k, v, dropout=0.0, bias=None):
     v[:, :, 0, hs] = 1.0
     with torch.autocast(q.device.type, enabled=False):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=hs ** -0.5,
-                                           enable_gqa=shares_heads(q, k))[:, :, 1:]
+                                           enable_gqa=truth(q.shape[1] != k.shape[1]))[:, :, 1:]
     return y[..., :hs] / y[..., hs:hs + 1]
 
 
