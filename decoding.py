@@ -25,7 +25,7 @@ class KVCache:
 
     The first `append` may bring any number of positions, each later one a single position, which sees all.
     Once `at` is set, positions are appended by the same operations on the same memory each time, as a CUDA
-    graph has it; attention then gets room and all, and a mask.
+    graph has it; attention then gets all of that memory, and a mask.
     """
 
     def __init__(self, n_positions):
@@ -60,10 +60,10 @@ class KVCache:
 def positions_after(caches, idx):
     """Of idx, (B, T), which goes on where the caches end: positions (T,), how many keys attention will see,
     and a mask of these, (1, n_keys), or None where all but those to come are there."""
-    start = caches[0].length if caches else 0
-    if caches and (at := caches[0].at) is not None:
-        n_keys = caches[0].n_positions
+    if caches and caches[0].at is not None:
+        at, n_keys = caches[0].at, caches[0].n_positions
         return at, n_keys, torch.arange(n_keys, device=idx.device) <= at[:, None]
+    start = caches[0].length if caches else 0
     end = start + idx.shape[1]
     return torch.arange(start, end, device=idx.device), end, None
 
