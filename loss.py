@@ -28,9 +28,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         kept = targets != -1
         weight = kept.to(exact) / kept.sum()  # (N,)
         loss = x.new_zeros((), dtype=exact)
-        dx = torch.zeros_like(x) if with_grad else None
-        dw = torch.zeros_like(w) if with_grad and ctx.needs_input_grad[1] else None  # none where w is frozen
-        for at in (slice(i, i + rows) for i in range(0, len(x), rows)):
+        dx = torch.empty_like(x) if with_grad else None
+        dw = torch.empty_like(w) if with_grad and ctx.needs_input_grad[1] else None  # none where w is frozen
+        for i in range(0, len(x), rows):
+            at = slice(i, i + rows)
             p = (x[at] @ w.T).to(exact)  # (rows, V): logits, in whose memory all else is computed
             capped = p.div_(cap).tanh_().mul_(cap) / cap if cap else None
             target, share = targets[at].clamp(min=0)[:, None], weight[at, None]  # (rows, 1)
@@ -43,9 +44,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                     p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
                 dx[at] = p @ w
                 if dw is not None and torch.is_autocast_enabled(x.device.type):
-                    dw += p.T @ x[at]
+                    (dw.add_ if i else dw.copy_)(p.T @ x[at])
                 elif dw is not None:
-                    dw.addmm_(p.T, x[at])  # in place, which autocast doesn't know
+                    dw.addmm_(p.T, x[at], beta=1 if i else 0)  # in place, which autocast doesn't know
             del p  # before the next is made
         ctx.save_for_backward(dx, dw)
         return loss
