@@ -158,6 +158,20 @@ def test_loss_without_logits_equals_the_loss_with_them(monkeypatch, chunk):
         torch.testing.assert_close(model(idx, targets, return_logits=False)[1], loss.detach())
 
 
+@pytest.mark.parametrize('chunk', [100, 1 << 24])
+def test_loss_without_logits_under_autocast_equals_the_loss_with_them(monkeypatch, chunk):
+    monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', chunk)
+    model, idx, targets = tiny(), tokens(3, 11), tokens(3, 11)
+    gradients = []
+    for return_logits in (True, False):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, targets, return_logits=return_logits)[1]
+        loss.backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.01 * gradients[0].abs().max().item())
+
+
 def test_initial_weights_have_the_stated_spread():
     model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128))
     for name, p in model.named_parameters():
