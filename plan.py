@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 import runtime
+from loss import LinearCrossEntropy
 
 
 def describe(model, run, tokens, iterations, sequences, batch_size, out_dir):
@@ -135,7 +136,7 @@ def activation_memory(model, batch_size, checkpointing, size=2):
     c, tokens = model.config, batch_size * model.config.block_size
     block = block_activations(model, size)
     blocks = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
-    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, 1 << 24)
+    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, LinearCrossEntropy.CHUNK)
     return tokens * blocks + head
 
 
@@ -182,7 +183,7 @@ def memory_needed(model, batch_size, dtype):
     tokens = batch_size * c.block_size
     block = tokens * c.n_embd * 16 * size
     kept = c.n_layer * tokens * c.n_embd * 4 + block if model.activation_checkpointing else c.n_layer * block
-    head = 2 * 4 * min(tokens * c.vocab_size, 1 << 24) + 4 * c.vocab_size * c.n_embd
+    head = 2 * 4 * min(tokens * c.vocab_size, LinearCrossEntropy.CHUNK) + 4 * c.vocab_size * c.n_embd
     return 4 * model.get_num_params(non_embedding=False) + 12 * n_trained(model) + kept + head
 
 
