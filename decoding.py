@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from parallel import is_sharded
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 MOST_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's order
 N_EAGER = 3  # positions made before a CUDA graph is recorded, in which libraries make their choices
@@ -39,6 +41,7 @@ class KVCache:
         if self.at is not None:
             return self.k.index_copy_(2, self.at, k), self.v.index_copy_(2, self.at, v)
         if self.length == 0:
+            # zeros: what a mask leaves out must not be nan either
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v))
         end = self.length + k.shape[2]
         self.k[:, :, self.length:end] = k
@@ -104,9 +107,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
 
     def step():
         """One position more, by what the caches hold."""
+        last = at - 1
         for cache in caches if recording else ():
-            cache.at = at - 1
-        fill(model(out.index_select(1, at - 1), caches=caches)[0])
+            cache.at = last
+        fill(model(out.index_select(1, last), caches=caches)[0])
 
     with fast_linears(model, len(out)):
         for t in range(first, end):
@@ -129,10 +133,6 @@ def can_record(model, device):
     return device.type == 'cuda' and model.config.attn_type == 'SM' and not is_sharded(model)
 
 
-def is_sharded(model):
-    return hasattr(next(model.parameters()), 'to_local')
-
-
 def record(step):
     """step as a CUDA graph: a function that repeats its operations on the same tensors, in one launch."""
     graph = torch.cuda.CUDAGraph()
@@ -149,7 +149,7 @@ def fast_linears(model, n_rows):
     which uses all cores for a few rows, where the default library uses one; for more than one it gets a copy
     of the weights in an order of its own.
     """
-    linears = [m for m in model.modules() if hasattr(m, 'fast') and not is_sharded(m)]
+    linears = [] if is_sharded(model) else [m for m in model.modules() if hasattr(m, 'fast')]
     packing = n_rows > 1 and sum(m.weight.nbytes for m in linears) <= MOST_PACKED
     compiled = getattr(model, '_compiled_call_impl', None) is not None  # a compiler chooses for itself
     for m in linears:
