@@ -7,7 +7,7 @@ Measure how fast this machine trains a model, generates from it, and reads its d
     python bench.py --mode=decode --real_data=False --decode_batch=8
     python bench.py --profile=True                           # a trace, and the ten most expensive operators
 
-Prints a table, and the same with all that is known of the machine as one line of JSON.
+Prints a table, then the same and a description of the machine as one line of JSON.
 """
 
 import json
@@ -19,10 +19,14 @@ from contextlib import nullcontext
 
 import torch
 
-import runtime
 from configurator import configure
-from dataset import PADDED_GPT2_VOCAB, check_split, open_split, read_meta, read_windows, train_windows
 from model import GPT, GPTConfig
+from support.machine import hardware, runtime
+from support.network.decoding import generate
+from support.network.loss import checkpoint_activations, use_lean_loss
+from support.network.optim import configure_optimizer
+from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
+from support.text.tokens import check_split, open_split, read_windows, train_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -45,40 +49,49 @@ seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile
-profile = False  # write bench_trace.json and print the operators that cost most
-peak_flops = 0.0  # FLOP/s that MFU is a share of; 0: looked up or, on a CPU, measured
+profile = False  # write bench_trace.json and print the ten most expensive operators
+peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or, on a CPU, measured
 
 configure(globals())
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise ValueError(f'mode={mode} is not one of train, decode, data, all')
 
-# ---------------------------------------------------------------------------- model, data
+# ---------------------------------------------------------------------------- data, model
 
-run = runtime.start(device, dtype, compile, seed=seed)
-vocab_size = PADDED_GPT2_VOCAB
-if real_data:
-    data_dir = data_dir or os.path.join('data', dataset)
+
+def load_tokens():
+    """The tokens to train on, (N,) uint16, and the size of their vocabulary."""
+    if not real_data:
+        return torch.randint(PADDED_GPT2_VOCAB, (1 << 20,)).to(torch.uint16).numpy(), PADDED_GPT2_VOCAB
+    folder = data_dir or os.path.join('data', dataset)
     try:
-        tokens = open_split(data_dir, 'train')
+        tokens = open_split(folder, 'train')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; or measure on random tokens: --real_data=False') from None
-    vocab_size = (read_meta(data_dir) or {'vocab_size': vocab_size})['vocab_size']
-    check_split(tokens, os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
-else:
-    tokens = torch.randint(vocab_size, (1 << 20,)).to(torch.uint16).numpy()
+    meta = read_meta(folder)
+    vocab_size = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
+    check_split(tokens, os.path.join(folder, 'train.bin'), block_size, vocab_size)
+    return tokens, vocab_size
 
-model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
-model = GPT(model_config).to(run.device)
-model.activation_checkpointing = activation_checkpointing
-optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), run.device_type)
-scaler = run.grad_scaler()
+
+run = runtime.start(device, dtype, compile, seed=seed)
+tokens, vocab_size = load_tokens()
+config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
+model = GPT(config).to(run.device)
+use_lean_loss(model)
+if activation_checkpointing:
+    checkpoint_activations(model)
+optimizer = configure_optimizer(model, weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95),
+                                device_type=run.device_type)
+# float16 gradients underflow without scaling
+scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 if run.compile:
     model.compile()
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
 
-# ---------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------- the work
 
 def get_batch(iteration):
     starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
@@ -88,7 +101,7 @@ def get_batch(iteration):
 def train_step(iteration):
     x, y = get_batch(iteration)
     with run.autocast():
-        _, loss = model(x, y, return_logits=False)
+        _, loss = model(x, y)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -98,13 +111,13 @@ def train_step(iteration):
 def decode(_):
     model.eval()
     with run.autocast():
-        model.generate(torch.zeros(1, 1, dtype=torch.int64, device=run.device), decode_tokens, top_k=200,
-                       n_samples=decode_batch)
+        generate(model, torch.zeros(1, 1, dtype=torch.int64, device=run.device), decode_tokens, top_k=200,
+                 n_samples=decode_batch)
     model.train()
 
 
 def measure(function, n):
-    """Seconds of each of n calls, each begun and ended with the device at rest."""
+    """Seconds of each of n calls, after a warm-up; the device is idle before and after each."""
     for i in range(max(1, n // 2)):
         function(i)
     times = []
@@ -118,54 +131,66 @@ def measure(function, n):
 
 
 def row(work, times, n_tokens, flops=None, n_bytes=None):
-    """A line of the table: seconds a call, and what the call's tokens, FLOPs and bytes make a second."""
+    """A row of the table; n_tokens, flops and n_bytes are those of one call."""
     median = statistics.median(times)
     return {'work': work, 'median_s': median, 'min_s': min(times), 'max_s': max(times), 'calls': len(times),
             'tokens_per_s': n_tokens / median, 'flops_per_s': flops and flops / median,
             'bytes_per_s': n_bytes and n_bytes / median}
 
 
-# ---------------------------------------------------------------------------- measurement
-
-rows = []
-if mode in ('train', 'all'):
+def measure_training():
     profiler = torch.profiler.profile() if profile else nullcontext()
     with profiler:
         times = measure(train_step, num_steps)
-    rows.append(row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0)))
+    found = row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0))
     if profile:
         profiler.export_chrome_trace('bench_trace.json')
         by = 'self_cuda_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'
         print(profiler.key_averages().table(sort_by=by, row_limit=10))
         print('wrote bench_trace.json (open it in chrome://tracing or ui.perfetto.dev)')
-    peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-    mfu = f'{100 * rows[0]["flops_per_s"] / peak_flops:.2f}%' if peak_flops else 'n/a'
-    print(f'time per iteration: {1000 * rows[0]["median_s"]:.4f}ms, MFU: {mfu}')
-if mode in ('decode', 'all'):
+    peak = peak_flops or hardware.peak_flops(run.device, run.dtype)
+    mfu = f'{100 * found["flops_per_s"] / peak:.2f}%' if peak else 'n/a'
+    print(f'time per iteration: {1000 * found["median_s"]:.4f}ms, MFU: {mfu}')
+    return found
+
+
+def measure_decoding():
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
-    n_bytes = runtime.DTYPES[run.dtype].itemsize * decode_tokens * (model.get_num_params() + cached)
-    rows.append(row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
-                    n_bytes=n_bytes))
-if mode in ('data', 'all'):
-    rows.append(row('data', measure(get_batch, 10 * num_steps), batch_size * block_size,
-                    n_bytes=2 * batch_size * block_size))
+    n_bytes = hardware.DTYPES[run.dtype].itemsize * decode_tokens * (model.get_num_params() + cached)
+    return row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
+               n_bytes=n_bytes)
 
-limits = {'flops_per_s': runtime.measure_matmul(run.device, run.dtype),
-          'bytes_per_s': runtime.measure_bandwidth(run.device)}
-print(f'\n{"work":8} {"median":>10} {"min":>10} {"max":>10} {"tokens/s":>12} {"GFLOP/s":>10} {"GB/s":>8} '
-      f'{"of this machine":>16}')
+
+def measure_reading():
+    n_tokens = batch_size * block_size
+    return row('data', measure(get_batch, 10 * num_steps), n_tokens, n_bytes=2 * n_tokens)  # uint16
+
+
+# ---------------------------------------------------------------------------- results
+
+def print_table(rows, limits):
+    print(f'\n{"work":8} {"median":>10} {"min":>10} {"max":>10} {"tokens/s":>12} {"GFLOP/s":>10} {"GB/s":>8} '
+          f'{"of this machine":>16}')
+    for r in rows:
+        print(f'{r["work"]:8}', *(f'{1000 * r[k]:8.2f}ms' for k in ('median_s', 'min_s', 'max_s')),
+              f'{r["tokens_per_s"]:12,.0f}', f'{(r["flops_per_s"] or 0) / 1e9:10.1f}',
+              f'{(r["bytes_per_s"] or 0) / 1e9:8.2f}', f'{r["share"]:16.1%}')
+    print(f'{"limit":8} {"":32} {"":12} {limits["flops_per_s"] / 1e9:10.1f} '
+          f'{limits["bytes_per_s"] / 1e9:8.2f}   a matrix product, a copy')
+
+
+MEASUREMENTS = {'train': measure_training, 'decode': measure_decoding, 'data': measure_reading}
+rows = [function() for name, function in MEASUREMENTS.items() if mode in (name, 'all')]
+limits = {'flops_per_s': hardware.measure_matmul(run.device, run.dtype),
+          'bytes_per_s': hardware.measure_bandwidth(run.device)}
 for r in rows:
     rate = 'flops_per_s' if r['flops_per_s'] else 'bytes_per_s'
     r['share'] = r[rate] / limits[rate]
-    print(f'{r["work"]:8}', *(f'{1000 * r[k]:8.2f}ms' for k in ('median_s', 'min_s', 'max_s')),
-          f'{r["tokens_per_s"]:12,.0f}', f'{(r["flops_per_s"] or 0) / 1e9:10.1f}',
-          f'{(r["bytes_per_s"] or 0) / 1e9:8.2f}', f'{r["share"]:16.1%}')
-print(f'{"limit":8} {"":32} {"":12} {limits["flops_per_s"] / 1e9:10.1f} {limits["bytes_per_s"] / 1e9:8.2f}'
-      '   a matrix product, a copy')
+print_table(rows, limits)
 print(json.dumps({
-    'rows': rows, 'measured_limits': limits, 'peak_memory_bytes': runtime.peak_memory(run.device),
+    'rows': rows, 'measured_limits': limits, 'peak_memory_bytes': hardware.peak_memory(run.device),
     'parameters': model.get_num_params(), 'batch_size': batch_size, 'block_size': block_size,
-    'decode_batch': decode_batch, 'device': runtime.device_name(run.device), 'dtype': run.dtype,
+    'decode_batch': decode_batch, 'device': hardware.device_name(run.device), 'dtype': run.dtype,
     'compile': run.compile, 'torch': torch.__version__, 'python': platform.python_version(),
     'machine': f'{platform.system()} {platform.machine()}'}))

@@ -10,22 +10,21 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
 Prints a table, then the same as a line of JSON.
 """
 
-import functools
 import math
 import os
+from functools import partial
 from json import dumps
 from pathlib import Path
 
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-from benchmarks import TASKS, read_items, score_texts, token_bytes
 from configurator import configure
-from dataset import check_split, eval_windows, open_split, read_tokenizer, read_windows
-from evaluation import mean_loss
-from huggingface import folder_tokenizer
-from model import GPT, GPTConfig
+from support.machine import runtime
+from support.network.loss import lean_loss
+from support.run.checkpoint import load_model
+from support.network.scoring import TASKS, mean_loss, read_items, score_texts
+from support.text.tokenizer import read_tokenizer
+from support.text.tokens import check_split, eval_windows, open_split, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -36,7 +35,7 @@ dataset = ''  # for the loss: a folder of data/; empty: the one that the model w
 data_dir = ''  # any other folder; empty: data/<dataset>
 split = 'val'  # train, val
 source = ''  # for lambada and hellaswag: a jsonl, json or parquet file, or a name on the hub
-limit = 0  # the first so many items; for the loss, windows spread over the split, in whole batches; 0: all
+limit = 0  # items of each task; for the loss, windows spread over the split, in whole batches; 0: all
 batch_size = 16
 json = ''  # a file for the results; empty: they are the last line of the output
 seed = 1337
@@ -51,66 +50,68 @@ own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
 if unknown := set(own_tasks) - {'loss', *TASKS}:
     raise ValueError(f'task={", ".join(unknown)} is not one of loss, {", ".join(TASKS)}, lm_eval:NAME')
 if limit < 0 or batch_size < 1:
-    raise ValueError('limit must be at least 0, batch_size at least 1')
+    raise ValueError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
 
-# ---------------------------------------------------------------------------- data, model
+# ---------------------------------------------------------------------------- items, model
 
 items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].needed, limit)
          for t in own_tasks if t in TASKS}
 if lm_eval_tasks:
-    from harness import evaluate_with_lm_eval
+    from support.hub.lm_eval_adapter import evaluate_with_lm_eval
 run = runtime.start(device, dtype, compile, seed=seed)
-state = {}
-if init_from == 'resume':
-    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
-    model, tokenizer = GPT(GPTConfig.from_args(state['model_args'])), checkpoint.tokenizer_of(state)
-    model.load_state_dict(state['model'])
-else:
-    model, tokenizer = GPT.from_pretrained(init_from), folder_tokenizer(init_from)
-model.eval().to(run.device)
+model, tokenizer, state = load_model(init_from, out_dir, run)
 if run.compile:
     model.compile(dynamic=True)
-block_size, scorer = model.config.block_size, (model, tokenizer, run, batch_size)
-trained = state.get('config', {})
-folder = data_dir or (dataset and os.path.join('data', dataset)) or trained.get('data_dir') or \
-    os.path.join('data', trained.get('dataset', 'openwebtext'))
 
 
-# ---------------------------------------------------------------------------- tasks
+# ---------------------------------------------------------------------------- the loss of a split
 
-def loss_of_split(folder):
+def data_folder():
+    """The folder that the settings name, else the one that the model was trained on."""
+    trained = state.get('config', {})
+    if data_dir or dataset:
+        return data_dir or os.path.join('data', dataset)
+    return trained.get('data_dir') or os.path.join('data', trained.get('dataset', 'openwebtext'))
+
+
+def loss_of_split():
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
+    folder, block_size = data_folder(), model.config.block_size
     if read_tokenizer(folder).to_dict() != tokenizer.to_dict():
         raise ValueError(f'{folder} was prepared with another tokenizer than the model\'s')
     tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
     check_split(tokens, path, block_size, model.config.vocab_size)
     windows = (block_size, batch_size, -(-limit // batch_size))
-    loss = mean_loss(model, run, tokens, *windows, watch=functools.partial(tqdm, desc=path, disable=None))
-    n_bytes, n_targets, text = token_bytes(tokenizer), 0, 0
+    with lean_loss(model):
+        loss = mean_loss(model, run, tokens, *windows, watch=partial(tqdm, desc=path, disable=None))
+    token_bytes, n_targets, n_bytes = tokenizer.token_bytes(), 0, 0
     for starts in eval_windows(len(tokens), *windows):
         _, y = read_windows(tokens, starts, block_size)
-        n_targets, text = n_targets + (y >= 0).sum(), text + n_bytes[y[y >= 0]].sum()
+        n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + token_bytes[y[y >= 0]].sum()
     return {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets),
-            'bits_per_byte': loss * n_targets / math.log(2) / text}
+            'bits_per_byte': loss * n_targets / math.log(2) / n_bytes}
 
 
 # ---------------------------------------------------------------------------- results
 
-score, results = functools.partial(score_texts, *scorer), {}
-for name in own_tasks:
-    results[name] = loss_of_split(folder) if name == 'loss' else TASKS[name].measure(items[name], score)
+def print_table(results):
+    rows = [('task', 'metric', 'value', 'n')]
+    rows += [(name, metric, f'{value:.4f}', f'{metrics["n"]:,}') for name, metrics in results.items()
+             for metric, value in metrics.items() if metric != 'n']
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+scorer = (model, tokenizer, run, batch_size)
+results = {name: loss_of_split() if name == 'loss' else
+           TASKS[name].measure(items[name], partial(score_texts, *scorer)) for name in own_tasks}
 if lm_eval_tasks:
     results |= evaluate_with_lm_eval(lm_eval_tasks, *scorer, limit)
-rows = [('task', 'metric', 'value', 'n')]
-rows += [(name, metric, f'{value:.4f}', f'{metrics["n"]:,}') for name, metrics in results.items()
-         for metric, value in metrics.items() if metric != 'n']
-widths = [max(map(len, column)) for column in zip(*rows)]
-for row in rows:
-    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-report = {'model': out_dir if init_from == 'resume' else init_from, 'iter': state.get('iter_num'),
-          'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'limit': limit,
-          'results': results}
-line = dumps(report, default=float)  # NumPy's numbers too
+print_table(results)
+line = dumps({'model': out_dir if init_from == 'resume' else init_from, 'iter': state.get('iter_num'),
+              'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'limit': limit,
+              'results': results}, default=float)  # float: of NumPy's numbers
 if json:
     Path(json).write_text(line + '\n', encoding='utf-8')
 else:

@@ -1,11 +1,11 @@
 """
-Draw runs from the log.jsonl in their folders, as a picture, and as a sketch in the terminal.
+Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
 
     python plot.py out-a out-b                         # out-a/loss.png: both, on the same axes
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
-Nothing is smoothed: thin lines go through every logged value. Only of clipped updates, means are drawn.
+Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean.
 """
 
 import importlib.util
@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from dataset import replacing
+from support.machine.files import replacing
 
 # ---------------------------------------------------------------------------- settings
 
 output = ''  # the PNG file; empty: loss.png in the first folder
-health = False  # with what train.py measured inside the network
-terminal = False  # with a sketch of the loss on standard output
-low_priority = False  # leave the processor to whoever else wants it
+health = False  # add what train.py measured inside the network
+terminal = False  # print a sketch of the loss
+low_priority = False  # let other processes go first
 
 configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 folders = [a for a in sys.argv[1:] if not a.startswith('-')]
@@ -37,20 +37,20 @@ if low_priority and hasattr(os, 'nice'):
     os.nice(19)
 
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')  # Okabe & Ito 2008
-UNITS = {  # of the horizontal axes: the largest that gives numbers above 2
+UNITS = {  # of horizontal axes; the largest unit of which a run has at least 2 is taken
     'iter': ((1, 'iterations'),),
     'tokens': tuple((10**n, f'{word} of tokens') for n, word in
                     ((9, 'billions'), (6, 'millions'), (3, 'thousands'), (0, 'ones'))),
     'seconds': tuple((size, f'training time ({unit}), without evaluations') for size, unit in
                      ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))),
 }
-OF_LINES = {
+LINE_PANELS = {
     'lr': ('learning rate', 'linear'),
     'grad_norm': ('gradient norm, before clipping', 'log'),
     'tokens_per_s': ('throughput (tokens/s)', 'linear'),
     'clipped': ('share of clipped updates, means of 50 parts', 'linear'),
 }
-OF_LAYERS = {
+LAYER_PANELS = {
     'activation_rms': 'residual stream (RMS)',
     'attention_logit': 'largest attention logit',
     'update_ratio': 'update / weights (RMS)',
@@ -60,10 +60,10 @@ OF_LAYERS = {
 # ---------------------------------------------------------------------------- reading
 
 def read_run(folder):
-    """The log's lines, evaluations and health as columns, {key: values in the order of iterations}."""
+    """A run's name, lines, evaluations and health, as columns: {key: values in order of iterations}."""
     path = Path(folder, 'log.jsonl')
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing: name folders in which train.py has kept a log')
+        raise FileNotFoundError(f'{path} is missing: name folders in which train.py wrote a log')
     kinds = {'loss': {}, 'val_loss': {}, 'health': {}}  # {iteration: entry}: the last one counts
     for line in path.read_bytes().splitlines():
         try:
@@ -71,16 +71,16 @@ def read_run(folder):
             for kind in kinds:
                 if kind in entry:
                     kinds[kind][int(entry['iter'])] = entry
-        except (ValueError, TypeError, KeyError):  # the last line of a process that was killed
+        except (ValueError, TypeError, KeyError):  # a killed process may leave half a line
             continue
     lines, evaluations, measured = ([found[i] for i in sorted(found)] for found in kinds.values())
     if not lines and not evaluations:
         raise ValueError(f'{path} has no losses to draw')
-    a = {k: column(lines, k) for k in ('iter', 'loss', 'ms', 'seconds', 'tokens', *OF_LINES)}
+    a = {k: column(lines, k) for k in ('iter', 'loss', 'ms', 'seconds', 'tokens', *LINE_PANELS)}
     counted = np.cumsum(a['tokens_per_s'] * a['ms'] / 1000 * np.diff(a['iter'], prepend=-1))
     a['tokens'] = np.where(np.isnan(a['tokens']), counted, a['tokens'])  # older logs don't count them
     evaluations = {k: column(evaluations, k) for k in ('iter', 'train_loss', 'val_loss', 'seconds', 'tokens')}
-    layers = {k: [numbers(e['health'].get(k, ())) for e in measured] for k in OF_LAYERS}
+    layers = {k: [numbers(e['health'].get(k, ())) for e in measured] for k in LAYER_PANELS}
     return {'name': path.parent.resolve().name, 'lines': a, 'evaluations': evaluations,
             'health': {'iter': column(measured, 'iter')} | layers}
 
@@ -90,12 +90,12 @@ def column(entries, key):
 
 
 def numbers(values):
-    """As an array, NaN for what is no number."""
+    """An array, with NaN in place of what is no finite number."""
     return np.array([v if isinstance(v, (int, float)) and math.isfinite(v) else math.nan for v in values])
 
 
 def progress(run, key, iterations):
-    """How many `key` ('tokens' or 'seconds') the updates before each of `iterations` took, NaN if unknown."""
+    """The tokens or seconds (`key`) of all updates before each of `iterations`, NaN if unknown."""
     if key == 'iter':
         return iterations
     parts = (run['lines'], 1), (run['evaluations'], 0)  # a line is written after its update
@@ -110,8 +110,9 @@ def progress(run, key, iterations):
 # ---------------------------------------------------------------------------- the picture
 
 def draw(runs, with_health):
-    """A matplotlib figure: loss three times, learning rate, gradient norm, throughput; health if wanted."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    """A matplotlib figure: the loss against iterations, tokens and seconds, then LINE_PANELS; with health one
+    more row."""
+    from matplotlib.figure import Figure  # pyplot would look for a screen
     rows = ['AAAABBBBCCCC', 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
     figure = Figure(figsize=(15, 4 * len(rows) + 1), layout='constrained')
     panels = figure.subplot_mosaic('\n'.join(rows))
@@ -119,7 +120,7 @@ def draw(runs, with_health):
         draw_loss(panels[panel], runs, key)
     figure.legend(*panels['A'].get_legend_handles_labels(), loc='outside upper center',
                   ncols=len(runs), frameon=False)
-    for panel, (key, (title, scale)) in zip('DEFG' if with_health else 'DEF', OF_LINES.items()):
+    for panel, (key, (title, scale)) in zip('DEFG' if with_health else 'DEF', LINE_PANELS.items()):
         for run, colour in zip(runs, itertools.cycle(COLOURS)):
             at, values = run['lines']['iter'], run['lines'][key]
             if key == 'clipped':  # 0 or 1 where every update has a line
@@ -127,7 +128,7 @@ def draw(runs, with_health):
                               for a in (at, values))
             panels[panel].plot(at, values, color=colour, linewidth=0.8)
         finish(panels[panel], title, 'iterations', scale)
-    for panel, (key, title) in zip('HIJ' if with_health else '', OF_LAYERS.items()):
+    for panel, (key, title) in zip('HIJ' if with_health else '', LAYER_PANELS.items()):
         draw_layers(panels[panel], runs, key)
         finish(panels[panel], title, 'iterations', 'log')
         panels['H'].legend(fontsize='x-small').set_in_layout(False)
@@ -135,7 +136,7 @@ def draw(runs, with_health):
 
 
 def draw_loss(axis, runs, key):
-    """Each run's losses against 'iter', 'tokens' or 'seconds'."""
+    """The losses of runs against 'iter', 'tokens' or 'seconds'."""
     places = [[progress(run, key, run[part]['iter']) for part in ('lines', 'evaluations')] for run in runs]
     furthest = np.nanmax(np.concatenate([[0], *itertools.chain(*places)]))
     size, unit = next(((s, u) for s, u in UNITS[key] if furthest >= 2 * s), UNITS[key][-1])
@@ -151,7 +152,7 @@ def draw_loss(axis, runs, key):
 
 
 def draw_layers(axis, runs, key):
-    """A line for each layer, dark for the first, light for the last; runs differ in style."""
+    """A line for each layer, from dark (the first) to light (the last), with a line style for each run."""
     from matplotlib import colormaps
     for run, style in zip(runs, itertools.cycle(('-', '--', ':', '-.'))):
         layers = list(itertools.zip_longest(*run['health'][key], fillvalue=math.nan))
@@ -162,7 +163,7 @@ def draw_layers(axis, runs, key):
 
 
 def finish(axis, title, unit, scale):
-    """Title, unit of x, grid and readable ticks. A log scale becomes a linear one where values are close."""
+    """Add title, unit of x, grid and readable ticks. Values that are close get a linear scale."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     axis.set(title=title, xlabel=unit)
     axis.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))

@@ -9,28 +9,26 @@ Generate text from a trained model, or from GPT-2.
     python sample.py --init_from=gpt2 --prompts=prompts.txt --num_samples=1 --stop='\\n\\n' --json=True
     python sample.py --out_dir=out-shakespeare-char --interactive=True
 
-Text appears while it is made. Sample i of a run (from 0) has the seed `seed + i`: with its prompt, --seed=N
-and --num_samples=1, it can be made again alone. Past block_size tokens, the prompt's included, the model sees
-the last block_size only, and each token takes longer: all that it sees has moved.
+Text appears as it is generated. Sample i of a run (from 0) has the seed `seed + i`: its prompt, --seed=N and
+--num_samples=1 reproduce it alone. Once prompt and continuation exceed block_size tokens, the model sees only
+the last block_size, and each token takes longer, because nothing can be cached.
 """
 
-import os
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from json import dumps
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import checkpoint
-import runtime
 from configurator import configure
-from dataset import read_text
-from decoding import Text, stream
-from huggingface import folder_tokenizer
-from model import GPT, GPTConfig
-from prompt import interact, stop_strings
+from support.machine import runtime
+from support.machine.files import read_text
+from support.network.decoding import Text, stream
+from support.run.checkpoint import load_model
+from support.run.prompt import Sampling, interact
 
 # ---------------------------------------------------------------------------- settings
 
@@ -38,15 +36,15 @@ init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large,
 out_dir = 'out'
 start = '\n'  # the prompt, or FILE:path of a UTF-8 file that holds it
 prompts: str | None = None  # a UTF-8 file with a prompt in each line, instead of `start`
-interactive = False  # ask for prompts; /help there lists what can be changed
-json = False  # a line of JSON for each sample, on stdout, with all else on stderr
+interactive = False  # ask for prompts; /help there lists the commands
+json = False  # print each sample as a line of JSON on stdout, everything else on stderr
 num_samples = 10  # of each prompt
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # below 1 safer, above 1 wilder, 0 always the likeliest token
-top_k: int | None = 200  # draw from the likeliest ones only; None: from all
-top_p = 1.0  # of these, from the fewest that together have this probability (nucleus sampling)
-min_p = 0.0  # of these, from the ones at least this times as likely as the likeliest
-repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
+top_k: int | None = 200  # sample from the k likeliest tokens only; None: from all
+top_p = 1.0  # then from the fewest that together have this probability (nucleus sampling)
+min_p = 0.0  # then from those at least this times as likely as the likeliest
+repetition_penalty = 1.0  # above 1: tokens that are already in the text become less likely
 stop: str | None = None  # a string that ends a sample and isn't shown, or several: ['a', '\n']
 batch_size = 32  # samples generated at once; fewer need less memory
 seed = 1337  # of the first sample; the next one's is seed + 1
@@ -58,19 +56,11 @@ configure(globals())
 
 # ---------------------------------------------------------------------------- model, prompts
 
-
-def check_settings():
-    if temperature < 0 or (top_k is not None and top_k < 1) or min(num_samples, batch_size) < 1:
-        raise ValueError('temperature must be at least 0; top_k, num_samples and batch_size at least 1')
-    if not (0 < top_p <= 1 and 0 <= min_p <= 1 and repetition_penalty > 0 and max_new_tokens >= 0):
-        raise ValueError('top_p must lie in (0, 1], min_p in [0, 1]; repetition_penalty must be above 0, '
-                         'max_new_tokens at least 0')
-    stop_strings(stop)
-
-
-check_settings()
+sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, max_new_tokens)
+if min(num_samples, batch_size) < 1:
+    raise ValueError(f'num_samples={num_samples} and batch_size={batch_size} must be at least 1')
 if interactive and json:
-    raise ValueError('interactive and json can\'t be had together')
+    raise ValueError('interactive and json exclude each other: choose one')
 texts = [read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start]
 if prompts is not None:
     texts = [line for line in read_text(prompts).replace('\r\n', '\n').split('\n') if line]
@@ -78,16 +68,7 @@ if prompts is not None:
         raise ValueError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile)
-
-if init_from == 'resume':
-    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
-    model = GPT(GPTConfig.from_args(state['model_args'] | {'dropout': 0.0}))
-    model.load_state_dict(state['model'])
-    tokenizer = checkpoint.tokenizer_of(state)
-else:
-    model = GPT.from_pretrained(init_from, {'dropout': 0.0})
-    tokenizer = folder_tokenizer(init_from)
-model.eval().to(run.device)
+    model, tokenizer, _ = load_model(init_from, out_dir, run)
 if run.compile:
     model.compile(dynamic=True)
 
@@ -100,20 +81,20 @@ def encode(text):
 
 
 for text in texts:
-    encode(text)  # a mistake in one is told before any sample
+    encode(text)  # report a mistake in any prompt before the first sample
 
 # ---------------------------------------------------------------------------- samples
 
-def generate(prompts, n_samples, seed):
-    """Continue each prompt n_samples times, all in one batch. Yields the samples one after the other, in
-    pieces, as they are made: (text, None), and with a sample's last piece (text, what it is as a dict)."""
-    ids = [encode(text) for text in prompts for _ in range(n_samples)]
+def continue_texts(batch, n_samples, sampling):
+    """Continue each text of a batch n_samples times, all in parallel. Yields the samples one after the other,
+    in pieces, as they are generated: (piece, None), and with the last piece (piece, sample as a dict)."""
+    ids = [encode(text) for text in batch for _ in range(n_samples)]
     lengths = torch.tensor([len(i) for i in ids[::n_samples]], device=run.device)  # (B,)
     idx = pad_sequence([torch.tensor(i) for i in ids[::n_samples]], batch_first=True)  # (B, T)
-    seeds = [seed + i for i in range(len(ids))]
-    rows = [Text(tokenizer.decode_bytes(i), max_new_tokens, stop_strings(stop)) for i in ids]
-    steps = stream(model, idx.to(run.device), max_new_tokens, temperature, top_k, tokenizer.n_vocab,
-                   n_samples, lengths, seeds, top_p, min_p, repetition_penalty)
+    s, seeds = sampling, [sampling.seed + i for i in range(len(ids))]
+    rows = [Text(tokenizer.decode_bytes(i), s.max_new_tokens, s.stop_strings()) for i in ids]
+    steps = stream(model, idx.to(run.device), s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab,
+                   n_samples, lengths, seeds, s.top_p, s.min_p, s.repetition_penalty)
     began, seconds, t = time.perf_counter(), {}, min(map(len, ids))
     for i, row in enumerate(rows):  # all grow together; each is shown once those before it are complete
         while not row.ended:
@@ -125,20 +106,25 @@ def generate(prompts, n_samples, seed):
                     rows[j].add(tokenizer.decode_bytes([token]))
                     seconds[j] = time.perf_counter() - began
             t += 1
-        yield row.take(), {'prompt': prompts[i // n_samples], 'text': row.text[row.start:], 'seed': seeds[i],
+        yield row.take(), {'prompt': batch[i // n_samples], 'text': row.text[row.start:], 'seed': seeds[i],
                            'tokens': row.n_tokens, 'tokens_per_s': round(row.n_tokens / seconds.get(i, 1), 1),
                            'ended': row.ended}
 
 
+def print_samples():
+    n_prompts = max(1, batch_size // num_samples)  # at once
+    for i in range(0, len(texts), n_prompts):
+        for j in range(0, num_samples, batch_size):
+            n_samples, first = min(batch_size, num_samples - j), seed + i * num_samples + j
+            for piece, sample in continue_texts(texts[i:i + n_prompts], n_samples,
+                                                replace(sampling, seed=first)):
+                if not json:
+                    print(piece, end='\n---------------\n' if sample else '', flush=True)
+                elif sample:
+                    print(dumps(sample), flush=True)
+
+
 if interactive:
-    interact(globals(), check_settings, lambda text: generate([text or texts[0]], 1, seed))
-    texts = []
-n_prompts = max(1, batch_size // num_samples)  # at once
-for i in range(0, len(texts), n_prompts):
-    for j in range(0, num_samples, batch_size):
-        for text, sample in generate(texts[i:i + n_prompts], min(batch_size, num_samples - j),
-                                     seed + i * num_samples + j):
-            if not json:
-                print(text, end='\n---------------\n' if sample else '', flush=True)
-            elif sample:
-                print(dumps(sample), flush=True)
+    interact(sampling, lambda text, changed: continue_texts([text or texts[0]], 1, changed))
+else:
+    print_samples()

@@ -10,29 +10,33 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
-import dataclasses
 import itertools
 import math
 import os
 from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
-import checkpoint
-import health
-import lora
-import plan
-import runtime
 from configurator import configure
-from dataset import (PADDED_GPT2_VOCAB, SAMPLERS, check_split, eval_windows, fingerprint, open_split,
-                     prefetch, read_meta, read_tokenizer, read_windows)
-from evaluation import mean_loss
-from guard import Guard
 from model import GPT, GPTConfig
-from optim import WeightAverage
-from parallel import check, connect, place, whole, whole_model, whole_optimizer
-from runlog import Drawing, Meter, Progress, RunLog, Wandb, print0, show_sample
-from schedule import SCHEDULES, BatchRamp
+from support.hub.huggingface import load_pretrained
+from support.machine.console import print0
+from support.machine import fsdp, hardware, runtime
+from support.machine.signals import StopRequest
+from support.network import lora
+from support.network.diagnostics import Guard, measure, watch_update
+from support.network.loss import checkpoint_activations, use_lean_loss
+from support.network.optim import WeightAverage, configure_optimizer
+from support.run import checkpoint, plan
+from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
+from support.network.scoring import mean_loss
+from support.run.start import architecture_of, check_data, check_settings, find_state
+from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
+from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
+                                 read_windows)
 
 # ---------------------------------------------------------------------------- settings
 
@@ -41,66 +45,62 @@ out_dir = 'out'  # where checkpoints and the log go
 init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), finetune, gpt2, ..., a GPT-2's folder
 finetune_from = ''  # the folder whose ckpt.pt init_from=finetune starts from; empty: out_dir
 eval_interval = 2000  # iterations between evaluations
-eval_iters = 200  # batches an evaluation reads of each split; 0: the whole split
+eval_iters = 200  # batches of each split in an evaluation; 0: the whole split
 eval_only = False  # evaluate once, write nothing
 log_interval = 1  # iterations between lines of the log
-sample_interval = 0  # iterations between samples, which are printed; 0: none
+sample_interval = 0  # iterations between printed samples; 0: none
 plot = True  # draw out_dir/loss.png after evaluations, if matplotlib is installed
-always_save_checkpoint = True  # ckpt.pt at every evaluation, not only where the validation loss improves
-checkpoint_interval = 1000  # iterations between states to resume from; 0: only when the run is told to stop
+always_save_checkpoint = True  # ckpt.pt at every evaluation, not only when the validation loss improves
+checkpoint_interval = 1000  # iterations between states to resume from; 0: only when told to stop
 ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
-dry_run = False  # tell what the run needs, measure a few iterations, write nothing
-plan_gpus = 0  # with dry_run: tell what it would need on so many GPUs, and no more
-plan_gpu = 'H100'  # their kind: A100, H100, H200, B200, RTX 4090
+dry_run = False  # print what the run needs, time a few iterations, write nothing
+plan_gpus = 0  # with dry_run: only print what the run would need on this many GPUs
+plan_gpu = 'H100'  # A100, H100, H200, B200, RTX 4090
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>
-allow_changed_data = False  # resume on other data than the run has seen so far
-sampler = 'random'  # random: windows from anywhere; epoch: each once an epoch, shuffled
+allow_changed_data = False  # resume on data that has changed since
+sampler = 'random'  # random: windows from anywhere; epoch: each window once an epoch, shuffled
 gradient_accumulation_steps = 40  # micro-steps an iteration, over all processes
-batch_ramp_iters = 0  # iterations in which the micro-steps rise from 1 a process to that number
+batch_ramp_iters = 0  # iterations over which the micro-steps of a process rise from 1 to their number
 batch_size = 12  # sequences a micro-step
 block_size = 1024  # tokens a sequence
 # model
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0  # 0 for pretraining, 0.1 or more where the data is seen many times
+dropout = 0.0  # 0 for pretraining, 0.1 or more if the data is seen many times
 bias = False  # biases in the linear and normalisation layers
 # model, beyond GPT-2 (model.py has the sources)
 activation = 'gelu'  # gelu, gelu_tanh, relu2, swiglu
 pos_emb = 'learned'  # learned, rope, alibi, none
 norm = 'layernorm'  # layernorm, rmsnorm
-qk_norm = False  # queries and keys normalised
+qk_norm = False  # normalise queries and keys
 tie_weights = True  # one matrix for the token embedding and the output layer
 value_residual = False  # layers mix their values with the first layer's
-residual_scale = False  # learned weights of the residual stream and the embedding
-logit_softcap = 0.0  # logits between -cap and cap; 0: unlimited
+logit_softcap = 0.0  # keep logits between -cap and cap; 0: unlimited
 n_kv_head = 0  # heads of keys and values; 0: n_head
-ngram = 1  # embeddings of the last 2 to this many tokens; 1: none
-ngram_rows = 16384  # of the table of these
+ngram = 1  # add embeddings of the last 2 to this many tokens; 1: none
+ngram_rows = 16384  # rows of their table
 init = 'gpt2'  # gpt2, zero_proj
-# attention, which may differ from that of the weights it starts from
-attn_type = 'auto'  # SM, GK, GKpoly-n, PA_f (model.py); auto: as in the checkpoint, SM where there is none
-pa_norm = 'auto'  # of PA_f: length, block_size, none; auto: as in the checkpoint, else length
+# attention, which may differ from that of the checkpoint to start from
+attn_type = 'auto'  # SM, GK, GKpoly-n, PA_f (docs/attention.md); auto: as in the checkpoint, else SM
+pa_norm = 'auto'  # divisor of PA_f: length, block_size, none; auto: as in the checkpoint, else length
 # optimizer
-optimizer = 'adamw'  # adamw, muon (the blocks' matrices; AdamW for all else)
-muon_lr = 0.02  # of Muon, where learning_rate is AdamW's
-muon_weight_decay = 0.0
-muon_momentum = 0.95
+optimizer = 'adamw'  # adamw, muon (for the matrices of the blocks, with AdamW for the rest)
+muon_lr = 0.02  # Muon's highest learning rate; learning_rate is then AdamW's
 learning_rate = 6e-4  # the highest, after the warm-up
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
-ema_decay = 0.0  # of an average of the weights, which is evaluated and sampled from; 0: none
-skip_spikes = 0.0  # skip updates whose loss or norm is this many deviations above the last 128's; 0: none
-lora_rank = 0  # of adapters, which alone are trained: fine-tuning in little memory (lora.py); 0: none
-lora_alpha = 16.0  # what they add counts alpha / rank times
+grad_clip = 1.0  # clip gradients to this norm; 0: don't
+ema_decay = 0.0  # decay of averaged weights, which are evaluated and sampled from; 0: none
+lora_rank = 0  # train low-rank adapters only: fine-tuning in little memory; 0: train all weights
+lora_alpha = 16.0  # the adapters' output is scaled by alpha / rank
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
 lr_schedule = 'cosine'  # cosine, linear, wsd, constant
@@ -108,128 +108,116 @@ warmup_iters = 2000
 lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
 # machine
-parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of each block
-cpu_offload = False  # fsdp on GPUs: parameters and optimizer in the machine's memory; slow
+parallel = 'ddp'  # ddp: each process holds the whole model; fsdp: a part of it
+cpu_offload = False  # fsdp on GPUs: keep parameters and optimizer in the machine's memory; slow
 backend = 'auto'  # nccl, gloo
 dist_timeout = 600.0  # seconds a process waits for the others before the run ends
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
-activation_checkpointing = False  # keep one tensor a block and compute the rest again: less memory, slower
-peak_flops = 0.0  # FLOP/s of one device, which mfu is a share of; 0: looked up or, on a CPU, measured
+activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
+peak_flops = 0.0  # FLOP/s of a device, for mfu; 0: looked up or, on a CPU, measured
 seed = 1337
 
 config = configure(globals())
-grad_clip = grad_clip or math.inf
-named = [f.name for f in dataclasses.fields(GPTConfig)]
-architecture = {k: config[k] for k in named if config.get(k, 'auto') != 'auto'}
 if dry_run and plan_gpus:
     with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture))
+        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture_of(config)))
     print(plan.scale(model, plan_gpus, plan_gpu, gradient_accumulation_steps * batch_size, max_iters + 1))
     raise SystemExit
 
-# ---------------------------------------------------------------------------- machine, data
+# ---------------------------------------------------------------------------- machine
 
-run = runtime.start(device, dtype, compile, backend, seed, dist_timeout)
+run = runtime.resolve(device, dtype, compile, backend)
+check_settings(config, run)
+if run.world_size > 1:
+    dist.init_process_group(run.backend, timeout=timedelta(seconds=dist_timeout),
+                            **runtime.restart_store(run.rank, run.world_size))
+run.begin(seed, dist_timeout)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
-
-for name, choices in {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'), 'lr_schedule': SCHEDULES}.items():
-    if config[name] not in choices:
-        raise ValueError(f'{name}={config[name]} is not one of {", ".join(choices)}')
-check(parallel, run, optimizer, cpu_offload)
-if min(batch_size, block_size, gradient_accumulation_steps, eval_interval, log_interval) < 1:
-    raise ValueError('batch_size, block_size, gradient_accumulation_steps, eval_interval and log_interval '
-                     'must be at least 1')
-if gradient_accumulation_steps % run.world_size:
-    raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts over all processes '
-                     f'and must be a multiple of their number, {run.world_size}')
-micro_steps = gradient_accumulation_steps // run.world_size
+autocast = torch.autocast(run.device_type, hardware.DTYPES[run.dtype], enabled=run.dtype != 'float32')
+scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
+micro_steps = gradient_accumulation_steps // run.world_size  # of this process
 ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * batch_size  # of a micro-step
 
-data_dir = data_dir or os.path.join('data', dataset)
-data = {split: open_split(data_dir, split) for split in ('train', 'val')}
-tokenizer, meta = read_tokenizer(data_dir), read_meta(data_dir)
+# ---------------------------------------------------------------------------- data
+
+folder = data_dir or os.path.join('data', dataset)
+data = {split: open_split(folder, split) for split in ('train', 'val')}
+tokenizer, meta = read_tokenizer(folder), read_meta(folder)
 data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
 if meta:
-    print0(f'found vocab_size = {data_vocab} (inside {os.path.join(data_dir, "meta.pkl")})')
+    print0(f'found vocab_size = {data_vocab} (inside {os.path.join(folder, "meta.pkl")})')
 
-# ---------------------------------------------------------------------------- model, optimizer
+# ---------------------------------------------------------------------------- model
 
-model = state = None
+state, is_resumed = find_state(config, run)  # of an earlier run, or None
 changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
-if init_from == 'finetune':
-    state = checkpoint.load(os.path.join(finetune_from or out_dir, 'ckpt.pt'))
-elif eval_only and init_from == 'resume':
-    state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
-elif init_from in ('resume', 'auto'):
-    state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=dry_run)
-going_on = state is not None and init_from != 'finetune'
-lora.check(config, state, going_on)
 if state:
-    model_config = GPTConfig.from_args(state['model_args'] | changes)
-    if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
-        raise ValueError(f'the checkpoint was trained with another tokenizer than that of {data_dir}')
-    if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
-        print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
-elif init_from in ('scratch', 'auto'):
-    model_config = GPTConfig(vocab_size=data_vocab, **architecture)
-else:
-    model = GPT.from_pretrained(init_from, changes)
-    model_config = model.config
-    if meta and data_vocab != model_config.vocab_size:
-        raise ValueError(f'{data_dir} holds characters, but {init_from} has a vocabulary of '
-                         f'{model_config.vocab_size}: prepare the text as GPT-2 BPE (data/shakespeare does)')
-
-if block_size > model_config.block_size:
-    print0(f'block_size is {model_config.block_size}, the most that this model has, not {block_size}')
-    block_size = model_config.block_size
-for split, tokens in data.items():
-    check_split(tokens, os.path.join(data_dir, f'{split}.bin'), block_size, model_config.vocab_size)
-fingerprints = {split: fingerprint(data_dir, split, tokens) for split, tokens in data.items()}
-if going_on and not (eval_only or allow_changed_data) and state.get('data', fingerprints) != fingerprints:
-    raise ValueError(f'{data_dir} is not the data that {out_dir} was trained on: to go on with other data, '
-                     'add --allow_changed_data=True')
-print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}')
-
-model = model or GPT(model_config)
-if state:
+    model = GPT(checkpoint.config_from_args(state['model_args'] | changes))
     model.load_state_dict(state['model'])
-if block_size < model_config.block_size:
-    model.crop_block_size(block_size)
+elif init_from in ('scratch', 'auto'):
+    model = GPT(GPTConfig(vocab_size=data_vocab, **architecture_of(config)))
+else:
+    model = load_pretrained(init_from, changes)
+window = min(block_size, model.config.block_size)  # tokens of a sequence
+if window < block_size:
+    print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
+fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
+check_data(config, folder, data, window, model.config, meta, tokenizer, fingerprints, state, is_resumed)
+print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
+
+if window < model.config.block_size:
+    model.crop_block_size(window)
 lora.add_adapters(model, lora_rank, lora_alpha)
-model = place(model, run, parallel, cpu_offload)
+use_lean_loss(model)
+if activation_checkpointing:
+    checkpoint_activations(model)
+model = fsdp.shard(model, run, cpu_offload) if parallel == 'fsdp' else model.to(run.device)
 average = WeightAverage(model, ema_decay)
-model.activation_checkpointing = activation_checkpointing
 print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 
-muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': muon_weight_decay,
-        'momentum': muon_momentum} if optimizer == 'muon' else None
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.device_type, muon)
-for name, group in zip(('decayed', 'non-decayed', 'Muon'), optimizer.param_groups):
+# ---------------------------------------------------------------------------- optimizer
+
+muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': weight_decay} if optimizer == 'muon' else None
+opt = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2), run.device_type, muon)
+for name, group in zip(('decayed', 'non-decayed', 'Muon'), opt.param_groups):
     count = sum(p.numel() for p in group['params'])
     print0(f'num {name} parameter tensors: {len(group["params"])}, with {count:,} parameters')
-scaler = run.grad_scaler()
 
-# what goes from one iteration to the next, weights apart; batches and dropout follow from (seed, iteration)
+# what one iteration hands to the next, besides the weights; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss = 0, math.inf
 meter, wandb_id = Meter(run), os.urandom(4).hex()
-guard = Guard(run.device, grad_clip, skip_spikes, scaler.is_enabled())
-if going_on:
+guard = Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
+if is_resumed:
     iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
     meter.seconds, wandb_id = state.get('seconds', 0.0), state.get('wandb_id', wandb_id)
+    meter.tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * window)
     guard.load_state_dict(state.get('guard') or guard.state_dict())
-    meter.tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * block_size)
     print0(f'resuming at iteration {iter_num}')
     if not eval_only:
-        if 'trained' in state:  # of which state['model'] is the average, or adapters and all in one
+        if 'trained' in state:  # then state['model'] is their average, or has adapters merged in
             checkpoint.load_weights(model, state['trained'])
-        checkpoint.load_optimizer(optimizer, state['optimizer'])
+        checkpoint.load_optimizer(opt, state['optimizer'])
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 first_iter = saved_iter = iter_num
 
-parallel_model, hold_gradients = connect(model, run, cpu_offload)
+# ---------------------------------------------------------------------------- compilation, processes
+
+if run.compile:
+    print0('compiling the model (the first iterations wait for it)')
+    if parallel == 'fsdp':
+        fsdp.compile_blocks(model)
+    else:
+        model.compile()  # torch.compile in place: no prefix on the parameters' names
+parallel_model, no_sync = model, nullcontext
+if parallel == 'fsdp' and not cpu_offload:  # offloaded, whole gradients would take the room that was saved
+    no_sync = partial(fsdp.no_sync, model)
+elif parallel == 'ddp' and run.world_size > 1:
+    parallel_model = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[run.device] if run.device_type == 'cuda' else None)
+    no_sync = parallel_model.no_sync
 
 
 # ---------------------------------------------------------------------------- what the loop calls
@@ -237,38 +225,74 @@ parallel_model, hold_gradients = connect(model, run, cpu_offload)
 def get_batch(iteration, micro_step):
     """x, y: (B, T), this process's part of the iteration's global batch."""
     at = ramp.before(iteration) * sequences if sampler == 'epoch' else iteration
-    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), block_size)
+    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), window)
     first = (micro_step * run.world_size + run.rank) * batch_size
-    x, y = read_windows(data['train'], starts[first:first + batch_size], block_size)
+    x, y = read_windows(data['train'], starts[first:first + batch_size], window)
     return run.to_device(x), run.to_device(y)
 
 
-def estimate_loss():
-    """Mean loss of each split, with the averaged weights if there are any."""
-    with average.in_place():
-        return {split: mean_loss(model, run, tokens, block_size, batch_size, eval_iters)
-                for split, tokens in data.items()}
-
-
 def get_lr(it):
-    """Learning rate of an iteration; the cosine is Loshchilov & Hutter's (2017, eq. 5), without restarts."""
+    """Learning rate of an iteration: linear warm-up, then from learning_rate to min_lr."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it > lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)  # 0 to 1
-    return min_lr + SCHEDULES[lr_schedule](progress) * (learning_rate - min_lr)
+    share = {
+        'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017, eq. 5, one period
+        'linear': 1 - progress,
+        'wsd': min(1.0, (1 - progress) / 0.2),  # stable, decaying in the last fifth (Hu et al. 2024)
+        'constant': 1.0}[lr_schedule]
+    return min_lr + share * (learning_rate - min_lr)
+
+
+def estimate_loss():
+    """Mean loss of each split, with the averaged weights if there are any."""
+    with average.in_place():
+        return {split: mean_loss(model, run, tokens, window, batch_size, eval_iters)
+                for split, tokens in data.items()}
+
+
+def update(iteration, lr, vitals=None):
+    """One iteration: forward, backward, clipping, the optimizer's step. Returns the loss of the whole batch
+    and the norm of the gradient, on the device. vitals: a record of diagnostics to add to, or None."""
+    for group in opt.param_groups:
+        group['lr'] = lr * group.get('lr_scale', 1.0)
+    run.seed(seed, iteration)
+    loss, n_micro = torch.zeros((), device=run.device), ramp.at(iteration)
+    meter.begin_iteration()
+    with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
+        for micro_step in range(n_micro):
+            x, y = next(batches)
+            is_last = micro_step == n_micro - 1
+            with nullcontext() if is_last else no_sync():  # exchange gradients once an iteration
+                with autocast:
+                    micro_loss = parallel_model(x, y)[1] / n_micro
+                meter.begin_waiting()
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+    loss = run.mean(loss)
+    scaler.unscale_(opt)
+    grad_norm = fsdp.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    guard.watch(iteration, loss, grad_norm, opt)
+    with watch_update(model, vitals) if vitals else nullcontext():
+        scaler.step(opt)
+    scaler.update()
+    average.update(iteration)
+    opt.zero_grad(set_to_none=True)
+    meter.end_iteration(n_micro * sequences * window)
+    return loss, grad_norm
 
 
 def save(name, keep=None, with_optimizer=True):
-    """Write all that an exact resume needs to out_dir, on the first process; all call it. A full disk costs a
-    warning, not the run: returns False, on all, where the file could not be written."""
+    """Write all that an exact resume needs to out_dir, on the first process; all call it. Returns False, on
+    all, if the file could not be written: a full disk costs a warning, not the run."""
     with average.in_place():
-        averaged = lora.merged_state_dict(model) if lora_rank else whole_model(model)
+        weights = lora.merged_state_dict(model) if lora_rank else fsdp.full_model_state(model)
     state = {
-        'model': averaged,
-        'optimizer': whole_optimizer(model, optimizer),
-        'model_args': model.config.to_args(),
+        'model': weights,
+        'optimizer': fsdp.full_optimizer_state(model, opt),
+        'model_args': checkpoint.model_args(model.config),
         'iter_num': iter_num,
         'best_val_loss': best_val_loss,
         'config': config,
@@ -281,7 +305,7 @@ def save(name, keep=None, with_optimizer=True):
         'wandb_id': wandb_id,
     }
     if ema_decay or lora_rank:
-        state['trained'] = whole_model(model)
+        state['trained'] = fsdp.full_model_state(model)
     saved = True
     if run.is_master:
         guard.stop_if_unfit(iter_num, last_state(), state)
@@ -300,58 +324,68 @@ def last_state():
         'No state was saved before'
 
 
+# ---------------------------------------------------------------------------- without training
+
+if eval_only:
+    losses = estimate_loss()
+    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', style='bold')
+    run.stop()
+    raise SystemExit
+
+batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
+end = max(iter_num, max_iters + 1)
+print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+                     (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir, parallel,
+                     activation_checkpointing, cpu_offload))
+if dry_run:
+    meter.begin_lap()
+    for i in range(iter_num, min(end, iter_num + 12)):
+        loss, _ = update(i, get_lr(i))
+        print0(f'iter {i}: loss {loss.item():.4f}, time {meter.lap()["ms"]:.2f}ms')
+    n_batches = sum(len(eval_windows(len(v), window, batch_size, eval_iters)) for v in data.values())
+    print0('time    ' + plan.time_needed(meter.times, range(iter_num, end), eval_interval,
+                                         n_batches / run.world_size, micro_steps))
+    run.stop()
+    raise SystemExit
+
 # ---------------------------------------------------------------------------- training loop
 
-if not eval_only:
-    end = max(iter_num, max_iters + 1)
-    print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
-                         (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir))
-is_watching = (run.is_master or parallel == 'fsdp') and not (eval_only or dry_run)  # fsdp's run it together
-is_writing = run.is_master and is_watching
-if is_writing:
+if run.is_master:
     if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
         print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
     print0('to go on after a stop: the same command with --init_from=auto')
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
-               'resume': 'allow'} if is_writing and wandb_log else None)
-log = RunLog(os.path.join(out_dir, 'log.jsonl') if is_writing else None, iter_num, wandb)
+               'resume': 'allow'} if run.is_master and wandb_log else None)
+log = RunLog(os.path.join(out_dir, 'log.jsonl') if run.is_master else None, iter_num, wandb)
 drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
-                  if is_writing and plot else None)
-progress = Progress(max_iters)
-probe, _ = read_windows(data['val'], eval_windows(len(data['val']), block_size, batch_size, 1)[0], block_size)
-if not eval_only:
-    peak_flops = peak_flops or runtime.peak_flops(run.device, run.dtype)
-batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
-mfu = float('nan')  # percent
-stop, stopped = runtime.StopRequest(run), False
+                  if run.is_master and plot else None)
+progress, stop = Progress(max_iters), StopRequest(run)
+probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
+flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype) or math.nan
+measuring = run.is_master or parallel == 'fsdp'  # all processes run a sharded model together
+mfu, stopped = math.nan, False  # mfu in percent
 meter.begin_lap()
 
-while iter_num <= max_iters:
-    stopped = stop.agreed() or (dry_run and len(meter.times) == 12)
-    if stopped:
-        break
+while iter_num <= max_iters and not (stopped := stop.agreed()):
     lr = get_lr(iter_num) if decay_lr else learning_rate
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group.get('lr_scale', 1.0)
 
     # evaluation and saving, before the update; their time doesn't count
     evaluating = iter_num % eval_interval == 0 or iter_num == max_iters
     saving = checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > first_iter
     sampling = sample_interval and iter_num % sample_interval == 0
-    if eval_only or (evaluating or saving or sampling) and not dry_run:
+    vitals = None
+    if evaluating or saving or sampling:
         with meter.pause() as seconds:
             guard.stop_if_not_finite(iter_num, last_state())
-            if evaluating or eval_only:
+            if evaluating:
                 losses = estimate_loss()
                 print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
                        style='bold')
-                if eval_only:
-                    break
                 guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
                 log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
                            'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
-                if is_watching:
-                    vitals = health.measure(model, run, probe)
+                if measuring:
+                    vitals = measure(model, run, probe)
                     log.write_later(iter_num, vitals)
                 if iter_num > first_iter:
                     drawing.start()
@@ -362,48 +396,21 @@ while iter_num <= max_iters:
                         best_val_loss = best_before
             if saving and save('latest.pt', keep='previous.pt'):
                 saved_iter = iter_num
-            if sampling and is_watching:
+            if sampling and measuring:
                 with average.in_place():
                     text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num,
                                        seed + iter_num)
                 wandb.log_sample(iter_num, text)
 
-    # forward and backward; DDP averages the gradients in the last micro-step only
-    run.seed(seed, iter_num)
-    loss, n_micro = torch.zeros((), device=run.device), ramp.at(iter_num)
-    meter.begin_iteration()
-    with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
-        for micro_step in range(n_micro):
-            x, y = next(batches)
-            with hold_gradients() if micro_step < n_micro - 1 else nullcontext():
-                with run.autocast():
-                    _, micro_loss = parallel_model(x, y, return_logits=False)
-                    micro_loss = micro_loss / n_micro
-                meter.begin_waiting()
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-    loss = run.mean(loss)  # of the whole batch, on the device
-    scaler.unscale_(optimizer)
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
-
-    if guard.allows(iter_num, loss, norm, optimizer):
-        with health.watch_update(model, vitals) if evaluating and is_watching else nullcontext():
-            scaler.step(optimizer)
-    else:
-        print0(f'iter {iter_num}: update skipped, a spike ({guard.n_skipped} so far)')
-    scaler.update()
-    average.update(iter_num)
-    optimizer.zero_grad(set_to_none=True)
+    loss, grad_norm = update(iter_num, lr, vitals)
 
     # log: the mean loss of the whole batch, the mean time since the last line
-    meter.end_iteration(n_micro * sequences * block_size)
-    if iter_num % log_interval == 0 or dry_run:
+    if iter_num % log_interval == 0:
         guard.stop_if_not_finite(iter_num, last_state())
-        loss, norm = loss.item(), norm.item()
-        entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'skipped': guard.n_skipped,
+        entry = {'iter': iter_num, 'loss': loss.item(), 'lr': lr, 'grad_norm': grad_norm.item(),
                  'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1)} | meter.lap()
-        rate = entry['tokens_per_s'] / run.world_size / block_size  # sequences/s of a process
-        entry['mfu'] = mfu = 100 * model.estimate_mfu(rate, 1.0, peak_flops or math.nan)
+        rate = entry['tokens_per_s'] / run.world_size / window  # sequences/s of a process
+        entry['mfu'] = mfu = 100 * model.estimate_mfu(rate, 1.0, flops_per_s)
         progress.show(entry)
         log.write(entry)
         guard.n_clipped.zero_()
@@ -412,17 +419,11 @@ while iter_num <= max_iters:
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
-if dry_run and meter.times:
-    n_batches = sum(len(eval_windows(len(v), block_size, batch_size, eval_iters)) for v in data.values())
-    print0('time    ' + plan.time_needed(meter.times, range(first_iter, max_iters + 1), eval_interval,
-                                         n_batches / run.world_size, micro_steps))
-elif not (dry_run or eval_only):
-    guard.stop_if_not_finite(iter_num, last_state())
-    wanted = iter_num > saved_iter and (checkpoint_interval or stopped)
-    if wanted and not save('latest.pt', keep='previous.pt'):
-        raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
-    if stopped:
-        print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
+guard.stop_if_not_finite(iter_num, last_state())
+if iter_num > saved_iter and (checkpoint_interval or stopped) and not save('latest.pt', keep='previous.pt'):
+    raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
+if stopped:
+    print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')
 log.close()
 wandb.call('finish')
 drawing.close(patience=meter.seconds / 100)

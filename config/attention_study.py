@@ -1,11 +1,11 @@
 """
-One type of attention on Shakespeare's characters; docs/attention_study.py compares them all under it.
+One type of attention on Shakespeare's characters; scripts/attention_study.py compares all types.
 
     python data/shakespeare_char/prepare.py
     python train.py config/attention_study.py --attn_type=GK
-    python docs/attention_study.py                   # every type, three seeds: a table and a picture
+    python scripts/attention_study.py                # every type, three seeds: a table and a picture
 
-Rotary positions and Muon, so that a short run tells something; docs/RESULTS.md has the results.
+Rotary positions and Muon, so that a short run tells something; docs/ablations.md has the results.
 """
 
 out_dir = 'out-attention-study'

@@ -29,7 +29,7 @@ value_residual = True
 
 optimizer = 'muon'
 muon_lr = 0.02
-muon_weight_decay = 0.1
+weight_decay = 0.1
 learning_rate = 3e-3
 beta2 = 0.95
 lr_schedule = 'linear'

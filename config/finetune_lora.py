@@ -1,5 +1,5 @@
 """
-Fine-tune GPT-2 on Shakespeare in little memory: low-rank adapters alone are trained (lora.py).
+Fine-tune GPT-2 on Shakespeare in little memory: only low-rank adapters (LoRA) are trained.
 
     python data/shakespeare/prepare.py
     python train.py config/finetune_lora.py

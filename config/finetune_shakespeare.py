@@ -8,7 +8,7 @@ Fine-tune GPT-2 on Shakespeare.
 Starts from GPT-2 XL (1558M); a GPU that runs out of memory takes --init_from=gpt2-medium, or a smaller
 --block_size. What it takes and reaches with GPT-2's weights hasn't been measured. The batch was chosen on a
 CPU, with 5M parameters trained on documentation: after an epoch of Shakespeare the validation loss was 3.88
-with 8,192 tokens an iteration and 4.52 with 32,768 (docs/RESULTS.md).
+with 8,192 tokens an iteration and 4.52 with 32,768 (docs/ablations.md).
 """
 
 import time

@@ -10,7 +10,7 @@ Written for one GPU; not yet timed there.
 
 out_dir = 'out-11'
 dataset = 'tinystories'
-attn_type = 'GK'  # SM, GK, GKpoly-n, PA_f: see attention in model.py
+attn_type = 'GK'  # SM, GK, GKpoly-n, PA_f: see docs/attention.md
 
 # 12 sequences * 1024 tokens * 40 micro-steps = 491,520 tokens an iteration
 batch_size = 12

@@ -63,7 +63,7 @@ def bpe(monkeypatch):
 @pytest.fixture(scope='session')
 def char_data(tmp_path_factory):
     """A folder with character data that a tiny model learns something from in a few iterations."""
-    from dataset import write_text_dataset
+    from support.text.prepare import write_text_dataset
     folder = tmp_path_factory.mktemp('char_data')
     generator = np.random.default_rng(0)
     words = ['king', 'queen', 'crown', 'sword', 'night', 'day', 'love', 'war']
@@ -89,8 +89,12 @@ def train(tmp_path, char_data, monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', argv)
         hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
+        script = {'__name__': '__main__', '__file__': str(ROOT / 'train.py')}
         try:
-            script = runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+            exec(compile((ROOT / 'train.py').read_text(), script['__file__'], 'exec'), script)
+        except SystemExit as stop:
+            if stop.code:  # None with eval_only and dry_run
+                raise
         finally:
             sys.excepthook = hook
             signal.set_wakeup_fd(-1)

@@ -36,8 +36,8 @@ from conftest import ROOT, TINY_ARGS
 
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from dataset import write_text_dataset  # noqa: E402
+from support.run import checkpoint  # noqa: E402
+from support.text.prepare import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank',
@@ -94,7 +94,7 @@ class Fault:
     @contextlib.contextmanager
     def __call__(self):
         import model
-        import optim
+        from support.network import optim
         clip, step, forward = torch.nn.utils.clip_grad_norm_, optim.AdamW.step, model.GPT.forward
         clips, steps, forwards = itertools.count(1), itertools.count(1), itertools.count(1)
 
@@ -159,7 +159,7 @@ def work(rank, n):
             with fault():
                 runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
         except (Exception, SystemExit) as e:
-            error = f'{type(e).__name__}: {e}'
+            error = None if isinstance(e, SystemExit) and not e.code else f'{type(e).__name__}: {e}'
             traceback.print_exc()
             traceback.clear_frames(e.__traceback__)
         gc.collect()

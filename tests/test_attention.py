@@ -8,8 +8,9 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from decoding import KVCache
-from model import GPT, GPTConfig, attention, gaussian_attention, gaussian_exponent, weighted_attention
+from model import GPT, GPTConfig, KVCache, softmax_attention
+from support.network.attention import attention, gaussian_attention, gaussian_exponent, weighted_attention
+from support.run.checkpoint import config_from_args, model_args
 
 TYPES = ['SM', 'GK', 'GKpoly-2', 'GKpoly-8', 'PA_gelu', 'PA_relu', 'PA_sigmoid', 'PA_square',
          'PA_relu-square', 'PA_silu']
@@ -17,7 +18,8 @@ each_type = pytest.mark.parametrize('attn_type', TYPES)
 
 
 def attend(attn_type, **settings):
-    return attention(GPTConfig(attn_type=attn_type, **settings))
+    config = GPTConfig(attn_type=attn_type, **settings)
+    return softmax_attention if attn_type == 'SM' else attention(config)
 
 
 def score(attn_type, q, k):
@@ -97,9 +99,11 @@ def test_the_gaussian_kernel_by_a_softmax_equals_that_by_its_weights(scale):
 @each_type
 def test_the_cache_gives_what_the_whole_window_gives(attn_type):
     q, k, v = (x.detach() for x in qkv(2, 2, 140, 8))
-    f, cache = attend(attn_type), KVCache(140)
-    parts = [f(q[:, :, :135], *cache.append(k[:, :, :135], v[:, :, :135]))]
-    parts += [f(q[:, :, t:t + 1], *cache.append(k[:, :, t:t + 1], v[:, :, t:t + 1])) for t in range(135, 140)]
+    f, cache, parts = attend(attn_type), KVCache(140), []
+    for new in (slice(0, 135), *(slice(t, t + 1) for t in range(135, 140))):
+        keys, values, mask = cache.append(0, k[:, :, new], v[:, :, new])
+        parts.append(f(q[:, :, new], keys, values, 0.0, mask))
+        cache.advance(new.stop - new.start)
     assert_close(torch.cat(parts, dim=2), f(q.double(), k.double(), v.double()))
 
 
@@ -217,8 +221,8 @@ def test_the_default_checkpoint_loads_under_each_type(attn_type):
     model = GPT(GPTConfig(**TINY))
     other = GPT(GPTConfig(**TINY | {'attn_type': attn_type}))
     other.load_state_dict(model.state_dict())
-    assert ('attn_type' in other.config.to_args()) == (attn_type != 'SM')
-    assert GPTConfig.from_args(other.config.to_args()) == other.config
+    assert ('attn_type' in model_args(other.config)) == (attn_type != 'SM')
+    assert config_from_args(model_args(other.config)) == other.config
 
 
 def test_a_shorter_block_size_divides_by_the_shorter_one():

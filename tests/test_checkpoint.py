@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
+from model import GPT, GPTConfig
+from support.machine.runtime import Runtime
+from support.run import checkpoint
 
 STATE = {
     'model': {'transformer.wte.weight': torch.arange(6.0).view(2, 3), 'lm_head.weight': torch.ones(2, 3)},
@@ -398,6 +401,42 @@ def test_no_malicious_file_runs_anything(name, place, tmp_path):
     with contextlib.suppress(ValueError):  # of what isn't a tensor's state
         pickle.loads(pickle.dumps(evil))
     assert marker.exists()  # so it was no blank shot
+
+
+# ---------------------------------------------------------------------------- a model to evaluate
+
+CPU = Runtime('cpu', 'float32', False, 'gloo')
+
+
+def test_model_of_a_checkpoint_is_the_saved_one_without_dropout(tmp_path):
+    saved = GPT(GPTConfig(**TINY, dropout=0.3))
+    checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'model': saved.state_dict(), 'iter_num': 7,
+                                                   'model_args': checkpoint.model_args(saved.config)})
+    model, tokenizer, state = checkpoint.load_model('resume', tmp_path, CPU)
+    assert_equal_trees(dict(model.state_dict()), dict(saved.state_dict()))
+    assert not model.training and model.config.dropout == 0 and state['iter_num'] == 7
+    assert tokenizer.to_dict() == STATE['tokenizer']
+
+
+def test_model_of_a_folder_has_no_state_and_gpt2_s_tokenizer(gpt2_folder):
+    model, tokenizer, state = checkpoint.load_model(str(gpt2_folder), 'nowhere', CPU)
+    assert not model.training and model.config.dropout == 0 and state == {}
+    assert tokenizer.to_dict() == {'kind': 'gpt2'} and model.config.vocab_size == 50257
+
+
+def test_model_of_a_missing_checkpoint_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match='ckpt.pt is missing: train a model there first'):
+        checkpoint.load_model('resume', tmp_path, CPU)
+
+
+@pytest.mark.parametrize('more, reason', [({'flux': 1}, 'unknown model settings: flux'),
+                                          ({'residual_scale': True}, 'residual_scale, .* was removed')])
+def test_model_settings_that_this_version_does_not_know_are_refused(more, reason, tmp_path):
+    args = checkpoint.model_args(GPTConfig(**TINY))
+    assert checkpoint.config_from_args(args) == GPTConfig(**TINY)
+    checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'model_args': args | more})
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.load_model('resume', tmp_path, CPU)
 
 
 # ---------------------------------------------------------------------------- the optimizer

@@ -438,14 +438,15 @@ def test_mistake_is_one_line_where_the_repository_is_reached_through_a_link(tmp_
 
 
 @pytest.mark.parametrize('body, kind', [
-    ('import numpy, dataset\ndataset.read_windows(numpy.zeros(9), numpy.zeros((2, 3, 4)), 1)', 'ValueError'),
-    ('import dataset\ndataset.check_split(None, "x", 1, 1)', 'TypeError'),
+    ('import numpy; from support.text import tokens\n'
+     'tokens.read_windows(numpy.zeros(9), numpy.zeros((2, 3, 4)), 1)', 'ValueError'),
+    ('from support.text import tokens\ntokens.check_split(None, "x", 1, 1)', 'TypeError'),
 ])
 def test_error_that_nobody_foresaw_keeps_its_traceback(body, kind, tmp_path):
     done = run_small_script(tmp_path, body=body)
     assert done.returncode != 0
     assert done.stderr.startswith('Traceback') and f'\n{kind}: ' in done.stderr
-    assert 'dataset.py' in done.stderr
+    assert 'tokens.py' in done.stderr
 
 
 def test_config_is_utf8_whatever_the_locale(tmp_path):

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import decoding
-from decoding import Text, draw, gumbel, keep_likeliest, noise_keys, penalize, stream
 from model import GPT, GPTConfig
+from support.network import decoding
+from support.network.decoding import (Text, draw, generate, gumbel, keep_likeliest, noise_keys, penalize,
+                                      stream)
+from support.network.matmul import fast_linears
 
 
 def tiny(**changes):
@@ -47,7 +49,7 @@ def keys(n, position=0):
 def test_greedy_generation_takes_the_likeliest_token_each_time():
     model = tiny().double()
     idx = tokens(2, 3)
-    out = model.generate(idx, 40, temperature=0)  # beyond block_size
+    out = generate(model, idx, 40, temperature=0)  # beyond block_size
     assert out.shape == (2, 43) and torch.equal(out[:, :3], idx)
     for t in range(3, 43):
         logits, _ = model(out[:, max(0, t - 32):t])
@@ -59,7 +61,7 @@ def test_cached_generation_equals_uncached(length):
     """With prompts shorter than, equal to and longer than block_size, and far past it."""
     model = tiny(block_size=32).double()
     idx = tokens(2, length)
-    out = model.generate(idx, 60, temperature=0, n_samples=3)
+    out = generate(model, idx, 60, temperature=0, n_samples=3)
     expected = idx.repeat_interleave(3, dim=0)
     with torch.no_grad():
         for _ in range(60):
@@ -73,9 +75,9 @@ def test_prompts_of_different_lengths_go_on_as_if_alone():
     prompts = [tokens(1, n) for n in (3, 9, 17)]
     batch, lengths = padded(prompts)
     for options in ({'temperature': 0}, {'temperature': 0, 'repetition_penalty': 1.5}):
-        out = model.generate(batch, 25, lengths=lengths, n_samples=2, **options)
+        out = generate(model, batch, 25, lengths=lengths, n_samples=2, **options)
         for i, prompt in enumerate(prompts):
-            alone = model.generate(prompt, 25, **options)[0]
+            alone = generate(model, prompt, 25, **options)[0]
             assert torch.equal(out[2 * i, :len(alone)], alone)
             assert torch.equal(out[2 * i + 1, :len(alone)], alone)
 
@@ -89,9 +91,9 @@ def test_streamed_tokens_equal_generated_ones_and_come_one_position_at_a_time():
         assert piece.shape == (4, 1)
         pieces.append(piece)
     assert len(pieces) == 6 + 30  # from the shorter prompt's end to the longer one's
-    out = model.generate(batch, 30, n_samples=2, lengths=lengths, seeds=seeds)
+    out = generate(model, batch, 30, n_samples=2, lengths=lengths, seeds=seeds)
     assert torch.equal(out, torch.cat((batch[:, :4].repeat_interleave(2, dim=0), *pieces), dim=1))
-    assert torch.equal(model.generate(batch, 0), batch)
+    assert torch.equal(generate(model, batch, 0), batch)
 
 
 def test_streaming_does_only_the_work_that_is_asked_for():
@@ -109,7 +111,7 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn():
     with torch.no_grad():
         model.lm_head.weight[50:] = 10 * model.lm_head.weight[:14]  # padding that would win if it could
     for options in ({'temperature': 0}, {'top_k': 5}, {'temperature': 100.0}, {'repetition_penalty': 1.2}):
-        assert model.generate(tokens(8, 4), 30, n_vocab=50, **options)[:, 4:].max() < 50
+        assert generate(model, tokens(8, 4), 30, n_vocab=50, **options)[:, 4:].max() < 50
 
 
 # ---------------------------------------------------------------------------- faster layers
@@ -123,10 +125,10 @@ def test_faster_linear_layers_compute_the_same(n_rows, dtype):
         for m in linears:
             m.bias is None or m.bias.normal_()
         expected, _ = model(idx)
-        with decoding.fast_linears(model, n_rows):
-            assert all(m.fast for m in linears)
+        with fast_linears(model, n_rows):
+            assert all('forward' in m.__dict__ for m in linears)
             found, _ = model(idx)
-    assert not any(m.fast for m in linears)
+    assert not any('forward' in m.__dict__ for m in linears)
     tolerance = {'rtol': 1e-5, 'atol': 1e-5} if dtype == torch.float32 else {'rtol': 0, 'atol': 0}
     torch.testing.assert_close(found, expected, **tolerance)
 
@@ -135,9 +137,9 @@ def test_layers_are_as_before_after_a_stream_that_nobody_finished():
     model = tiny()
     steps = stream(model, tokens(1, 4), 1000)
     next(steps)
-    assert model.lm_head.fast
+    assert 'forward' in model.lm_head.__dict__
     del steps
-    assert not model.lm_head.fast
+    assert 'forward' not in model.lm_head.__dict__
 
 
 # ---------------------------------------------------------------------------- repeated operations
@@ -180,7 +182,7 @@ def taped(monkeypatch):
 
 
 @pytest.mark.parametrize('config', [
-    {}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residual': True, 'residual_scale': True},
+    {}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residual': True},
     {'pos_emb': 'alibi', 'n_head': 2}, {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5}])
 @pytest.mark.parametrize('options', [
     {'temperature': 0}, {'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.3, 'n_vocab': 60}])
@@ -189,12 +191,12 @@ def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, conf
     model = tiny(block_size=32, **config).double()
     batch, lengths = padded([tokens(1, n) for n in (1, 5, 9)])
     options |= {'n_samples': 2, 'lengths': lengths, 'seeds': range(6)}
-    out = model.generate(batch, 40, **options)
+    out = generate(model, batch, 40, **options)
     assert len(taped) == 1
     made_of_numbers = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
     assert not any(f in made_of_numbers for f, *_ in taped[0].operations)  # a copy from or to the CPU
     monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
-    assert torch.equal(out, model.generate(batch, 40, **options))
+    assert torch.equal(out, generate(model, batch, 40, **options))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
@@ -202,9 +204,9 @@ def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, conf
 def test_a_cuda_graph_decodes_what_the_model_does(monkeypatch, config):
     model = tiny(block_size=32, **config).double().cuda()
     idx = tokens(3, 4).cuda()
-    out = model.generate(idx, 40, seeds=range(3))
+    out = generate(model, idx, 40, seeds=range(3))
     monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
-    assert torch.equal(out, model.generate(idx, 40, seeds=range(3)))
+    assert torch.equal(out, generate(model, idx, 40, seeds=range(3)))
 
 
 @pytest.mark.parametrize('recording', [False, True])
@@ -213,10 +215,10 @@ def test_a_compiler_takes_a_decoding_step_whole(monkeypatch, recording):
     monkeypatch.setattr(decoding, 'can_record', lambda *_: recording)
     monkeypatch.setattr(decoding, 'record', lambda step: step)
     model = tiny(block_size=32, pos_emb='rope', n_kv_head=2)
-    expected = model.generate(tokens(1, 3).fill_(5), 20, seeds=[1])
+    expected = generate(model, tokens(1, 3).fill_(5), 20, seeds=[1])
     torch._dynamo.reset()  # what other tests compiled counts towards a limit
     model.compile(dynamic=True, fullgraph=True, backend='eager')
-    assert torch.equal(model.generate(tokens(1, 3).fill_(5), 20, seeds=[1]), expected)
+    assert torch.equal(generate(model, tokens(1, 3).fill_(5), 20, seeds=[1]), expected)
 
 
 # ---------------------------------------------------------------------------- seeds
@@ -228,12 +230,12 @@ def test_equal_seeds_give_equal_samples_in_any_batch(options):
     model = tiny(block_size=24).double()
     prompts = [tokens(1, n) for n in (1, 6, 30)]
     seeds = [0, 1, 2, 1337, 2**40, -5]
-    alone = [[model.generate(p, 40, seeds=[s], **options)[0] for s in seeds] for p in prompts]
+    alone = [[generate(model, p, 40, seeds=[s], **options)[0] for s in seeds] for p in prompts]
     assert len({tuple(row.tolist()) for row in alone[1]}) == len(seeds)
-    together = model.generate(prompts[1], 40, n_samples=6, seeds=seeds, **options)
+    together = generate(model, prompts[1], 40, n_samples=6, seeds=seeds, **options)
     assert torch.equal(together, torch.stack(alone[1]))
     batch, lengths = padded(prompts)
-    out = model.generate(batch, 40, n_samples=6, lengths=lengths, seeds=seeds[::-1] * 3, **options)
+    out = generate(model, batch, 40, n_samples=6, lengths=lengths, seeds=seeds[::-1] * 3, **options)
     for i, row in enumerate(out):
         expected = alone[i // 6][5 - i % 6]
         assert torch.equal(row[:len(expected)], expected)
@@ -242,19 +244,19 @@ def test_equal_seeds_give_equal_samples_in_any_batch(options):
 def test_a_batch_in_float32_draws_what_its_rows_draw_alone():
     """Products of one row and of several round differently; noise makes it very unlikely to matter."""
     model, idx = tiny(), tokens(1, 3)
-    alone = torch.cat([model.generate(idx, 60, 0.8, 200, seeds=[s]) for s in range(20)])
-    assert torch.equal(model.generate(idx, 60, 0.8, 200, n_samples=20, seeds=range(20)), alone)
+    alone = torch.cat([generate(model, idx, 60, 0.8, 200, seeds=[s]) for s in range(20)])
+    assert torch.equal(generate(model, idx, 60, 0.8, 200, n_samples=20, seeds=range(20)), alone)
 
 
 def test_seeds_leave_torch_s_generator_alone_and_without_them_it_decides():
     model, idx = tiny(), tokens(1, 3)
     before = torch.get_rng_state()
-    model.generate(idx, 5, seeds=[1])
+    generate(model, idx, 5, seeds=[1])
     assert torch.equal(torch.get_rng_state(), before)
     samples = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        samples.append(model.generate(idx, 20))
+        samples.append(generate(model, idx, 20))
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
@@ -338,7 +340,7 @@ def test_greedy_text_with_a_penalty_equals_transformers():
     idx = tokens(3, 5)
     expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
                                repetition_penalty=1.4, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(ours.generate(idx, 20, temperature=0, repetition_penalty=1.4), expected)
+    assert torch.equal(generate(ours, idx, 20, temperature=0, repetition_penalty=1.4), expected)
 
 
 # ---------------------------------------------------------------------------- text

@@ -1,5 +1,6 @@
-"""docs/: the notebooks run, and the quick starts' commands do."""
+"""README.md and docs/: notebooks and quick starts run; links, files, commands and settings exist."""
 
+import ast
 import json
 import os
 import re
@@ -7,13 +8,15 @@ import runpy
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_ARGS
 
-SHAKESPEARE = ROOT.parent / 'shared/data/tinyshakespeare/input.txt'
+SHAKESPEARE = Path(os.environ.get('TINY_SHAKESPEARE', ROOT / 'data/shakespeare_char/input.txt'))
 NOTEBOOKS = [ROOT / 'docs/build_gpt.ipynb', ROOT / 'docs/sizing.ipynb']
 QUICK_STARTS = [ROOT / f'docs/quickstart.{language}.md' for language in ('ko', 'pt', 'zh')]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 LITTLE = {'train.py': [*TINY_ARGS, '--max_iters=4', '--eval_interval=2'],
           'sample.py': ['--num_samples=2', '--max_new_tokens=5', '--device=cpu']}
 
@@ -21,8 +24,8 @@ LITTLE = {'train.py': [*TINY_ARGS, '--max_iters=4', '--eval_interval=2'],
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of the repository without data, and the working directory."""
-    for path in [*ROOT.glob('*.py'), ROOT / 'README.md', ROOT / 'docs', ROOT / 'config',
-                 *ROOT.glob('data/*.py'), *ROOT.glob('data/*/prepare.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('data/*/prepare.py'), ROOT / 'README.md',
+                 *(ROOT / folder for folder in ('config', 'docs', 'scripts', 'support'))]:
         target = tmp_path / 'repository' / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
@@ -118,10 +121,105 @@ def test_quick_starts_have_the_same_commands_but_for_the_page_they_read():
     assert pages[0] == pages[1] == pages[2]
 
 
-def test_readme_links_to_everything_in_docs_and_all_links_lead_somewhere():
+# ---------------------------------------------------------------------------- all pages
+
+def spans(page):
+    """The page's inline code, each on one line."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(encoding='utf-8'), flags=re.M | re.S)
+    return [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', text)]
+
+
+def anchors(page):
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r'^#+ (.*)', page.read_text(encoding='utf-8'), re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def settings(script):
+    """The names that a script binds before it calls configure, as its source states them."""
+    names = set()
+    for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
+        if any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)):
+            return names
+        for target in getattr(node, 'targets', [getattr(node, 'target', None)]):
+            names |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)} if target else set()
+    raise AssertionError(f'{script} calls no configure')
+
+
+def all_commands(page):
+    """[(script, its arguments)] of the page's sh blocks and inline code."""
+    blocks = re.findall(r'^```sh\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
+    found = []
+    for line in [*''.join(blocks).splitlines(), *spans(page)]:
+        if line.startswith(('python ', 'torchrun ', 'sbatch ')):
+            words = shlex.split(line.replace('scripts/slurm.sh', 'train.py'), comments=True)
+            scripts = [i for i, word in enumerate(words) if word.endswith('.py')]
+            if scripts and '-m' not in words:
+                found.append((words[scripts[0]], words[scripts[0] + 1:]))
+    return found
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r'\]\((?!http)([^)]+)\)', page.read_text(encoding='utf-8')):
+            path, _, anchor = link.partition('#')
+            target = page.parent / path if path else page
+            assert target.exists(), f'{page.name}: {link}'
+            assert not anchor or anchor in anchors(target), f'{page.name}: {link}'
+
+
+def test_readme_is_short_and_links_to_everything_in_docs():
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    for page in [*NOTEBOOKS, *QUICK_STARTS]:
-        assert f'(docs/{page.name})' in readme
-    for page in [ROOT / 'README.md', *QUICK_STARTS]:
-        for link in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text(encoding='utf-8')):
-            assert (page.parent / link).exists(), f'{page.name}: {link}'
+    assert len(readme.splitlines()) <= 260
+    for page in [*PAGES[1:], *NOTEBOOKS]:
+        assert f'(docs/{page.name})' in readme, page.name
+
+
+def test_file_map_of_the_readme_is_the_tree():
+    files = (ROOT / 'README.md').read_text(encoding='utf-8').split('## The files')[1]
+    scripts, rooms = files.split('What the scripts share')
+    assert set(re.findall(r'`(\w+\.py)`', scripts)) >= {path.name for path in ROOT.glob('*.py')}
+    named = set()
+    for row in re.findall(r'^\| (`.*?) \|', rooms, re.M):
+        wing, *_ = row.strip('`').split('/')
+        named |= {f'{wing}/{Path(name).name}' for name in re.findall(r'`([^`]+)`', row)}
+    assert named == {path.relative_to(ROOT / 'support').as_posix()
+                     for path in ROOT.glob('support/*/*.py')}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+def test_files_and_tests_that_a_page_names_exist(page):
+    tests = ''.join(path.read_text(encoding='utf-8') for path in ROOT.glob('tests/*.py'))
+    for span in spans(page):
+        if re.fullmatch(r'test_\w+', span):
+            assert f'def {span}(' in tests, span
+        elif re.fullmatch(r'(?!out)[\w-]+/[\w./-]+\.(py|sh|md|ipynb)', span):
+            assert (ROOT / span).exists() or (ROOT / 'support' / span).exists(), span
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+def test_scripts_configs_and_settings_that_a_page_names_exist(page):
+    for script, args in all_commands(page):
+        assert (ROOT / script).exists(), script
+        for arg in args:
+            key = arg.partition('=')[0].removeprefix('--')
+            if arg.startswith('--'):
+                assert key == 'help' or key in settings(script), f'{script} {arg}'
+            elif arg.startswith('config/'):
+                assert (ROOT / arg).exists(), f'{script} {arg}'
+            elif script == 'train.py' and re.fullmatch(r'\w+', arg):
+                assert (ROOT / f'config/{arg}.py').exists(), f'{script} {arg}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+def test_flags_that_a_page_names_are_some_script_s_or_torchrun_s(page):
+    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'data/text/prepare.py',
+               'data/openwebtext/prepare.py', 'data/shakespeare/prepare.py']
+    known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
+    placeholders = {'key', '이름', 'nome', '名称'}
+    if page.name == 'options.md':
+        rows = re.findall(r'^\| (`.*?) \|', page.read_text(encoding='utf-8'), re.M)
+        assert rows and set(re.findall(r'`(\w+)`', ''.join(rows))) <= settings('train.py')
+    for span in spans(page):
+        for flag in re.findall(r'(?:^| )--([\w-]+)', span) if span.startswith('--') else []:
+            assert flag in known | placeholders, f'{page.name}: --{flag}'

@@ -1,4 +1,4 @@
-"""eval.py, benchmarks.py, harness.py: the figures against plain computations and against lm-eval's own."""
+"""eval.py and lm-eval's adapter: the figures against plain computations and against lm-eval's own."""
 
 import json
 import math
@@ -10,38 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from test_scoring import ENDINGS, HELLASWAG, QUESTIONS, write_hellaswag
 from torch.nn import functional as F
 
-import checkpoint
-import runtime
-from benchmarks import TASKS, encode_pair, hellaswag, read_items, score_ids
-from dataset import (CharTokenizer, GPT2Tokenizer, open_split, read_tokenizer, write_dataset,
-                     write_text_dataset)
-from huggingface import write_tokenizer
 from model import GPT, GPTConfig
+from support.hub.huggingface import write_tokenizer
+from support.machine.runtime import Runtime
+from support.run import checkpoint
+from support.text.prepare import write_dataset, write_text_dataset
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
+from support.text.tokens import open_split
 
 PASSAGES = ['the old man walked down to the sea and looked at the', 'she said that she would', 'it was a',
             'Yes. "No," he', 'one two three four five six seven eight nine ten ' * 8 + 'and', 'they ate the']
-HELLASWAG = [  # as in the published files; and the questions that they become
-    ('Roof shingle removal', 'A man is sitting on a roof.', 'he',
-     ['is using wrap to wrap a pair of skis.', 'is ripping level tiles off.', "is holding a rubik's cube.",
-      'starts pulling up roofing on a roof.'], 3),
-    ('Finance and Business', '[header] How to sell [title] Look  at it. [step] Do this [substeps] now.', '',
-     ['[substeps] Write it down.', 'Go [title] away  from here.', 'Sell.',
-      'Café owners know [header] more.'], 2),
-    ('Cats', 'Two cats sit. One runs,\u2028' + 'and runs, ' * 40, 'THE dog',
-     ['barks.', 'sleeps all day long in the sun.', 'is a fish', 'meows a little.'], 1),
-    ('Dogs', 'A dog sits.', 'it', ['barks at all the cats of the town.', 'sleeps.', 'a', 'the'], 2),
-]
-QUESTIONS = [
-    'Roof shingle removal: A man is sitting on a roof. He',
-    'Finance and Business: How to sell. Look at it. Do this now.',
-    'Cats: Two cats sit. One runs,\u2028' + 'and runs, ' * 40 + 'The dog',
-    'Dogs: A dog sits. It',
-]
-ENDINGS = {  # what becomes of those with marks
-    '[substeps] Write it down.': ' Write it down.', 'Go [title] away  from here.': 'Go. away from here.',
-    'Café owners know [header] more.': 'Café owners know more.'}
 
 
 @pytest.fixture
@@ -87,11 +68,7 @@ def lambada_file(tmp_path, gpt2):
 
 @pytest.fixture
 def hellaswag_file(tmp_path):
-    keys = ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')
-    path = tmp_path / 'hellaswag.jsonl'
-    lines = [json.dumps(dict(zip(keys, item)), ensure_ascii=False) for item in HELLASWAG]
-    path.write_text('\n'.join(lines), encoding='utf-8')
-    return path
+    return write_hellaswag(tmp_path / 'hellaswag.jsonl')
 
 
 def report(script):
@@ -123,29 +100,6 @@ def test_hellaswag_equals_a_plain_computation(run_here, gpt2, hellaswag_file):
     found = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--task=hellaswag', '--device=cpu',
                             f'--source={hellaswag_file}', '--batch_size=3'))['hellaswag']
     assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 4}
-
-
-def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):
-    asked = []
-
-    def score(pairs, _):
-        asked.extend(pairs)
-        return [(-1.0, False)] * len(pairs)
-
-    hellaswag(read_items(str(hellaswag_file), '', ()), score)
-    assert asked == [(question, f' {ENDINGS.get(ending, ending)}')
-                     for (*_, endings, _), question in zip(HELLASWAG, QUESTIONS) for ending in endings]
-
-
-def test_items_come_from_the_hub_by_default(monkeypatch):
-    import datasets
-    asked, item = [], dict.fromkeys(('text', 'activity_label', 'ctx_a', 'ctx_b', 'endings', 'label'), '')
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: (
-        asked.append((name, split)), datasets.Dataset.from_list([item] * 3))[1])
-    for task in TASKS.values():
-        assert read_items(task.hub_name, task.split, task.needed, limit=2) == [item] * 2
-    assert asked == [('EleutherAI/lambada_openai', 'test'), ('Rowan/hellaswag', 'validation')]
 
 
 @pytest.fixture
@@ -182,7 +136,7 @@ def char_run(tmp_path):
     tokenizer = CharTokenizer.of_text(text)
     model = GPT(GPTConfig(**(TINY | {'vocab_size': tokenizer.n_vocab}))).eval()
     checkpoint.save(tmp_path / 'run/ckpt.pt', {
-        'model': model.state_dict(), 'model_args': model.config.to_args(), 'iter_num': 7,
+        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
         'tokenizer': tokenizer.to_dict(), 'config': {'data_dir': str(tmp_path / 'data')}})
     return tmp_path / 'run', model
 
@@ -215,36 +169,6 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
             assert re.search(row, done['log'], re.M)
 
 
-def test_scores_do_not_depend_on_the_batch():
-    model, run = GPT(GPTConfig(**TINY)).double().eval(), runtime.Runtime('cpu', 'float32', False, 'gloo')
-    generator = np.random.default_rng(0)
-    pairs = [(generator.integers(64, size=n).tolist(), generator.integers(64, size=m).tolist())
-             for n, m in generator.integers(1, 33, (20, 2))]
-    pairs += [(pairs[0][0], []), ([1], pairs[0][1][:1])]
-    alone = [score_ids(model, run, 1, [pair])[0] for pair in pairs]
-    for (log_p, greedy), (others, likewise) in zip(alone, score_ids(model, run, 7, pairs), strict=True):
-        assert abs(log_p - others) < 1e-5 and greedy == likewise
-    assert alone[-2] == (0.0, True) and alone[-1][0] < 0
-
-
-def test_white_space_belongs_to_the_word_after_it(bpe):
-    tokenizer = GPT2Tokenizer()
-    expected = tokenizer.encode('the old'), tokenizer.encode(' man')
-    assert encode_pair(tokenizer, 'the old ', 'man') == encode_pair(tokenizer, 'the old', ' man') == expected
-    assert encode_pair(tokenizer, '', 'man') == ([50256], tokenizer.encode('man'))
-
-
-def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
-    import datasets
-    needed = ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')
-    items = read_items(str(hellaswag_file), 'validation', needed)
-    (tmp_path / 'x.json').write_text(json.dumps(items), encoding='utf-8')
-    datasets.Dataset.from_list(items).to_parquet(tmp_path / 'x.parquet')
-    for name in ('x.json', 'x.parquet'):
-        assert read_items(str(tmp_path / name), 'validation', needed) == items
-    assert len(items) == 4 and read_items(str(hellaswag_file), 'validation', needed, limit=2) == items[:2]
-
-
 @pytest.mark.parametrize('args, reason', [
     (['--task=lambda'], 'task=lambda is not one of loss, lambada, hellaswag, lm_eval:NAME'),
     (['--task=lambada', '--source=gone.jsonl'], 'gone.jsonl is missing'),
@@ -257,7 +181,7 @@ def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
 ])
 def test_a_mistake_is_one_line(run_here, char_run, char_data, tmp_path, monkeypatch, args, reason):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
-    monkeypatch.delitem(sys.modules, 'harness', raising=False)
+    monkeypatch.delitem(sys.modules, 'support.hub.lm_eval_adapter', raising=False)
     paths = {'passages': tmp_path / 'passages.jsonl', 'long': tmp_path / 'long.jsonl', 'other': char_data}
     paths['passages'].write_text('{"text": "The end"}\n')
     paths['long'].write_text(json.dumps({'text': 'a ' + 'b' * 40}))
@@ -278,9 +202,10 @@ def lm_eval_offline(monkeypatch, tmp_path, lambada_file, hellaswag_file):
     monkeypatch.setattr(datasets, 'load_dataset', lambda path, *_, **__: load(
         'json', data_files=files[path], cache_dir=str(tmp_path / 'cache')))
     folders = [str(Path(tasks.__file__).parent / name) for name in ('hellaswag', 'lambada')]
-    import harness
-    manager = harness.TaskManager(include_path=folders, include_defaults=False)  # reading all takes long
-    monkeypatch.setattr(harness, 'TaskManager', lambda: manager)
+    from support.hub import lm_eval_adapter
+    # only these tasks: reading the defaults takes long
+    manager = lm_eval_adapter.TaskManager(include_path=folders, include_defaults=False)
+    monkeypatch.setattr(lm_eval_adapter, 'TaskManager', lambda: manager)
     return manager
 
 
@@ -310,10 +235,10 @@ def test_rolling_scores_and_generated_text_equal_lm_eval_s_own(gpt2, lm_eval_off
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    import harness
+    from support.hub.lm_eval_adapter import LMEvalModel
     theirs = HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=1)
     model = GPT.from_pretrained(str(gpt2[0])).eval()
-    ours = harness.HarnessModel(model, GPT2Tokenizer(), runtime.Runtime('cpu', 'float32', False, 'gloo'), 4)
+    ours = LMEvalModel(model, GPT2Tokenizer(), Runtime('cpu', 'float32', False, 'gloo'), 4)
     texts = [QUESTIONS[2] * 2, 'Hello', PASSAGES[4]]
     requests = [Instance('loglikelihood_rolling', {}, (text,), 0) for text in texts]
     np.testing.assert_allclose(ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests),

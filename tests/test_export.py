@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-import checkpoint
-from dataset import CharTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
+from support.network.decoding import generate as generate_fast
+from support.run import checkpoint
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
 CHARS = CharTokenizer.of_text('abcdefghijk .,\n')
@@ -25,7 +26,7 @@ def save(tmp_path):
                 p.normal_(mean=float('ln_' in name), std=0.2)
             model.lm_head.weight[tokenizer.n_vocab:] *= 5  # padding that would win if it could
         checkpoint.save(tmp_path / 'run/ckpt.pt', {
-            'model': model.state_dict(), 'model_args': model.config.to_args(), 'iter_num': 250,
+            'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 250,
             'best_val_loss': 1.5, 'tokenizer': tokenizer.to_dict(), 'data': {'train': '0a1b'},
             'config': {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}})
         return model
@@ -53,7 +54,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(save, export, bpe, o
     idx = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=0, atol=1e-5)
-    expected = ours.decode(model.generate(idx, 25, temperature=0, n_vocab=ours.n_vocab)[0].tolist())
+    expected = ours.decode(generate_fast(model, idx, 25, temperature=0, n_vocab=ours.n_vocab)[0].tolist())
     generate = pipeline('text-generation', model=str(folder))
     assert generate(prompt, max_new_tokens=25, do_sample=False)[0]['generated_text'] == expected
     assert len(generate(prompt, return_tensors=True)[0]['generated_token_ids']) <= 48  # no index out of range

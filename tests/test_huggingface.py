@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from dataset import CharTokenizer, GPT2Tokenizer
-from huggingface import folder_tokenizer, load_gpt2, to_transformers, write_tokenizer
 from model import GPT, GPTConfig
+from support.hub.huggingface import folder_tokenizer, load_pretrained, to_transformers, write_tokenizer
+from support.run.checkpoint import model_args
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False}
 
@@ -25,7 +26,7 @@ def random_model(**changes):
 def converted(model):
     """The transformers model that computes the same."""
     from transformers import AutoModelForCausalLM
-    config, weights = to_transformers(model.config.to_args(), model.state_dict())
+    config, weights = to_transformers(model_args(model.config), model.state_dict())
     theirs = AutoModelForCausalLM.from_config(config).eval()
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {'lm_head.weight'}
@@ -56,36 +57,60 @@ def test_logits_equal_those_of_the_converted_model(changes):
     ({'n_head': 4, 'n_kv_head': 2}, 'GPT-2, differs in n_kv_head=2'),
     ({'pos_emb': 'alibi'}, 'GPT-2, differs in pos_emb=alibi'),
     ({'pos_emb': 'rope'}, 'Llama, differs in activation=gelu, norm=layernorm'),
-    (LLAMA | {'residual_scale': True}, 'Llama, differs in residual_scale=True'),
+    (LLAMA | {'value_residual': True}, 'Llama, differs in value_residual=True'),
 ])
-def test_what_they_have_not_got_is_refused_by_name(changes, named):
+def test_options_that_transformers_lacks_are_refused_by_name(changes, named):
     model = random_model(**changes)
     with pytest.raises(ValueError, match=named):
-        to_transformers(model.config.to_args(), model.state_dict())
+        to_transformers(model_args(model.config), model.state_dict())
 
 
 def test_settings_unknown_here_are_refused_by_name():
     model = random_model()
     with pytest.raises(ValueError, match='attn_type=GK'):
-        to_transformers(model.config.to_args() | {'attn_type': 'GK'}, model.state_dict())
+        to_transformers(model_args(model.config) | {'attn_type': 'GK'}, model.state_dict())
 
 
 def test_weights_that_are_no_gpt2_are_refused(tmp_path):
     converted(random_model(**LLAMA)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='of type llama, not a GPT-2'):
-        load_gpt2(str(tmp_path))
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'), ({'n_inner': 48}, 'n_inner=48'),
+    ({'activation_function': 'silu'}, 'activation_function=silu'),
+])
+def test_a_gpt2_that_computes_something_else_is_refused_by_name(tmp_path, changes, named):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2, **changes)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f'is not a GPT-2 that model.py computes: {named}'):
+        load_pretrained(str(tmp_path))
+
+
+def test_missing_weights_are_one_line_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with pytest.raises(FileNotFoundError, match='gone is neither one of gpt2, .* nor a folder') as caught:
+        load_pretrained('gone')
+    assert '\n' not in str(caught.value)
+    for config in ('{"model_type": "gpt2"}', 'no JSON'):
+        (tmp_path / 'config.json').write_text(config)
+        with pytest.raises(FileNotFoundError, match='no GPT-2 weights in .*--init_from=PATH') as caught:
+            load_pretrained(str(tmp_path))
+        assert '\n' not in str(caught.value)
 
 
 def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
     model = random_model(bias=False)
     theirs = converted(model)
     theirs.save_pretrained(tmp_path)
-    assert load_gpt2(str(tmp_path))[0]['bias'] is False
+    assert load_pretrained(str(tmp_path)).config.bias is False
     with torch.no_grad():
         theirs.transformer.h[1].mlp.c_fc.bias[3] = 1.0
     theirs.save_pretrained(tmp_path)
-    args, weights = load_gpt2(str(tmp_path))
-    assert args['bias'] is True and weights['transformer.h.1.mlp.c_fc.bias'][3] == 1
+    loaded = load_pretrained(str(tmp_path))
+    assert loaded.config.bias is True and loaded.transformer.h[1].mlp.c_fc.bias[3] == 1
 
 
 def texts():

@@ -6,10 +6,10 @@ import soak
 import torch
 from conftest import TINY, evaluations, losses
 
-import checkpoint
-import lora
-import plan
 from model import GPT, GPTConfig
+from support.network import lora
+from support.network.loss import checkpoint_activations, use_lean_loss
+from support.run import checkpoint, plan
 
 LORA = ('--init_from=finetune', '--lora_rank=4', '--lora_alpha=8', '--learning_rate=1e-2', '--max_iters=12',
         '--eval_interval=6', '--lr_decay_iters=12', '--dropout=0.2')
@@ -105,9 +105,9 @@ def test_rank_0_changes_nothing(model):
 def test_adapters_get_the_same_gradient_from_either_loss_and_with_activation_checkpointing(adapted):
     adapted.train()
     idx, found = tokens(), []
-    for logits, checkpointing in ((True, False), (False, False), (False, True)):
-        adapted.activation_checkpointing = checkpointing
-        adapted(idx, idx, return_logits=logits)[1].backward()
+    for attach in (lambda model: None, use_lean_loss, checkpoint_activations):
+        attach(adapted)
+        adapted(idx, idx)[1].backward()
         found.append({n: p.grad for n, p in adapted.named_parameters()})
         adapted.zero_grad()
     assert all((g is not None) == ('lora' in name) for name, g in found[0].items())
@@ -127,7 +127,7 @@ def test_only_adapters_change_and_have_optimizer_state(train, base, tmp_path):
             assert torch.equal(p, before['model'][name])
     trained = [p for p in script['model'].parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == N_ADAPTERS
-    assert set(script['optimizer'].state) == set(trained) and len(state['optimizer']['state']) == 16
+    assert set(script['opt'].state) == set(trained) and len(state['optimizer']['state']) == 16
     assert f'num decayed parameter tensors: 16, with {N_ADAPTERS:,} parameters' in script['log']
     assert evaluations(script['log'])[12] < evaluations(script['log'])[0]
 
@@ -186,7 +186,8 @@ def test_told_sizes_are_those_of_a_run_with_adapters(train, base, tmp_path):
     assert plan.checkpoint_bytes(model) == 4 * (frozen + N_ADAPTERS + L * 12 * C * C) + 8 * N_ADAPTERS
     assert plan.checkpoint_bytes(model) < size < plan.checkpoint_bytes(model) + 100_000
     plain = GPT(model.config)
-    saved = plan.memory_needed(plain, 4, 'float32') - plan.memory_needed(model, 4, 'float32')
+    setup = plan.Setup(1, 4, 1, False, False, False, 4, 0)
+    saved = plan.memory_needed(plain, setup) - plan.memory_needed(model, setup)
     assert saved == 12 * frozen - 16 * N_ADAPTERS
     weights, attention = model.get_num_params(), 12 * L * C * model.config.block_size
     assert model.estimate_mfu(1, 1.0, 1e12) * 1e12 == pytest.approx(16 * (4 * weights + attention))
@@ -195,7 +196,7 @@ def test_told_sizes_are_those_of_a_run_with_adapters(train, base, tmp_path):
 # ---------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('args, message', [
-    (('--lora_rank=-1',), 'lora_rank=-1 must not be negative'),
+    (('--lora_rank=-1',), 'lora_rank=-1 must be at least 0'),
     (('--init_from=scratch',), 'lora_rank=4 adapts a trained model: --init_from=gpt2'),
     (('--init_from=auto',), 'lora_rank=4 adapts a trained model: --init_from=gpt2'),
     (('--ema_decay=0.9',), 'lora_rank=4 goes with optimizer=adamw, ema_decay=0 and parallel=ddp only'),
@@ -208,10 +209,10 @@ def test_settings_that_do_not_go_with_adapters_are_refused(args, message, train,
 
 
 @pytest.mark.parametrize('before, args, message', [
-    (LORA, ('--lora_rank=0',), 'lora_rank=0, but the run to go on with has 4'),
-    (LORA, ('--lora_rank=8', '--lora_alpha=8'), 'lora_rank=8, but the run to go on with has 4'),
-    (LORA, ('--lora_rank=4',), 'lora_alpha=16.0, but the run to go on with has 8'),
-    ((), ('--lora_rank=4',), 'lora_rank=4, but the run to go on with has 0'),
+    (LORA, ('--lora_rank=0',), 'lora_rank=0, but the run to resume has 4'),
+    (LORA, ('--lora_rank=8', '--lora_alpha=8'), 'lora_rank=8, but the run to resume has 4'),
+    (LORA, ('--lora_rank=4',), 'lora_alpha=16.0, but the run to resume has 8'),
+    ((), ('--lora_rank=4',), 'lora_rank=4, but the run to resume has 0'),
 ])
 def test_adapters_of_a_run_stay_as_they_are(before, args, message, train, base):
     train(*before, base, '--max_iters=1')

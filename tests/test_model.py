@@ -1,14 +1,16 @@
 """model.py: the mathematics against other implementations and against itself."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from loss import LinearCrossEntropy
 from model import GPT, GPTConfig
+from support.network.loss import LinearCrossEntropy, lean_loss
+from support.run.checkpoint import config_from_args, model_args
 
 
 def tiny(**changes):
@@ -91,9 +93,13 @@ def test_twenty_adamw_steps_equal_transformers(tmp_path, activation):
         assert abs(loss.item() - their_loss.item()) < 1e-4
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    transformers_gpt2(scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='scale_attn_by_inverse_layer_idx=True'):
+@pytest.mark.parametrize('change', [
+    {'scale_attn_by_inverse_layer_idx': True}, {'scale_attn_weights': False}, {'layer_norm_epsilon': 1e-6},
+    {'n_inner': 64}, {'activation_function': 'relu'}])
+def test_weights_of_another_architecture_are_refused(tmp_path, change):
+    transformers_gpt2(**change).save_pretrained(tmp_path)
+    (name, value), = change.items()
+    with pytest.raises(ValueError, match=f'{name}={value}'):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -146,16 +152,18 @@ def test_loss_without_logits_equals_the_loss_with_them(monkeypatch, chunk):
     idx, targets = tokens(3, 11), tokens(3, 11)
     targets[0, 5:] = -1
     results = []
-    for return_logits in (True, False):
-        logits, loss = model(idx, targets, return_logits=return_logits)
-        assert (logits is None) != return_logits
+    for context in (nullcontext(), lean_loss(model)):
+        with context:
+            logits, loss = model(idx, targets)
+        assert (logits is None) == (len(results) == 1)
         (loss * 7).backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
         model.zero_grad()
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(model(idx, targets, return_logits=False)[1], loss.detach())
+    with torch.no_grad(), lean_loss(model):
+        torch.testing.assert_close(model(idx, targets)[1], loss.detach())
+    assert model(idx, targets)[0] is not None
 
 
 @pytest.mark.parametrize('chunk', [100, 1 << 24])
@@ -163,9 +171,9 @@ def test_loss_without_logits_under_autocast_equals_the_loss_with_them(monkeypatc
     monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', chunk)
     model, idx, targets = tiny(), tokens(3, 11), tokens(3, 11)
     gradients = []
-    for return_logits in (True, False):
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = model(idx, targets, return_logits=return_logits)[1]
+    for context in (nullcontext(), lean_loss(model)):
+        with torch.autocast('cpu', torch.bfloat16), context:
+            loss = model(idx, targets)[1]
         loss.backward()
         gradients.append(model.lm_head.weight.grad.clone())
         model.zero_grad()
@@ -202,12 +210,12 @@ def test_tensor_names_and_shapes_are_the_contract():
 
 def test_model_args_are_seven_until_an_option_leaves_its_default():
     seven = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
-    assert set(GPTConfig().to_args()) == seven
-    args = GPTConfig(activation='gelu_tanh').to_args()
+    assert set(model_args(GPTConfig())) == seven
+    args = model_args(GPTConfig(activation='gelu_tanh'))
     assert set(args) == seven | {'activation'}
-    assert GPTConfig.from_args(args) == GPTConfig(activation='gelu_tanh')
+    assert config_from_args(args) == GPTConfig(activation='gelu_tanh')
     with pytest.raises(ValueError, match='flux'):
-        GPTConfig.from_args(args | {'flux': 1})
+        config_from_args(args | {'flux': 1})
 
 
 @pytest.mark.parametrize('wrong', [{'n_embd': 30, 'n_head': 4}, {'n_layer': 0}, {'dropout': 1.0},

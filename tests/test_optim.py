@@ -1,12 +1,14 @@
 """optim.py: Muon against its definition and PyTorch's own, averaged weights."""
 
+import copy
 import os
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import Muon, WeightAverage, newton_schulz, orthogonalize
+from support.network.optim import (AdamW, Muon, WeightAverage, configure_optimizer, newton_schulz,
+                                   orthogonalize)
 
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'bias': False}
 
@@ -37,8 +39,7 @@ def test_muon_equals_pytorch_s(monkeypatch):
     """Whose Newton-Schulz iteration works in bfloat16, but for this test."""
     monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.clone)
     ours, theirs = (torch.nn.Parameter(torch.eye(16, 8)) for _ in range(2))
-    a = Muon([], [{'params': [ours], 'parts': [[16]], 'weight_decay': 0.1}], lr=0.1, betas=(0.9, 0.95),
-             fused=True, momentum_warmup=0)
+    a = Muon(AdamW([ours], fused=True), {ours: [16]}, lr=0.1, weight_decay=0.1, momentum_warmup=0)
     b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
     for _ in range(4):
         grad = torch.randn(16, 8)
@@ -50,7 +51,7 @@ def test_muon_equals_pytorch_s(monkeypatch):
 
 def muon_of(model, **changes):
     muon = {'weight_decay': 0.0, 'lr_scale': 1.0} | changes
-    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', muon)
+    return configure_optimizer(model, 0.1, 1e-2, (0.9, 0.95), 'cpu', muon)
 
 
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
@@ -68,9 +69,41 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
     assert parts['transformer.h.0.mlp.c_fc.weight'] == [128]
 
 
+def test_momentum_rises_from_085_in_the_warm_up():
+    """By its definition: the buffer after each step of constant gradients, and the plain step afterwards."""
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = Muon(AdamW([p], fused=True), {p: [8]}, lr=0.1, momentum_warmup=4, weight_decay=0.0)
+    buffer, grad = torch.zeros(8, 8), torch.randn(8, 8)
+    for momentum in (0.87, 0.89, 0.91, 0.93, 0.95, 0.95, 0.95):  # (step + 1) / 5 of the way from 0.85
+        p.grad = grad.clone()
+        before = p.detach().clone()
+        optimizer.step()
+        buffer = momentum * buffer + (1 - momentum) * grad
+        torch.testing.assert_close(optimizer.state[p]['momentum_buffer'], buffer)
+        expected = newton_schulz(((1 - momentum) * grad + momentum * buffer)[None])[0]  # Nesterov's
+        torch.testing.assert_close(before - p, 0.1 * expected, rtol=0, atol=1e-5)
+
+
+def test_a_loaded_state_continues_as_if_it_had_not_been_saved():
+    torch.manual_seed(0)
+    models = [GPT(GPTConfig(**TINY)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers, idx = [muon_of(m) for m in models], torch.randint(64, (2, 32))
+    for i in range(6):
+        if i == 3:  # the second continues from what the first saved
+            optimizers[1] = muon_of(models[1])
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(idx, idx)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_q_k_and_v_are_orthogonalised_apart():
     p = torch.nn.Parameter(torch.zeros(24, 8))
-    optimizer = Muon([], [{'params': [p], 'parts': [[8, 8, 8]], 'weight_decay': 0.0}], 1.0, (0.9, 0.95), True)
+    optimizer = Muon(AdamW([p], fused=True), {p: [8, 8, 8]}, lr=1.0, weight_decay=0.0)
     p.grad = torch.randn(24, 8) * torch.tensor([1.0] * 8 + [100.0] * 8 + [0.01] * 8)[:, None]
     optimizer.step()
     for part in p.detach().split(8):

@@ -7,8 +7,10 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from loss import linear_cross_entropy
-from model import GPT, GPTConfig, alibi_bias
+from model import GPT, GPTConfig, alibi
+from support.network.decoding import generate
+from support.network.loss import checkpoint_activations, linear_cross_entropy, use_lean_loss
+from support.run.checkpoint import config_from_args, model_args
 
 OPTIONS = {
     'rope': {'pos_emb': 'rope'},
@@ -20,7 +22,6 @@ OPTIONS = {
     'qk_norm': {'qk_norm': True},
     'untied': {'tie_weights': False},
     'value_residual': {'value_residual': True},
-    'residual_scale': {'residual_scale': True},
     'softcap': {'logit_softcap': 3.0},
     'grouped queries': {'n_head': 4, 'n_kv_head': 2},
     'ngram': {'ngram': 4, 'ngram_rows': 512},
@@ -31,7 +32,7 @@ OPTIONS = {
     'Gaussian kernel, rope, grouped queries': {'attn_type': 'GK', 'pos_emb': 'rope', 'qk_norm': True,
                                                'n_head': 4, 'n_kv_head': 2},
     'all': {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True,
-            'tie_weights': False, 'value_residual': True, 'residual_scale': True, 'logit_softcap': 3.0,
+            'tie_weights': False, 'value_residual': True, 'logit_softcap': 3.0,
             'n_head': 4, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 512},
 }
 each_option = pytest.mark.parametrize('changes', OPTIONS.values(), ids=OPTIONS.keys())
@@ -84,7 +85,8 @@ def test_alibi_equals_transformers_bloom(n_head):
     """Up to a constant for each query, which the softmax takes away."""
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
     theirs = build_alibi_tensor(torch.ones(1, 20), n_head, torch.float32).view(n_head, 1, 20)
-    ours = alibi_bias(torch.arange(20), 20, n_head)
+    config = GPTConfig(n_head=n_head, n_embd=8 * n_head, pos_emb='alibi')
+    _, ours = alibi(torch.arange(20), 20, config, torch.float32)
     for t in (0, 7, 19):
         torch.testing.assert_close(ours[:, t, :t + 1], (theirs - theirs[:, :, t:t + 1])[:, 0, :t + 1])
         assert torch.all(ours[:, t, t + 1:] == -math.inf)
@@ -96,14 +98,14 @@ def test_cached_generation_equals_uncached(changes):
     model = option_model(changes).eval()
     for T, lengths in ((1, None), (5, None), (6, torch.tensor([2, 6, 3]))):
         idx = tokens(3, T)
-        cached = model.generate(idx, 40, temperature=0, lengths=lengths)
+        cached = generate(model, idx, 40, temperature=0, lengths=lengths)
         for b in range(3):
             text = idx[b:b + 1, :T if lengths is None else lengths[b]]
             while text.shape[1] < cached.shape[1]:
                 logits, _ = model(text[:, -TINY['block_size']:])
                 text = torch.cat((text, logits[:, -1].argmax(-1, keepdim=True)), 1)
             assert torch.equal(cached[b], text[0])
-    several = model.generate(idx[:1], 8, temperature=0, n_samples=3)
+    several = generate(model, idx[:1], 8, temperature=0, n_samples=3)
     assert torch.equal(several, several[:1].expand(3, -1))
 
 
@@ -120,12 +122,14 @@ def test_no_position_sees_a_later_one(changes):
 @each_option
 def test_the_loss_without_logits_equals_that_with_them(changes):
     losses, grads = [], []
-    for return_logits in (True, False):
+    for lean in (False, True):
         torch.manual_seed(1)
         model, idx = option_model(changes), tokens(3, 20)
+        if lean:
+            use_lean_loss(model)
         targets = idx.roll(-1, 1)
         targets[0, :5] = -1
-        loss = model(idx, targets, return_logits=return_logits)[1]
+        loss = model(idx, targets)[1]
         loss.backward()
         losses.append(loss)
         grads.append([p.grad for p in model.parameters()])
@@ -149,7 +153,8 @@ def test_activation_checkpointing_changes_no_gradient(changes):
     for on in (False, True):
         torch.manual_seed(1)
         model = option_model(changes)
-        model.activation_checkpointing = on
+        if on:
+            checkpoint_activations(model)
         idx = tokens(2, 32)
         model(idx, idx)[1].backward()
         grads.append([p.grad for p in model.parameters()])
@@ -160,10 +165,10 @@ def test_activation_checkpointing_changes_no_gradient(changes):
 @each_option
 def test_model_args_hold_what_differs_and_give_the_model_back(changes):
     config = option_model(changes).config
-    args = config.to_args()
+    args = model_args(config)
     gpt2 = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
     assert set(args) == gpt2 | set(changes)
-    assert GPTConfig.from_args(args) == config
+    assert config_from_args(args) == config
 
 
 @pytest.mark.parametrize('changes, reason', [
@@ -195,8 +200,8 @@ def test_softcap_is_a_tanh_in_the_loss_without_logits():
 def test_a_wider_vocabulary_of_ngrams_tells_them_apart():
     """Two texts that end in the same token, but not in the same three, get different embeddings."""
     model = option_model({'ngram': 3, 'ngram_rows': 4096})
-    a, b = (model.embed_ngrams(torch.tensor([ids]), None)[0, -1] for ids in ([5, 7, 9], [6, 7, 9]))
-    c, d = (model.embed_ngrams(torch.tensor([ids]), None)[0, -1] for ids in ([1, 5, 7, 9], [2, 5, 7, 9]))
+    a, b = (model.transformer.wne(torch.tensor([ids]))[0, -1] for ids in ([5, 7, 9], [6, 7, 9]))
+    c, d = (model.transformer.wne(torch.tensor([ids]))[0, -1] for ids in ([1, 5, 7, 9], [2, 5, 7, 9]))
     assert not torch.equal(a, b) and torch.equal(c, d)
 
 

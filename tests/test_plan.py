@@ -1,5 +1,7 @@
 """plan.py: what a run is told to need is what it needs."""
 
+import itertools
+import json
 import re
 import shutil
 import sys
@@ -7,17 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, TINY_ARGS
+from conftest import TINY, TINY_ARGS, losses
 from hypothesis import given
 from hypothesis import strategies as st
 
-import plan
-import runtime
 from model import GPT, GPTConfig
+from support.machine.files import free_disk
+from support.machine.hardware import GPUS
+from support.machine.runtime import Runtime
+from support.network.lora import add_adapters
+from support.network.loss import LinearCrossEntropy, checkpoint_activations, use_lean_loss
+from support.run import plan
+from support.run.plan import Setup
 
 V, T, L, C = (TINY[k] for k in ('vocab_size', 'block_size', 'n_layer', 'n_embd'))
 N_PARAMS = V * C + T * C + L * (12 * C * C + 2 * C) + C  # embeddings, blocks, the last normalisation
-CPU = SimpleNamespace(device='cpu', dtype='float32')
+CPU = Runtime('cpu', 'float32', False, 'gloo')
 
 
 @pytest.fixture
@@ -25,11 +32,11 @@ def model():
     return GPT(GPTConfig(**TINY, bias=False))
 
 
-def table(model, run=CPU, tokens=None, iterations=100, batch_size=4, accumulation=6, out_dir='.'):
+def table(model, run=CPU, tokens=None, iterations=100, batch_size=4, accumulation=6, out_dir='.', **more):
     """{row: text} of what a run needs."""
     tokens = tokens or {'train': 100_000, 'val': 5_000}
     sequences = iterations * batch_size * accumulation
-    text = plan.describe(model, run, tokens, iterations, sequences, batch_size, out_dir)
+    text = plan.describe(model, run, tokens, iterations, sequences, batch_size, out_dir, **more)
     return {line[:8].strip(): line[8:] for line in text.splitlines()}
 
 
@@ -67,31 +74,71 @@ def test_size_of_a_checkpoint_is_that_of_the_file(train, tmp_path):
 
 @pytest.mark.parametrize('there, warning', [(1 << 40, False), (1 << 19, True), (None, False)])
 def test_memory_that_is_not_there_is_warned_of(there, warning, model, monkeypatch):
-    monkeypatch.setattr(runtime, 'total_memory', lambda device: there)
+    monkeypatch.setattr(plan, 'total_memory', lambda device: there)
     memory = table(model)['memory']
-    assert memory.startswith('about 1.0 MB') and ('TOO LITTLE' in memory) == warning
+    assert memory.startswith('about 1.1 MB') and ('TOO LITTLE' in memory) == warning
     assert (' of ' in memory) == (there is not None)
 
 
-def test_memory_is_the_parameters_the_blocks_and_the_head(model):
+def memory(model, *args, **more):
+    return plan.memory_needed(model, Setup(*args, **{'dtype_size': 4, 'reserved': 0} | more))
+
+
+def test_memory_is_the_state_the_blocks_and_the_head(model):
     tokens = 4 * T
-    blocks, head = L * 16 * tokens * C * 4, 2 * 4 * tokens * V + 4 * V * C
-    assert plan.memory_needed(model, 4, 'float32') == 16 * N_PARAMS + blocks + head
-    assert plan.memory_needed(model, 4, 'bfloat16') == 16 * N_PARAMS + blocks // 2 + head
-    model.activation_checkpointing = True
-    assert plan.memory_needed(model, 4, 'float32') == 16 * N_PARAMS + blocks // L + L * tokens * C * 4 + head
+    blocks, head = L * (8 + 14 * 4) * tokens * C, 12 * tokens * C + 12 * tokens * V
+    assert memory(model, 1, 4, 1) == 16 * N_PARAMS + blocks + head
+    assert memory(model, 1, 4, 2) == 16 * N_PARAMS + blocks + head + 4 * V * C  # the head's second gradient
+    assert memory(model, 1, 4, 1, checkpointing=True) == \
+        16 * N_PARAMS + blocks // L + L * tokens * C * 4 + head
+    copies = 2 * L * (12 * C * C + 2 * C)
+    assert memory(model, 1, 4, 1, dtype_size=2, reserved=5) == \
+        16 * N_PARAMS + copies + L * (8 + 14 * 2) * tokens * C + head + 5
+
+
+def test_memory_of_frozen_weights_is_without_gradient_and_moments(model):
+    before = memory(model, 1, 4, 2)
+    add_adapters(model, rank=2, alpha=4)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < trained < N_PARAMS / 4
+    assert before - memory(model, 1, 4, 2) == 12 * N_PARAMS - 16 * trained + 4 * V * C
 
 
 def test_memory_of_a_large_head_is_that_of_one_chunk():
     model = GPT(GPTConfig(block_size=8, vocab_size=3000, n_layer=1, n_head=1, n_embd=8))
-    grown = [plan.memory_needed(model, b, 'float32') for b in (1000, 2000)]
-    assert grown[1] - grown[0] == 1000 * 8 * 8 * 16 * 4  # the blocks' share alone
+    grown = [memory(model, 1, b, 1) for b in (1000, 2000)]
+    assert grown[1] - grown[0] == 1000 * 8 * 8 * ((8 + 14 * 4) + 12)  # no logits
+
+
+@pytest.mark.parametrize('settings, setup', [
+    ({}, Setup(8, 4, 3)),
+    ({'parallel': 'fsdp'}, Setup(8, 4, 3, sharded=True)),
+    ({'parallel': 'fsdp', 'activation_checkpointing': True, 'cpu_offload': True},
+     Setup(8, 4, 3, sharded=True, checkpointing=True, offload=True)),
+])
+def test_table_knows_how_the_run_uses_its_gpus(settings, setup, model, monkeypatch):
+    monkeypatch.setattr(plan, 'total_memory', lambda device: 80e9)
+    run = Runtime('cuda:0', 'bfloat16', True, 'nccl', 0, 8)
+    row = table(model, run, accumulation=24, **settings)['memory']
+    assert row == f'about {plan.size(plan.memory_needed(model, setup))} of 80.0 GB on cuda:0'
+    assert row.startswith('about 2.0 GB')  # CUDA's own
+    assert table(model)['memory'].startswith(f'about {plan.size(memory(model, 1, 4, 6))}')  # a CPU has none
+
+
+def test_model_that_fits_in_parts_alone_is_warned_of_where_it_is_whole(monkeypatch):
+    monkeypatch.setattr(plan, 'total_memory', lambda device: 80e9)
+    run = Runtime('cuda:0', 'bfloat16', True, 'nccl', 0, 64)
+    model = planned(n_layer=32, n_head=32, n_embd=4096, block_size=2048)
+    rows = [table(model, run, batch_size=1, accumulation=64, parallel=parallel)['memory']
+            for parallel in ('ddp', 'fsdp')]
+    assert rows[0].startswith('about 157.9 GB of 80.0 GB') and 'TOO LITTLE' in rows[0]
+    assert rows[1] == 'about 17.3 GB of 80.0 GB on cuda:0'  # the figures of docs/SCALING.md
 
 
 def test_free_space_is_asked_for_where_the_folder_will_be(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: asked.append(path) or SimpleNamespace(free=7))
-    assert plan.free_disk(tmp_path / 'not/yet/there') == 7 and asked == [str(tmp_path)]
+    assert free_disk(tmp_path / 'not/yet/there') == 7 and asked == [str(tmp_path)]
 
 
 # ---------------------------------------------------------------------------- out of memory
@@ -213,7 +260,8 @@ def test_dry_run_leaves_a_damaged_state_where_it_is(train, tmp_path):
 
 def test_dry_run_of_a_finished_run_has_nothing_to_measure(train, tmp_path):
     train('--max_iters=4')
-    assert '0 iterations' in train('--dry_run', '--init_from=resume', '--max_iters=4')['log']
+    log = train('--dry_run', '--init_from=resume', '--max_iters=4')['log']
+    assert '0 iterations' in log and not losses(log)
 
 
 # ---------------------------------------------------------------------------- other machines
@@ -231,7 +279,9 @@ def test_activations_are_what_autograd_keeps(dtype, size, checkpointing, more):
     kept = []
     for n_layer in (2, 6):
         model = GPT(GPTConfig(96, 256, n_layer, 4, 128, bias=False, **more))
-        model.activation_checkpointing = checkpointing
+        use_lean_loss(model)
+        if checkpointing:
+            checkpoint_activations(model)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         found, idx = {}, torch.zeros(2, 96, dtype=torch.int64)
 
@@ -242,26 +292,66 @@ def test_activations_are_what_autograd_keeps(dtype, size, checkpointing, more):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
                 torch.autocast('cpu', torch.bfloat16, enabled=size == 2):
-            model(idx, idx, return_logits=False)
+            model(idx, idx)
         # autocast's copies of weights are the model's state
         weights = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
         kept.append(sum(t.untyped_storage().nbytes() for t in found.values()
                         if t.shape not in weights))
-    block = plan.activation_memory(model, 2, checkpointing, size)
+    setup = Setup(1, 2, 1, checkpointing=checkpointing, dtype_size=size)
+    six = plan.activation_memory(model, setup)
     model.config.n_layer = 2
-    expected = block - plan.activation_memory(model, 2, checkpointing, size)
+    expected = six - plan.activation_memory(model, setup)
     assert kept[1] - kept[0] == pytest.approx(expected, rel=0.1)
+
+
+def peak_of_an_iteration(model, batch_size, micro_steps, dtype, trace):
+    """Bytes that an iteration allocates and frees again, by torch's profiler."""
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64)
+
+    def iteration():
+        for _ in range(micro_steps):
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                _, loss = model(idx, idx)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    iteration()  # makes the moments
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as found:
+        iteration()
+    found.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())['traceEvents'] if e['name'] == '[memory]']
+    return max(itertools.accumulate(e['args']['Bytes'] for e in sorted(events, key=lambda e: e['ts'])))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('micro_steps', [1, 2])
+def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(
+        dtype, checkpointing, micro_steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', 1 << 18)
+    model = GPT(GPTConfig(128, 2000, 4, 4, 128, bias=False))
+    use_lean_loss(model)
+    if checkpointing:
+        checkpoint_activations(model)
+    real = 12 * model.get_num_params(non_embedding=False) + peak_of_an_iteration(
+        model, 4, micro_steps, dtype, tmp_path / 'trace.json')
+    needed = memory(model, 1, 4, micro_steps, checkpointing=checkpointing, dtype_size=dtype.itemsize)
+    assert 0.98 * real < needed < 1.5 * real
 
 
 def test_state_is_sixteen_bytes_a_parameter_shared_by_all_and_what_is_gathered():
     model = planned(n_layer=4, n_head=2, n_embd=64, block_size=32, vocab_size=128)
     n, block = model.get_num_params(non_embedding=False), 12 * 64 * 64 + 2 * 64
-    assert plan.state_memory(model, 1, 8, 8, False, False, False) == 16 * n + 2 * 4 * block
-    assert plan.state_memory(model, 8, 8, 1, False, False, False) == 20 * n + 2 * 4 * block
-    gathered = 8 * (n - 4 * block) + 10 * block
-    assert plan.state_memory(model, 8, 8, 1, True, False, False) == 2 * n + gathered
-    assert plan.state_memory(model, 8, 16, 1, True, False, False) == 6 * n + gathered
-    assert plan.state_memory(model, 8, 8, 1, True, False, True) == gathered
+    state = lambda *args, **how: plan.state_memory(model, Setup(*args, **how))  # noqa: E731
+    assert state(1, 8, 1) == 16 * n + 2 * 4 * block
+    assert state(8, 1, 1) == 20 * n + 2 * 4 * block
+    assert state(8, 1, 1, sharded=True) == 2 * n + 8 * (n - 4 * block) + 10 * block
+    assert state(8, 1, 2, sharded=True) == 6 * n + 8 * (n - 4 * block) + 10 * block
+    assert state(8, 1, 1, sharded=True, dtype_size=4) == 2 * n + 8 * (n - 4 * block) + 12 * block
+    assert state(8, 1, 2, sharded=True, offload=True) == 8 * (n - 4 * block) + 10 * block
 
 
 def test_best_tokens_make_the_lowest_loss_of_the_same_arithmetic():
@@ -273,15 +363,29 @@ def test_best_tokens_make_the_lowest_loss_of_the_same_arithmetic():
         assert loss(1e9) < min(loss(0.98e9), loss(1.02e9)) and 5e9 < tokens < 1e11
 
 
-def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(train, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        train('--dry_run', '--plan_gpus=8', '--plan_gpu=A100', '--n_layer=48', '--n_head=25', '--n_embd=1600',
-              '--block_size=1024', '--batch_size=8', '--gradient_accumulation_steps=64', data_dir='nowhere')
-    rows = capsys.readouterr().out.splitlines()[-6:]
-    assert end.value.code is None and not (tmp_path / 'out').exists()
+def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(run_script, tmp_path):
+    done = run_script('train.py', *TINY_ARGS, '--dry_run', '--plan_gpus=8', '--plan_gpu=A100', '--n_layer=48',
+                      '--n_head=25', '--n_embd=1600', '--block_size=1024', '--batch_size=8',
+                      '--gradient_accumulation_steps=64', '--data_dir=nowhere',
+                      f'--out_dir={tmp_path / "out"}')
+    rows = done.stdout.splitlines()[-6:]
+    assert not (tmp_path / 'out').exists()
     assert 'micro-batch' in rows[0] and [row[:32].strip() for row in rows[1:]] == [*plan.STRATEGIES]
     found = [int(re.match(r'[\d.,]+ [GM]B +(\d+) ', row[32:].strip())[1]) for row in rows[1:]]
     assert found == [8, 64, 16, 64, 64]
+
+
+@pytest.mark.parametrize('name', ['RTX 4090', 'rtx4090', 'RTX4090', ' rtx 4090'])
+def test_gpu_is_known_without_case_and_blanks(name):
+    model = planned(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
+    assert ' parameters on 4 RTX 4090, ' in plan.scale(model, 4, name, 8, 10)
+
+
+@pytest.mark.parametrize('gpu', GPUS)
+def test_every_gpu_of_the_table_can_be_planned_for(gpu):
+    model = planned(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
+    rows = plan.scale(model, 16, gpu.lower(), 16, 10).splitlines()
+    assert f'on 16 {gpu}, ' in rows[0] and len(rows) == 8 and 'does not fit' not in rows[3]
 
 
 @pytest.mark.parametrize('args, message', [

@@ -1,4 +1,4 @@
-"""data/*/prepare.py, run as a user runs them, in a copy of the repository and from somewhere else."""
+"""support/text/prepare.py; and the data/*/prepare.py, run in a copy of the repository from another folder."""
 
 import hashlib
 import json
@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dataset import GPT2Tokenizer
+import support.text.prepare as preparation
+from support.text.prepare import write_text_dataset, write_tokens
+from support.text.tokenizer import GPT2Tokenizer, read_tokenizer
+from support.text.tokens import open_split, read_info
 
+META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, 'a': 1, 'é': 2}}
 SHAKESPEARE = ROOT.parent / 'shared/data/tinyshakespeare/input.txt'
 SPEECH = 'To be, or not to be, that is the question:\nWhether \'tis nobler in the mind to suffer\n' * 20
 CLOSED = 'http://127.0.0.1:9'  # nothing listens at this port
@@ -25,7 +29,7 @@ with_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'{SHAKES
 @pytest.fixture
 def prepare(tmp_path):
     """Runs a prepare.py of the copy; prepare.data is the copy's data folder, prepare.here where it is run."""
-    for path in [*ROOT.glob('*.py'), *(ROOT / 'data').rglob('*.py')]:
+    for path in [*ROOT.glob('*.py'), *(ROOT / 'data').rglob('*.py'), *(ROOT / 'support').rglob('*.py')]:
         copy = tmp_path / 'repository' / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -67,6 +71,107 @@ def assert_mistake(done, kind, *words):
     assert line.startswith(f'{kind}: ') and 'Traceback' not in done.stderr, done.stderr
     for word in words:
         assert word in line
+
+
+# ---------------------------------------------------------------------------- writing
+
+def test_tokens_are_written_as_raw_uint16(tmp_path):
+    path = tmp_path / 'new folder' / 'train.bin'
+    result = write_tokens(path, [[1, 2], np.array([65535]), [], np.array([0], dtype=np.uint32)])
+    assert path.read_bytes() == np.array([1, 2, 65535, 0], dtype=np.uint16).tobytes()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert result == {'tokens': 4, 'largest_id': 65535, 'sha256': digest}
+
+
+@pytest.mark.parametrize('bad', [65536, -1, 2**40])
+def test_token_that_does_not_fit_is_named_and_nothing_is_left(bad, tmp_path):
+    with pytest.raises(ValueError, match=f'token id {bad} ') as error:
+        write_tokens(tmp_path / 'train.bin', [[1, 2], [3, bad]])
+    assert '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('interruption', [RuntimeError, KeyboardInterrupt])
+def test_interrupted_writing_leaves_the_old_file(interruption, tmp_path):
+    def chunks():
+        yield [7, 8]
+        raise interruption
+
+    write_tokens(tmp_path / 'train.bin', [[1, 2]])
+    with pytest.raises(interruption):
+        write_tokens(tmp_path / 'train.bin', chunks())
+    assert [p.name for p in tmp_path.iterdir()] == ['train.bin']
+    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [1, 2]
+
+
+def test_dataset_json_tells_what_the_files_hold(tmp_path):
+    write_text_dataset(tmp_path, 'hello world, ' * 100, 'char', 'a test', val_fraction=0.25)
+    info = json.loads((tmp_path / 'dataset.json').read_text(encoding='utf-8'))
+    splits = {split: np.fromfile(tmp_path / f'{split}.bin', dtype=np.uint16) for split in ('train', 'val')}
+    assert info['tokens'] == {'train': len(splits['train']), 'val': len(splits['val'])}
+    assert info['tokens'] == {'train': 975, 'val': 325}
+    assert info['largest_id'] == max(ids.max() for ids in splits.values()) == info['vocab_size'] - 1
+    assert (info['tokenizer'], info['source']) == ('char', 'a test')
+    for name, digest in info['sha256'].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert set(info['sha256']) == {'train.bin', 'val.bin'} and read_info(tmp_path) == info
+
+
+def test_meta_is_what_nanogpt_reads(tmp_path):
+    write_text_dataset(tmp_path, 'é\naa' * 10, 'char', 'a test')
+    assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == META
+
+
+def test_text_is_split_by_characters_with_its_end_for_validation(tmp_path):
+    text = ''.join(chr(97 + i % 26) for i in range(1001))
+    write_text_dataset(tmp_path, text, 'char', 'a test')
+    decode = read_tokenizer(tmp_path).decode
+    assert decode(open_split(tmp_path, 'train').tolist()) == text[:900]
+    assert decode(open_split(tmp_path, 'val').tolist()) == text[900:]
+
+
+def test_text_in_bpe_leaves_no_vocabulary_of_characters_behind(bpe, tmp_path):
+    text = 'It was a bright cold day in April. ' * 20
+    write_text_dataset(tmp_path, text, 'char', 'a test')
+    write_text_dataset(tmp_path, text, 'gpt2', 'a test')
+    assert not (tmp_path / 'meta.pkl').exists() and read_info(tmp_path)['tokenizer'] == 'gpt2'
+    parts = [read_tokenizer(tmp_path).decode(open_split(tmp_path, split)) for split in ('train', 'val')]
+    assert parts == [text[:630], text[630:]]
+
+
+@pytest.mark.parametrize('text, arguments, message', [
+    ('', {}, 'too few to split'), ('a', {}, 'too few to split'),
+    ('abc', {'val_fraction': 0.0}, 'val_fraction=0'), ('abc', {'val_fraction': 1.5}, 'between 0 and 1'),
+    ('abc', {'tokenizer': 'words'}, 'not one of char, gpt2'),
+])
+def test_text_that_can_not_be_split_is_refused_and_nothing_is_left(text, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        write_text_dataset(tmp_path, text, **({'tokenizer': 'char', 'source': 'a test'} | arguments))
+    assert '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- from any folder
+
+@pytest.mark.parametrize('safe_path', ['', '1'])  # 1: Python doesn't search the script's folder
+def test_every_script_runs_from_its_own_folder_and_by_a_relative_path(safe_path, prepare):
+    scripts = sorted(prepare.data.glob('*/prepare.py'))
+    assert len(scripts) == len(list(ROOT.glob('data/*/prepare.py'))) >= 9
+    for script in scripts:
+        for folder in (script.parent, prepare.here):
+            command = [sys.executable, os.path.relpath(script, folder), '--help']
+            done = subprocess.run(command, cwd=folder, env=os.environ | {'PYTHONSAFEPATH': safe_path},
+                                  capture_output=True, text=True, encoding='utf-8', timeout=60)
+            assert done.returncode == 0 and 'Settings (--key=value)' in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='symbolic links need rights on Windows')
+def test_linked_repository_gets_its_data(prepare, tmp_path):
+    (prepare.here / 'speech.txt').write_text(SPEECH, encoding='utf-8')
+    (tmp_path / 'link').symlink_to(prepare.data.parent)
+    command = [sys.executable, tmp_path / 'link/data/text/prepare.py', 'speech.txt']
+    subprocess.run(command, cwd=prepare.here, check=True, timeout=60)
+    assert ''.join(decode(prepare.data / 'my_text')) == SPEECH
 
 
 # ---------------------------------------------------------------------------- Shakespeare
@@ -158,7 +263,7 @@ def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, r
     folder, cut = prepare.data / 'library', int(len(texts) * 0.75)
     assert decode(folder) == [texts[:cut], texts[cut:]]
     assert (folder / 'meta.pkl').exists() == (tokenizer == 'char')
-    assert 'left out 1 files' in out and 'picture.png' in out
+    assert 'skipped 1 files' in out and 'picture.png' in out
 
 
 def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prepare):
@@ -196,13 +301,11 @@ DOCUMENTS = [f'Document {i}' + ' and more' * (i % 7) + '<|endoftext|>\n' * (i % 
 
 @pytest.fixture
 def corpus(bpe, monkeypatch, tmp_path):
-    """data/corpus.py in this process, its caches in tmp_path."""
+    """support/text/prepare.py, with the caches of `datasets` in tmp_path."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.syspath_prepend(ROOT / 'data')
     import datasets
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-    import corpus
-    return corpus
+    return preparation
 
 
 def documents_of(ids):
@@ -349,8 +452,8 @@ def write_sources(folder):
     ('one.txt', 'text', ['1 documents', 'data/text/prepare.py']),
     ('table.csv', 'text', ['.parquet, .jsonl']),
     ('folder', 'text', ['.parquet, .jsonl']),
-    ('nothing.jsonl', 'text', ['nothing.jsonl is not there']),
-    ('no_folder/', 'text', ['no_folder is not there']),
+    ('nothing.jsonl', 'text', ['nothing.jsonl doesn\'t exist']),
+    ('no_folder/', 'text', ['no_folder doesn\'t exist']),
 ])
 def test_source_without_documents_is_refused_in_one_line(source, column, words, corpus, tmp_path):
     write_sources(tmp_path)
@@ -362,7 +465,7 @@ def test_source_without_documents_is_refused_in_one_line(source, column, words, 
 
 @pytest.mark.parametrize('args, words', [
     (['--source=nobody/nothing'], ['nobody/nothing', '--source=PATH']),
-    (['--source=no_folder/'], ['no_folder/ is not there']),
+    (['--source=no_folder/'], ['no_folder/ doesn\'t exist']),
     (['--source=good.jsonl', '--text_column=body'], ['no column body', '--text_column']),
 ])
 def test_mistake_with_documents_is_one_line_for_the_user(args, words, bpe, prepare):

@@ -16,7 +16,7 @@ import soak
 import torch
 from conftest import ROOT, TINY_ARGS, evaluations, losses
 
-import checkpoint
+from support.run import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 EXACT = ('--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20', '--learning_rate=1e-2',
@@ -95,29 +95,6 @@ def test_run_stopped_again_and_again_equals_the_uninterrupted_one(one_rank, char
     assert soak.differences(tmp_path / 'whole', tmp_path / 'out') == []
 
 
-def test_run_that_skips_spikes_is_resumed_with_its_memory(train, tmp_path, at_iteration):
-    """With 128 iterations to remember; the limits are so low that a few updates are skipped."""
-    args = ('--skip_spikes=1.5', '--max_iters=160', '--eval_interval=1000')
-    train(*args, out_dir=tmp_path / 'whole')
-    at_iteration(139, stop)
-    train(*args, out_dir=tmp_path / 'parts')
-    train(*args, '--init_from=resume', out_dir=tmp_path / 'parts')
-    state = checkpoint.load(tmp_path / 'whole/latest.pt')
-    assert 0 < state['guard']['n_skipped'] < 25 and len(state['guard']['recent']) == 128
-    assert soak.differences(tmp_path / 'whole', tmp_path / 'parts') == []
-
-
-def test_skipped_update_changes_no_parameter(train, monkeypatch):
-    import statistics
-    monkeypatch.setattr(statistics, 'mean', lambda values: 0.0)  # each update past the 128th is a spike
-    monkeypatch.setattr(statistics, 'pstdev', lambda values: 0.0)
-    script = train('--skip_spikes=1', '--max_iters=132', '--eval_interval=1000')
-    short = train('--skip_spikes=1', '--max_iters=127', '--eval_interval=1000')
-    assert script['guard'].n_skipped == 5 and script['log'].count('update skipped, a spike') == 5
-    for a, b in zip(script['model'].parameters(), short['model'].parameters()):
-        assert torch.equal(a, b)
-
-
 def test_two_signals_at_once_are_one_and_the_run_is_saved(train, tmp_path, at_iteration):
     at_iteration(3, lambda: (stop(), stop()))
     log = train('--max_iters=9')['log']
@@ -134,7 +111,6 @@ def test_signalled_run_exits_with_status_0_and_its_state(char_data, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     state, log = checkpoint.load(tmp_path / 'latest.pt'), soak.read_log(tmp_path)
-    assert state['guard']['recent'] == []  # only skip_spikes looks back, and waits for the device to do so
     assert state['iter_num'] == log[-1]['iter'] + 1 and 'SIGINT: stopping' in output
 
 
@@ -350,7 +326,7 @@ def test_best_model_is_never_replaced_by_a_worse_one(fails, train, tmp_path, mon
         iteration, is_val = divmod(len(asked) - 1, 2)
         return [by_iteration[iteration] if is_val else 7.0, 1]
 
-    import runtime
+    from support.machine import runtime
     monkeypatch.setattr(runtime.Runtime, 'sum', sum_of)
     train('--max_iters=6', '--eval_interval=1', '--always_save_checkpoint=False')
     state = checkpoint.load(tmp_path / 'out/ckpt.pt')
@@ -415,7 +391,7 @@ def test_log_of_a_resumed_run_has_each_step_once(train, tmp_path):
     entries = soak.read_log(tmp_path / 'out')
     assert [e['iter'] for e in entries if 'loss' in e] == [*range(10)]
     assert [e['iter'] for e in entries if 'val_loss' in e] == [0, 9]
-    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'skipped', 'clipped', 'seconds',
+    assert set(json.loads(last)) == {'iter', 'loss', 'lr', 'grad_norm', 'clipped', 'seconds',
                                      'tokens', 'ms', 'tokens_per_s', 'mfu'}
 
 

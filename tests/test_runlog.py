@@ -1,9 +1,10 @@
-"""runlog.py: each step is told once, whatever happens to the process or the disk."""
+"""runlog.py, console.py: each step is told once, whatever happens to the process or the disk."""
 
 import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import struct
 import sys
@@ -16,12 +17,13 @@ from conftest import TINY, TINY_ARGS, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import runlog
-import runtime
-from dataset import read_tokenizer
 from model import GPT, GPTConfig
-from runlog import Drawing, Meter, Progress, RunLog, Wandb, keep_line, print0
+from support.machine import console
+from support.machine.console import keep_line, print0
+from support.machine.runtime import Runtime
+from support.run import checkpoint, runlog
+from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb
+from support.text.tokenizer import read_tokenizer
 
 
 def entries(path):
@@ -252,7 +254,7 @@ def terminal(monkeypatch):
     monkeypatch.setenv('TERM', 'xterm')
     monkeypatch.setenv('COLUMNS', '80')
     monkeypatch.setenv('WT_SESSION', '1')
-    monkeypatch.setattr(runlog, 'line_is_live', False)
+    monkeypatch.setattr(console, 'line_is_live', False)
     return contextlib.redirect_stdout(Terminal())
 
 
@@ -269,7 +271,7 @@ def test_meter_leaves_out_pauses_and_counts_since_the_last_lap(monkeypatch):
                   12.0, 13.5, 16.0, 16.0,  # an iteration; the lap ends, the next begins
                   17.0, 18.0, 20.0, 20.0])
     monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-    meter = Meter(runtime.Runtime('cpu', 'float32', False, 'gloo'), seconds=100.0, tokens=1000)
+    meter = Meter(Runtime('cpu', 'float32', False, 'gloo'), seconds=100.0, tokens=1000)
     meter.begin_iteration()
     meter.begin_waiting()
     meter.end_iteration(300)
@@ -287,8 +289,8 @@ def test_meter_leaves_out_pauses_and_counts_since_the_last_lap(monkeypatch):
 
 
 def test_process_that_holds_up_the_others_is_named(monkeypatch, capsys):
-    meter = Meter(runtime.Runtime('cpu', 'float32', False, 'gloo'))
-    monkeypatch.setattr(runtime.Runtime, 'gather', lambda self, value: [10.0, 11.0, 25.0, 9.0])
+    meter = Meter(Runtime('cpu', 'float32', False, 'gloo'))
+    monkeypatch.setattr(Runtime, 'gather', lambda self, value: [10.0, 11.0, 25.0, 9.0])
     meter.begin_iteration()
     meter.begin_waiting()
     meter.end_iteration(1)
@@ -328,14 +330,14 @@ def test_live_line_gives_way_and_what_is_no_live_line_stays(terminal):
         print0('the end')
     shown = screen.shows()
     assert shown[:3] == ['step 0', 'step 4', 'saved'] and shown[4:] == ['the end', '']
-    assert re.match(r'iter 5: loss 1.2346, [\w ]+ left, 1234 tokens/s, ', shown[3]) and len(shown[3]) < 80
+    assert shown[3].startswith('iter 5: loss 1.2346, time 12.35ms, mfu 34.57%, lr ') and len(shown[3]) < 80
 
 
 def test_live_line_never_wraps(terminal, monkeypatch):
     monkeypatch.setenv('COLUMNS', '30')
     with terminal as screen:
         Progress(last_iter=100).show(LINE)
-    assert screen.shows() == ['iter 10: loss 1.2346, 1234 tokens/s'[:29]]
+    assert screen.shows() == ['iter 10: loss 1.2346, time 12.35ms'[:29]]
 
 
 @pytest.mark.parametrize('variable, value, live, coloured', [
@@ -349,6 +351,15 @@ def test_colour_is_for_terminals_and_can_be_refused(terminal, monkeypatch, varia
         print0('iter 2', live=True)
     assert ('\x1b[1m' in screen.getvalue()) == coloured
     assert ('\r' in screen.getvalue()) == live and (screen.shows()[1] == 'iter 2') == live
+
+
+def test_only_the_first_process_prints_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    with terminal as screen:
+        print0('step 0')
+        print0('iter 1', live=True)
+        keep_line()
+    assert screen.getvalue() == ''
 
 
 def test_redirected_run_has_no_control_sequences(train):
@@ -379,7 +390,7 @@ def test_samples_leave_the_run_as_it_was(train, tmp_path):
 
 
 def test_sample_is_drawn_from_its_own_generator_and_without_dropout(char_data):
-    tokenizer, run = read_tokenizer(char_data), runtime.Runtime('cpu', 'float32', False, 'gloo')
+    tokenizer, run = read_tokenizer(char_data), Runtime('cpu', 'float32', False, 'gloo')
     model = GPT(GPTConfig(**TINY))
     without = runlog.show_sample(model, tokenizer, [1, 2], run, 5, seed=3)
     for module in model.modules():
@@ -454,6 +465,26 @@ time.sleep(600 * is_first)
     drawing.start()  # too early: the first one takes ten minutes
     drawing.close(patience=60)
     assert not drawing.is_busy() and drawn.read_text() == 'x'
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='process groups')
+def test_ctrl_c_does_not_reach_a_drawing(program):
+    path, drawn = program
+    drawing = Drawing([path, '60', drawn])
+    drawing.start()
+    assert os.getpgid(drawing.process.pid) != os.getpgid(0)
+    assert os.getsid(drawing.process.pid) == os.getsid(0)  # else Linux might not heed its priority
+    drawing.process.kill()
+    drawing.process.communicate()
+
+
+def test_drawing_that_cannot_be_started_costs_a_line_and_not_the_run(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'executable', 'no/such/python')
+    drawing = Drawing([program[0], '0', program[1]])
+    for _ in range(2):
+        drawing.start()
+    drawing.close(patience=60)
+    assert capsys.readouterr().out.count('no pictures from here on: ') == 1
 
 
 def test_drawing_that_fails_is_told_once(program, capsys):

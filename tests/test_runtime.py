@@ -1,19 +1,12 @@
 """runtime.py: what is asked for is had or refused; what is left open becomes what the machine does best."""
 
-import ctypes
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-import runtime
+from support.machine import runtime
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 
@@ -144,68 +137,6 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == 'one\n'
 
 
-# ---------------------------------------------------------------------------- peak FLOP/s
-
-@pytest.mark.parametrize('name, flops', [
-    ('NVIDIA A100-SXM4-40GB', 312e12),
-    ('NVIDIA A100 80GB PCIe', 312e12),
-    ('NVIDIA H100 80GB HBM3', 989e12),
-    ('NVIDIA H100 PCIe', 756e12),
-    ('NVIDIA H100 NVL', 835e12),
-    ('NVIDIA H200', 989e12),
-    ('NVIDIA GH200 480GB', 989e12),
-    ('NVIDIA B200', 2250e12),
-    ('NVIDIA L4', 121e12),
-    ('NVIDIA L40', 181e12),
-    ('NVIDIA L40S', 362e12),
-    ('NVIDIA A40', 150e12),
-    ('NVIDIA A10', 125e12),
-    ('Tesla T4', 65e12),
-    ('Tesla V100-SXM2-16GB', 125e12),
-    ('NVIDIA GeForce RTX 3090', 71e12),
-    ('NVIDIA GeForce RTX 4090', 165e12),
-    ('NVIDIA RTX A4000', None),
-    ('NVIDIA A10G', None),
-    ('NVIDIA A1000', None),
-    ('NVIDIA GeForce GTX 1080', None),
-    ('Quadro T400', None),
-])
-def test_peak_of_a_gpu_is_its_data_sheet_s(name, flops, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert runtime.peak_flops('cuda', 'bfloat16') == flops
-    assert runtime.peak_flops('cuda:1', 'float16') == flops
-    assert runtime.peak_flops('cuda', 'float32') is None
-
-
-def test_peak_of_an_apple_gpu_is_unknown():
-    assert runtime.peak_flops('mps', 'float16') is None
-
-
-def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert 0 < runtime.peak_flops('cpu', 'float32') < float('inf')
-    assert torch.equal(torch.get_rng_state(), before[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
-
-
-def test_measured_time_is_that_of_the_fastest_call(monkeypatch):
-    clock, calls = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0]), []
-    monkeypatch.setattr(runtime, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert runtime.best_time(lambda: calls.append(1), 'cpu', repeats=3) == 2.0
-    assert len(calls) == 3
-
-
-def test_measured_rate_is_operations_over_time(monkeypatch):
-    sizes = []
-
-    def half_a_second(function, device):
-        sizes.append(len(function()))
-        return 0.5
-
-    monkeypatch.setattr(runtime, 'best_time', half_a_second)
-    assert runtime.measure_matmul('cpu', 'float32') == 2 * sizes[0]**3 / 0.5
-
-
 # ---------------------------------------------------------------------------- several processes
 
 def test_random_numbers_follow_from_seed_process_and_iteration():
@@ -258,93 +189,17 @@ def test_process_of_several_ends_without_python_s_clean_up(monkeypatch):
 
 
 def test_restarted_processes_find_each_other_by_keys_of_their_own(monkeypatch):
-    assert runtime.own_store(0, 2) == {}
+    assert runtime.restart_store(0, 2) == {}
     server = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     for name, value in {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': server.port, 'GROUP_WORLD_SIZE': 1,
                         'TORCHELASTIC_USE_AGENT_STORE': True, 'TORCHELASTIC_RESTART_COUNT': 0}.items():
         monkeypatch.setenv(name, str(value))
-    assert runtime.own_store(0, 2) == {}
+    assert runtime.restart_store(0, 2) == {}
     for attempt in ('1', '2'):
         monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', attempt)
-        arguments = runtime.own_store(1, 2)
+        arguments = runtime.restart_store(1, 2)
         assert (arguments['rank'], arguments['world_size']) == (1, 2)
         assert not arguments['store'].check(['address'])  # of the attempt before
         arguments['store'].set('address', attempt)
     monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # whose counts may differ
-    assert runtime.own_store(0, 2) == {}
-
-
-# ---------------------------------------------------------------------------- signals
-
-@pytest.fixture
-def stop_request():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo'))
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_signal_is_a_request_that_stays(number, stop_request, capfd):
-    assert not stop_request.agreed()
-    signal.raise_signal(number)
-    assert stop_request.agreed() and stop_request.agreed()
-    assert stop_request.close() is False  # there is no exchange to finish
-    time.sleep(0.1)  # for the thread that tells it
-    message = f'{number.name}: stopping at the next iteration, once more to stop at once\n'
-    assert capfd.readouterr().err == message
-
-
-def test_second_signal_within_half_a_second_counts_as_the_first(stop_request, capfd):
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as torchrun and a terminal send them
-        signal.raise_signal(number)
-    time.sleep(0.1)
-    assert stop_request.agreed() and capfd.readouterr().err.count('\n') == 1
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='a mutex of zeros is Linux\'s')
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_ends_the_process_at_once_even_where_its_main_thread_is_stuck(number):
-    child = os.fork()
-    if child == 0:
-        runtime.signal_socket.cache_clear()  # its thread is the parent's
-        runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo'))
-        signal.raise_signal(signal.SIGTERM)
-        subprocess.Popen(['sh', '-c', f'sleep 0.7; kill -{number} {os.getpid()}'])
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)
-        mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):  # the second time it waits for itself, in C, where no handler of Python's runs
-            ctypes.CDLL(None).pthread_mutex_lock(mutex)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
-
-
-def test_signal_is_seen_by_all_processes_one_call_later(monkeypatch):
-    """With the exchange of votes of two processes, the other of which never has a signal, in its place."""
-    exchanged = []
-
-    def all_reduce(votes, group, async_op):
-        assert group == 'gloo' and async_op
-        return SimpleNamespace(wait=lambda: exchanged.append(votes.item()))
-
-    monkeypatch.setattr(runtime.dist, 'new_group', lambda backend: backend)
-    monkeypatch.setattr(runtime.dist, 'all_reduce', all_reduce)
-    monkeypatch.setattr(signal, 'signal', lambda number, handler: None)
-    monkeypatch.setattr(signal, 'set_wakeup_fd', lambda *_, **__: None)
-    request = runtime.StopRequest(runtime.Runtime('cpu', 'float32', False, 'gloo', 0, 2))
-    answers = [request.agreed(), request.agreed()]
-    request.received = signal.SIGTERM
-    answers += [request.agreed(), request.agreed()]
-    assert answers == [False, False, False, True] and exchanged == [0, 0, 1]
-    assert request.close() is True and len(exchanged) == 4 and request.close() is False
-
-
-@pytest.mark.skipif(sys.platform == 'win32', reason='sysconf')
-def test_memory_of_the_machine_is_known(monkeypatch):
-    assert 1 << 28 < runtime.total_memory('cpu') < 1 << 50
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=7))
-    assert runtime.total_memory('cuda:1') == 7
-    monkeypatch.delattr(os, 'sysconf')
-    assert runtime.total_memory('cpu') is None
+    assert runtime.restart_store(0, 2) == {}

@@ -1,4 +1,4 @@
-"""sample.py and prompt.py: what comes out, from what, and what is refused."""
+"""sample.py and its prompt: what comes out, from what, and what is refused."""
 
 import io
 import json
@@ -15,12 +15,19 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-from dataset import CharTokenizer, GPT2Tokenizer, read_tokenizer
-from decoding import Text
 from model import GPT, GPTConfig
+from support.network.decoding import Text, generate
+from support.run import checkpoint
+from support.run.prompt import Sampling, obey
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 
 LINE = '---------------\n'
+
+
+def save(folder, model, tokenizer, **others):
+    checkpoint.save(folder / 'ckpt.pt', {
+        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
+        'tokenizer': tokenizer.to_dict(), **others})
 
 
 @pytest.fixture(scope='module')
@@ -33,9 +40,7 @@ def trained(tmp_path_factory, char_data):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5 if p.dim() == 2 else 1)  # for the context to matter
-    checkpoint.save(folder / 'ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.to_args(),
-                                         'iter_num': 1, 'best_val_loss': 3.0, 'config': {'dataset': 'gone'},
-                                         'tokenizer': tokenizer.to_dict()})
+    save(folder, model, tokenizer, iter_num=1, best_val_loss=3.0, config={'dataset': 'gone'})
     return folder
 
 
@@ -73,8 +78,7 @@ def test_temperature_0_is_greedy(sample):
 def test_prompt_from_a_file_is_utf8_whatever_the_locale(run_script, tmp_path):
     tokenizer = CharTokenizer.of_text('äöü \n€')
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save(tmp_path / 'ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.to_args(),
-                                           'tokenizer': tokenizer.to_dict()})
+    save(tmp_path, model, tokenizer)
     prompt = tmp_path / 'prompt.txt'
     prompt.write_text('ä €', encoding='utf-8')
     env = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
@@ -107,7 +111,7 @@ def test_samples_of_gpt2(sample, gpt2_folder, bpe):
     (['--top_p=0'], 'top_p must lie in (0, 1]'),
     (['--stop=["a", ""]'], 'neither a string nor a list of strings'),
     (['--prompts=missing.txt'], 'missing.txt is missing'),
-    (['--interactive', '--json'], 'can\'t be had together'),
+    (['--interactive', '--json'], 'exclude each other'),
     (['--top_q=3'], 'Unknown config key: top_q (did you mean top_p or top_k or stop?)'),
 ])
 def test_a_mistake_is_refused_in_one_line(sample, args, reason):
@@ -128,7 +132,7 @@ def test_a_damaged_checkpoint_is_one_line(run_script, trained, tmp_path):
 
 def loaded(folder):
     state = torch.load(folder / 'ckpt.pt')
-    model = GPT(GPTConfig.from_args(state['model_args'])).eval()
+    model = GPT(checkpoint.config_from_args(state['model_args'])).eval()
     model.load_state_dict(state['model'])
     return model, CharTokenizer(state['tokenizer']['itos'])
 
@@ -141,7 +145,7 @@ def lines_of(out):
 def test_streamed_text_equals_unstreamed(sample, trained):
     model, tokenizer = loaded(trained)
     idx = torch.tensor([tokenizer.encode('king')])
-    expected = model.generate(idx, 60, 0.8, 200, n_vocab=tokenizer.n_vocab, n_samples=3, seeds=[5, 6, 7])
+    expected = generate(model, idx, 60, 0.8, 200, n_vocab=tokenizer.n_vocab, n_samples=3, seeds=[5, 6, 7])
     found = samples(sample('--start=king', '--num_samples=3', '--max_new_tokens=60', '--seed=5'))
     assert found == [tokenizer.decode(row) for row in expected.tolist()]
 
@@ -150,7 +154,7 @@ def test_streamed_bytes_equal_unstreamed(sample, gpt2_folder, bpe):
     """Random byte pairs, many of which end inside a character."""
     model, tokenizer = GPT.from_pretrained(str(gpt2_folder)).eval(), GPT2Tokenizer()
     idx = torch.tensor([tokenizer.encode('\u20ac')])
-    row = model.generate(idx, 200, 100.0, n_vocab=tokenizer.n_vocab, seeds=[1])[0].tolist()
+    row = generate(model, idx, 200, 100.0, n_vocab=tokenizer.n_vocab, seeds=[1])[0].tolist()
     assert '\ufffd' in tokenizer.decode(row)
     found = sample(f'--init_from={gpt2_folder}', '--start=\u20ac', '--num_samples=1', '--max_new_tokens=200',
                    '--seed=1', '--temperature=100', '--top_k=None')
@@ -225,8 +229,7 @@ def test_stop_strings_end_samples_and_are_never_shown(sample):
 def test_a_stop_of_backslash_n_is_a_line_end(sample, tmp_path):
     tokenizer = CharTokenizer.of_text('a\n')
     model = GPT(GPTConfig(block_size=16, vocab_size=2, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save(tmp_path / 'ckpt.pt', {'model': model.state_dict(), 'model_args': model.config.to_args(),
-                                           'tokenizer': tokenizer.to_dict()})
+    save(tmp_path, model, tokenizer)
     for given, n in ((r'\n', 1), (r'\n\n', 2), (r"['\n']", 1), ('\n', 1)):
         found = lines_of(sample(f'--out_dir={tmp_path}', '--num_samples=5', '--json=True', f'--stop={given}'))
         assert all(s['ended'] == 'stop' and '\n' * n not in s['text'] for s in found)
@@ -273,6 +276,29 @@ class Terminal:
         return shown
 
 
+@pytest.mark.parametrize('line, name, value', [
+    ('/max_new_tokens=30', 'max_new_tokens', 30), ('/max_new_tokens 30', 'max_new_tokens', 30),
+    ('/temperature = 1', 'temperature', 1.0), ('/top_k None', 'top_k', None), ('/stop ==', 'stop', '='),
+    ('/stop a b', 'stop', 'a b'), ("/stop=['a', 'b']", 'stop', "['a', 'b']"),
+])
+def test_a_command_changes_one_setting(line, name, value):
+    before = Sampling()
+    after, reply = obey(line, before)
+    assert getattr(after, name) == value and reply == f'{name} = {value}'
+    assert all(getattr(after, k) == v for k, v in vars(before).items() if k != name)
+    assert obey(f'/{name}', after) == (after, reply)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('temperature', -0.1), ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('min_p', 1.1),
+    ('repetition_penalty', 0.0), ('max_new_tokens', -1), ('stop', '[1]'),
+])
+def test_a_setting_out_of_range_is_refused_by_name_and_value(name, value):
+    for attempt in (lambda: Sampling(**{name: value}), lambda: obey(f'/{name}={value}', Sampling())):
+        with pytest.raises(ValueError, match=rf'{name}.*{re.escape(str(value))}'):
+            attempt()
+
+
 @pytest.mark.skipif(not hasattr(os, 'openpty'), reason='this system has no pseudo-terminals')
 def test_the_prompt_is_driven_as_by_a_user(trained, sample):
     once, = samples(sample('--start=king', '--num_samples=1', '--max_new_tokens=40', '--top_k=5'))
@@ -284,7 +310,7 @@ def test_the_prompt_is_driven_as_by_a_user(trained, sample):
         user.until('(?s)king\nking.{20}')  # it streams: the sample has just begun
         user.type('\x03')
         user.until('\n> ')
-        for command, reply in (('/max_new_tokens 40', 'max_new_tokens = 40'), ('/seed', 'seed = 1337'),
+        for command, reply in (('/max_new_tokens=40', 'max_new_tokens = 40'), ('/seed', 'seed = 1337'),
                                ('/top_p 7', 'top_p must lie in'), ('/top_p', 'top_p = 1.0'),
                                ('/top_k x', 'takes int or None'), ('/topp 1', 'did you mean top_p'),
                                ('ZZZ', "not in this model's vocabulary: 'Z'"), ('/help', '/top_k 5\n')):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_ARGS, evaluations, losses
 
-import checkpoint
-from dataset import write_tokens
 from model import GPT, GPTConfig
+from support.run import checkpoint
+from support.text.prepare import write_tokens
 
 LINES = [
     r'^tokens per iteration will be: 64$',
@@ -160,6 +160,16 @@ def test_learning_rate_schedule(train):
     assert rates[8] == pytest.approx(0.55) and rates[12:] == pytest.approx([0.1, 0.1, 0.1])
 
 
+@pytest.mark.parametrize('schedule, shares', [
+    ('cosine', [1.0, 0.853553, 0.5, 0.146447, 0.0]), ('linear', [1.0, 0.75, 0.5, 0.25, 0.0]),
+    ('wsd', [1.0, 1.0, 1.0, 1.0, 0.0]), ('constant', [1.0, 1.0, 1.0, 1.0, 1.0])])
+def test_schedules_go_from_the_learning_rate_to_the_least(train, schedule, shares):
+    script = train('--max_iters=0', '--learning_rate=1', '--min_lr=0', '--warmup_iters=0',
+                   '--lr_decay_iters=100', f'--lr_schedule={schedule}')
+    assert [script['get_lr'](i) for i in (0, 25, 50, 75, 100)] == pytest.approx(shares, abs=1e-6)
+    assert schedule != 'wsd' or script['get_lr'](90) == pytest.approx(0.5)
+
+
 def test_decay_that_ends_with_the_warm_up_does_not_divide_by_zero(train):
     log = train('--max_iters=4', '--warmup_iters=2', '--lr_decay_iters=2')['log']
     assert len(losses(log)) == 5
@@ -218,7 +228,7 @@ def test_resuming_takes_weight_decay_and_betas_from_the_config(train, tmp_path):
 def test_block_size_on_resume_shrinks_the_model_or_gives_way_to_it(train, tmp_path):
     train('--max_iters=2')
     longer = train('--max_iters=3', '--init_from=resume', '--block_size=1000')
-    assert longer['block_size'] == 16 and 'block_size is 16' in longer['log']
+    assert longer['window'] == 16 and 'block_size 1000 exceeds the model\'s 16; using 16' in longer['log']
     train('--max_iters=6', '--init_from=resume', '--block_size=8')
     state = checkpoint.load(tmp_path / 'out/ckpt.pt')
     assert state['model_args']['block_size'] == 8

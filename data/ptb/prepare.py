@@ -1,28 +1,27 @@
 """
-Penn Treebank as language models know it (Marcus et al. 1993, Mikolov et al. 2010): a million words of the
-Wall Street Journal in lower case, rare ones <unk>, numbers N, in GPT-2's byte pair encoding.
+The Penn Treebank for language modelling (Marcus et al. 1993, Mikolov et al. 2010): a million words of the
+Wall Street Journal in lower case, rare words as <unk>, numbers as N, in GPT-2's byte pair encoding.
 
     python data/ptb/prepare.py
     python data/ptb/prepare.py --source=simple-examples/data/          # ptb.train.txt and ptb.valid.txt
 
-The sentences follow one another in the newspaper, so a split is one text, a sentence a line, and 50256 ends
-it. The data set's validation split becomes val.bin; its test split is left for you to test with. A local
-source is a folder with files named train... and valid... .
+The sentences are in the newspaper's order, so a split is one text, with a sentence on each line and 50256 at
+the end. The validation split becomes val.bin; the test split is left for testing. A local source is a folder
+with files named train... and valid... .
 """
 
 import sys
+sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
-
-from configurator import configure  # noqa: E402
-from corpus import prepare_corpus  # noqa: E402
+from configurator import configure
+from support.text.prepare import prepare_corpus
 
 source = 'ptb-text-only/ptb_text_only'  # a Hugging Face dataset, or a local folder (parquet, jsonl, txt)
-revision = 'refs/convert/parquet'  # of a source on the hub, as `datasets` runs no scripts; empty: main
+revision = 'refs/convert/parquet'  # on the hub, as `datasets` no longer runs scripts; empty: main
 text_column = 'sentence'
-num_proc = 0  # threads that encode; 0: one a core
+num_proc = 0  # threads for encoding; 0: one per core
 
 
 def whole(sentences):
@@ -30,5 +29,5 @@ def whole(sentences):
 
 
 configure(globals())
-prepare_corpus(HERE, source, text_column, num_proc, own_splits=True, regroup=whole, rows_are_lines=True,
-               revision=revision or None)
+prepare_corpus(Path(__file__).parent, source, text_column, num_proc, own_splits=True, regroup=whole,
+               rows_are_lines=True, revision=revision or None)

@@ -4,23 +4,21 @@ Tiny Shakespeare, a token for each character.
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --input=my_copy.txt
 
-Writes 1,003,854 tokens to train.bin, 111,540 to val.bin, a vocabulary of 65.
+Writes 1,003,854 tokens to train.bin and 111,540 to val.bin, with a vocabulary of 65.
 """
 
 import sys
+sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure
+from support.machine.files import read_text
+from support.text.prepare import tiny_shakespeare, write_text_dataset
 
-from configurator import configure  # noqa: E402
-from dataset import TINY_SHAKESPEARE, download, read_text, write_text_dataset  # noqa: E402
-
-input = ''  # a text file to use; empty: input.txt beside this script, downloaded if it isn't there
+input = ''  # a text file; empty: input.txt beside this script, downloaded unless it exists
 
 configure(globals())
-
-if not input:
-    input = HERE / 'input.txt'
-    download(*TINY_SHAKESPEARE, input)
-write_text_dataset(HERE, read_text(input), 'char', source=Path(input).name)
+folder = Path(__file__).parent
+path = Path(input or tiny_shakespeare(folder))
+write_text_dataset(folder, read_text(path), 'char', source=path.name)

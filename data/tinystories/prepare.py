@@ -5,24 +5,23 @@ encoding.
     python data/tinystories/prepare.py
     python data/tinystories/prepare.py --source=my_copy/ --limit=100000
 
-The data set has a validation split of its own, 21,990 stories, which becomes val.bin; so does a folder's, if
-its files are named train... and valid... . In text files, lines of <|endoftext|> separate the stories. The
-whole needs 4 GB in the Hugging Face cache (HF_HOME moves it).
+The dataset's own validation split, 21,990 stories, becomes val.bin; so does that of a folder with files named
+train... and valid... . In text files, lines of <|endoftext|> separate the stories. The full dataset needs
+4 GB in the Hugging Face cache (HF_HOME moves it).
 """
 
 import sys
+sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
-
-from configurator import configure  # noqa: E402
-from corpus import prepare_corpus  # noqa: E402
+from configurator import configure
+from support.text.prepare import prepare_corpus
 
 source = 'roneneldan/TinyStories'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
 text_column = 'text'
-num_proc = 0  # threads that encode; 0: one a core
-limit = 0  # use the first so many stories of each split; 0: all
+num_proc = 0  # threads for encoding; 0: one per core
+limit = 0  # use only the first stories of each split; 0: all
 
 
 def stories(lines):
@@ -38,4 +37,4 @@ def stories(lines):
 
 
 configure(globals())
-prepare_corpus(HERE, source, text_column, num_proc, limit, own_splits=True, regroup=stories)
+prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=stories)

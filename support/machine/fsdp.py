@@ -1,0 +1,112 @@
+"""
+Fully sharded data parallelism, by PyTorch's FSDP2: each process keeps 1/n of every parameter, gradient and
+optimizer buffer (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023). It gathers a block's parameters
+before it computes with them, and frees them afterwards.
+
+    model = shard(model, run, cpu_offload=False)              # on its device
+    norm = full_tensor(clip_grad_norm_(model.parameters(), 1.0))
+    weights = full_model_state(model)                         # as one process without FSDP has them
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def check_parallel(mode, run, optimizer, cpu_offload):
+    """ValueError for settings that don't go together."""
+    if mode not in ('ddp', 'fsdp'):
+        raise ValueError(f'parallel={mode} is not one of ddp, fsdp')
+    if cpu_offload and (mode != 'fsdp' or run.device_type != 'cuda'):
+        raise ValueError('cpu_offload=True keeps what a GPU would hold in the machine\'s memory: it needs '
+                         f'parallel=fsdp and CUDA, this run has parallel={mode} on {run.device}')
+    if mode == 'fsdp' and run.device_type not in ('cuda', 'cpu'):
+        raise ValueError(f'parallel=fsdp is for CUDA and CPUs, this run is on {run.device}')
+    if mode == 'fsdp' and optimizer == 'muon':
+        raise ValueError('parallel=fsdp cuts matrices into parts, optimizer=muon needs them whole: use '
+                         '--parallel=ddp or --optimizer=adamw')
+    if mode == 'fsdp' and run.dtype == 'float16':
+        raise ValueError('dtype=float16 needs a gradient scaler, which parallel=fsdp does not have: use '
+                         '--dtype=bfloat16')
+
+
+def shard(model, run, cpu_offload=False):
+    """The model in parts, on its device. Each block moves there on its own: no device ever holds all."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    how = {'mesh': make_mesh(run, cpu_offload),
+           'offload_policy': CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
+    # As under autocast: matrices in 16 bits, the residual stream and sums of gradients in 32. A CPU's
+    # normalisations accept no 16-bit weights, so there autocast does it.
+    low = torch.bfloat16 if run.dtype == 'bfloat16' and run.device_type == 'cuda' else None
+    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block, mp_policy=policy, **how)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
+    if run.backend == 'gloo':
+        model.set_force_sum_reduction_for_comms(True)  # Gloo has no mean
+    # Embeddings that an evaluation left gathered would be stale at the next one.
+    model.register_forward_hook(lambda model, *_: None if torch.is_grad_enabled() else model.reshard())
+    return model
+
+
+def make_mesh(run, cpu_offload):
+    """All processes in a row. A single one makes a group of its own; cpu_offload needs Gloo as well, for
+    tensors in the machine's memory."""
+    if not dist.is_initialized():
+        dist.init_process_group(run.backend, store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.new_group(backend=f'cpu:gloo,cuda:{run.backend}') if cpu_offload else dist.group.WORLD
+    return dist.DeviceMesh.from_group(group, run.device_type)
+
+
+def is_sharded(model):
+    return hasattr(model, 'set_requires_gradient_sync')
+
+
+def compile_blocks(model):
+    """Compile each block, and leave FSDP's own work between them uncompiled."""
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward)
+
+
+@contextmanager
+def no_sync(model):
+    """Within a with statement gradients add up on each process, whole; otherwise their parts are averaged."""
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
+def full_tensor(tensor):
+    """The value of a sharded tensor, the same on all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def full_model_state(model):
+    """The state dict of the whole model; under FSDP on the first process, in the machine's memory, and an
+    empty one on the others. All processes call it."""
+    if not is_sharded(model):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_world_size() == 1:  # then these are the parameters' own memory
+        weights = {name: t.clone() for name, t in weights.items()}
+    if weights and model.config.tie_weights:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return weights
+
+
+def full_optimizer_state(model, optimizer):
+    """The same of an optimizer, with its parameters numbered as one process numbers them."""
+    if not is_sharded(model):
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:
+        return state
+    names = [name for group in state['param_groups'] for name in group['params']]
+    numbers = {name: i for i, name in enumerate(names)}
+    groups = [group | {'params': [numbers[n] for n in group['params']]} for group in state['param_groups']]
+    return {'state': {numbers[n]: state['state'][n] for n in names if n in state['state']},
+            'param_groups': groups}

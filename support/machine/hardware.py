@@ -1,0 +1,120 @@
+"""What the hardware can do: arithmetic, bandwidth, memory; looked up for GPUs, measured on a CPU."""
+
+import os
+import re
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+class Gpu(NamedTuple):
+    flops: float  # FLOP/s, dense, of bfloat16 or float16 on tensor cores
+    memory: float  # bytes
+    near: float  # bytes/s, one way, to GPUs of the same node: NVLink, Infinity Fabric or PCIe
+    far: float  # bytes/s to GPUs of other nodes
+    host: float  # bytes/s, one way, to the machine's memory
+
+
+# From the vendors' data sheets, but for `far`, which is the network that such machines usually have: 200 to
+# 400 Gbit/s a GPU in training clusters, 100 in servers with PCIe cards, 25 elsewhere.
+GPUS = {  # by words of the device's name
+    'A100': Gpu(312e12, 80e9, 300e9, 25e9, 32e9),  # SXM; there is one of 40 GB too
+    'H100': Gpu(989e12, 80e9, 450e9, 50e9, 64e9),  # SXM
+    'H100 PCIe': Gpu(756e12, 80e9, 64e9, 25e9, 64e9),
+    'H100 NVL': Gpu(835e12, 94e9, 64e9, 25e9, 64e9),  # its NVLink joins two GPUs only
+    'H200': Gpu(989e12, 141e9, 450e9, 50e9, 64e9),
+    'GH200': Gpu(989e12, 96e9, 450e9, 50e9, 450e9),  # there is one of 144 GB too
+    'B200': Gpu(2250e12, 180e9, 900e9, 50e9, 64e9),
+    'V100': Gpu(125e12, 32e9, 150e9, 12.5e9, 16e9),  # SXM2; there is one of 16 GB too
+    'A30': Gpu(165e12, 24e9, 32e9, 12.5e9, 32e9),
+    'A40': Gpu(150e12, 48e9, 32e9, 12.5e9, 32e9),
+    'A10': Gpu(125e12, 24e9, 32e9, 12.5e9, 32e9),
+    'L40S': Gpu(362e12, 48e9, 32e9, 12.5e9, 32e9),
+    'L40': Gpu(181e12, 48e9, 32e9, 12.5e9, 32e9),
+    'L4': Gpu(121e12, 24e9, 32e9, 12.5e9, 32e9),
+    'T4': Gpu(65e12, 16e9, 16e9, 3e9, 16e9),
+    'RTX 5090': Gpu(210e12, 32e9, 64e9, 3e9, 64e9),
+    'RTX 4090': Gpu(165e12, 24e9, 32e9, 3e9, 32e9),
+    'RTX 3090': Gpu(71e12, 24e9, 32e9, 3e9, 32e9),
+    'MI300X': Gpu(1307e12, 192e9, 448e9, 50e9, 64e9),
+    'MI250X': Gpu(191.5e12, 64e9, 50e9, 25e9, 32e9),  # one of its two dies, each of which is a device
+}
+
+
+def device_name(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can reach: looked up for a GPU, measured on a CPU, None if unknown.
+
+    The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that rate on data
+    centre GPUs and at other shares of it elsewhere: unknown here.
+    """
+    if device.startswith('cpu'):
+        return measure_matmul(device, dtype)
+    if not device.startswith('cuda') or dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(device)
+    kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
+    return GPUS[max(kinds, key=len)].flops if kinds else None
+
+
+def synchronize(device_type):
+    """Wait until the device has done its work."""
+    if device_type != 'cpu':
+        getattr(torch, device_type).synchronize()
+
+
+def best_time(function, device, repeats=5):
+    """Seconds of the fastest of several calls."""
+    times = []
+    for _ in range(repeats):
+        synchronize(torch.device(device).type)
+        begin = time.perf_counter()
+        function()
+        synchronize(torch.device(device).type)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure_matmul(device, dtype):
+    """FLOP/s of a large square matrix product."""
+    n = 1024 if device.startswith('cpu') else 8192
+    a = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
+    return 2 * n**3 / best_time(lambda: a @ a, device)
+
+
+def measure_bandwidth(device):
+    """Bytes/s of memory, from copies of an array larger than any cache; a copy reads and writes each byte."""
+    a = torch.ones(1 << 26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / best_time(lambda: b.copy_(a), device)
+
+
+def total_memory(device):
+    """Bytes of a GPU's memory, else of the machine's; None if unknown."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError):  # Windows
+        return None
+
+
+def peak_memory(device):
+    """The most bytes held so far: by PyTorch on a CUDA device, by this process on a CPU; None elsewhere."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,236 @@
+"""
+What a program runs on: device, number type, compilation, processes, seeds.
+
+    run = start('auto', 'auto', 'auto', seed=1337)   # scripts of one process
+    run = resolve('auto', 'auto', 'auto', 'auto')    # train.py, which then connects its processes
+    run.begin(seed)
+
+'auto' becomes what this machine does best; any other value is taken as it is or refused.
+"""
+
+import atexit
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from support.machine.console import print0
+from support.machine.hardware import DTYPES, device_name, synchronize
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `resolve` found out. `device` is a torch device string, `dtype` a key of DTYPES."""
+    device: str
+    dtype: str
+    compile: bool
+    backend: str
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device_type(self):
+        return torch.device(self.device).type
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=DTYPES[self.dtype])
+
+    def synchronize(self):
+        """Wait until the device is idle."""
+        synchronize(self.device_type)
+
+    def seed(self, seed, iteration):
+        """Make an iteration's random numbers, which are dropout's, a function of (seed, process, iteration)
+        alone, so that a resumed run has no generator to restore."""
+        source = np.random.SeedSequence((seed % 2**64, self.rank, iteration))
+        torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
+
+    def to_device(self, array):
+        """A NumPy array on the device; on CUDA through pinned memory, without waiting."""
+        x = torch.from_numpy(array)
+        if self.device_type == 'cuda':
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
+    def mean(self, x):
+        """Average a tensor over all processes, in place, on the device."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+            x /= self.world_size
+        return x
+
+    def broadcast(self, value):
+        """The first process's value, on all of them."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def sum(self, *values):
+        """Each number summed over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value):
+        """Each process's number, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.world_size)))
+
+    def moment(self):
+        """A point in time on the device, for ms_between."""
+        if self.device_type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms_between(self, first, second):
+        """Milliseconds on the device from one moment to another; waits for the second."""
+        if self.device_type != 'cuda':
+            return (second - first) * 1000
+        second.synchronize()
+        return first.elapsed_time(second)
+
+    def begin(self, seed, timeout=600.0):
+        """Set up PyTorch for this run, once its processes are connected, and print what `resolve` chose."""
+        if self.world_size > 1:
+            sys.excepthook = end_with_error(sys.excepthook, self.rank, timeout)
+        if self.device_type == 'cuda':
+            # TF32 for what autocast leaves in float32: 10-bit mantissas, several times the rate
+            torch.set_float32_matmul_precision('high')
+        if self.device_type == 'cpu':
+            keep_freed_memory()
+        torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
+        print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, compile: '
+               f'{self.compile}, backend: {self.backend}, processes: {self.world_size}')
+
+    def stop(self):
+        """Leave the other processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            atexit.register(end_at_once)  # a thread of Gloo's that needs Python while it ends would abort
+
+
+def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+    """The Runtime of a script of one process, ready. Raises ValueError as `resolve` does."""
+    run = resolve(device, dtype, compile, backend)
+    run.begin(seed)
+    return run
+
+
+def resolve(device='auto', dtype='auto', compile='auto', backend='auto'):
+    """What to run on, as a Runtime; torchrun's environment says which process this is. Makes the device the
+    current one. Raises ValueError if this machine doesn't have what was asked for."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    device = best_device() if device == 'auto' else device
+    device_type = check_device(device)
+    if device == 'cuda' and world_size > 1:
+        device = f'cuda:{local_rank}'
+        check_device(device)
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)  # before anything asks the current device
+    dtype = best_dtype(device_type) if dtype == 'auto' else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')
+    compile = can_compile(device_type) if compile == 'auto' else compile
+    if not isinstance(compile, bool):
+        raise ValueError(f'compile={compile} is not one of True, False, auto')
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' and dist.is_nccl_available() else 'gloo'
+    if backend not in dist.Backend.backend_list:
+        raise ValueError(f'backend={backend} is not one of auto, {", ".join(dist.Backend.backend_list)}')
+    if world_size > 1 and backend == 'nccl' and device_type != 'cuda':
+        raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
+    return Runtime(device, dtype, compile, backend, rank, world_size)
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory of freed tensors, up to 1 GiB, for new ones. By default it returns large
+    blocks to the kernel, which clears every page again: up to 15 % of an iteration. Costs up to 8 % more
+    memory at the peak."""
+    if sys.platform == 'linux':
+        with suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+                mallopt(parameter, 1 << 30)
+
+
+def restart_store(rank, world_size):
+    """After a restart by torchrun --max-restarts: arguments of init_process_group that give this attempt its
+    own keys. torchrun's store, through which processes find each other, outlives them, so a process might get
+    the address of a dead one. Nodes may differ in their number of restarts: for several nodes set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun instead."""
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if attempt == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1' \
+            or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    return {'store': dist.PrefixStore(f'attempt{attempt}', store), 'rank': rank, 'world_size': world_size}
+
+
+def end_at_once():
+    """Exit without Python's clean-up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def end_with_error(hook, rank, timeout):
+    """An excepthook for one of several processes: says what a failed collective means, shows the error, and
+    exits without the usual clean-up, which would wait for the others."""
+    def show(kind, error, trace):
+        if re.search(r'timed? ?out|connection (closed|reset)|broken pipe|watchdog', str(error), re.I):
+            print(f'rank {rank}: another process has died, or has not answered for {timeout:g} s '
+                  '(dist_timeout)', file=sys.stderr)
+        hook(kind, error, trace)
+        sys.stdout.flush()
+        os._exit(1)
+    return show
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def check_device(device):
+    """The device's type; ValueError if this machine doesn't have it."""
+    kind = device.split(':')[0]
+    count = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    index = device.partition(':')[2] if ':' in device else '0'
+    if kind not in count or not index.isdigit() or int(index) >= count[kind]:
+        here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
+        raise ValueError(f'device={device} is not on this machine, which has: {here}')
+    return kind
+
+
+def best_dtype(device_type):
+    if device_type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    return 'float32'
+
+
+def can_compile(device_type):
+    """Whether torch.compile is worth its minute: on a GPU that Triton supports."""
+    return (device_type == 'cuda' and importlib.util.find_spec('triton') is not None
+            and torch.cuda.get_device_capability() >= (7, 0))

@@ -1,0 +1,175 @@
+"""
+The optimizer of a run, AdamW or Muon with AdamW, and averaged weights.
+
+    opt = configure_optimizer(model, weight_decay, learning_rate, betas, 'cuda', muon={'lr_scale': 33})
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None):
+    """AdamW with GPT.configure_optimizers' two groups. muon: settings of a third group, the matrices of the
+    blocks, for Muon."""
+    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, AdamW)
+    if muon is None:
+        return adamw
+    rows = [n * model.config.n_embd // model.config.n_head for n in model.transformer.h[0].attn.heads]
+    matrices = {p: rows if name.endswith('c_attn.weight') else [len(p)]
+                for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and p.requires_grad}
+    return Muon(adamw, matrices, lr=learning_rate, **muon)
+
+
+def plain(method):
+    """A method of PyTorch's optimizers without its wrapper for torch.compile."""
+    return getattr(method, '__wrapped__', method)
+
+
+class PlainOptimizer(torch.optim.Optimizer):
+    """An optimizer that isn't compiled: PyTorch's wrappers would import all of torch.compile, which takes a
+    second."""
+    zero_grad = plain(torch.optim.Optimizer.zero_grad)
+    state_dict = plain(torch.optim.Optimizer.state_dict)
+    load_state_dict = plain(torch.optim.Optimizer.load_state_dict)
+    add_param_group = plain(torch.optim.Optimizer.add_param_group)
+
+
+class AdamW(PlainOptimizer, torch.optim.AdamW):
+    """PyTorch's AdamW (Loshchilov & Hutter 2019)"""
+    step = torch.no_grad()(plain(torch.optim.AdamW.step))
+
+
+class Muon(PlainOptimizer):
+    """Muon for some matrices; the AdamW that it holds for all other parameters.
+
+    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") moves a matrix by the
+    nearest orthogonal matrix of its momentum: U V^T of the singular value decomposition U S V^T,
+    approximated. The momentum rises from 0.85 to `momentum` in the first `momentum_warmup` steps. Several
+    processes share the work and exchange the results.
+    """
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler sets found_inf instead of skipping the step
+
+    def __init__(self, adamw, matrices, lr, momentum=0.95, momentum_warmup=300, **settings):
+        """adamw: over all parameters. matrices: {parameter: the rows of each matrix in it}, three matrices
+        in c_attn.weight. settings: more of the third group, such as lr_scale and weight_decay."""
+        for group in adamw.param_groups:
+            group['params'] = [p for p in group['params'] if p not in matrices]
+        muon = {'params': [*matrices], 'parts': [*matrices.values()], 'lr': lr, 'momentum': momentum,
+                'momentum_warmup': momentum_warmup, 'step': 0, **settings}
+        super().__init__([*adamw.param_groups, muon], {})
+        self.adamw, self.state = adamw, adamw.state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.adamw.__setstate__({'state': self.state, 'param_groups': self.param_groups[:-1]})
+
+    @torch.no_grad()
+    def step(self):
+        """One update of all parameters; none where the attribute found_inf, a tensor, is 1."""
+        found_inf = self.adamw.found_inf = getattr(self, 'found_inf', None)
+        self.adamw.step()
+        group = self.param_groups[-1]
+        params = group['params']
+        keep = torch.ones((), device=params[0].device) if found_inf is None else 1 - found_inf
+        grads = [p.grad if found_inf is None else torch.where(found_inf > 0, 0, p.grad) for p in params]
+        for p in params:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        buffers = [self.state[p]['momentum_buffer'] for p in params]
+        warm = min(1.0, (group['step'] + 1) / (group['momentum_warmup'] + 1))
+        momentum = 0.85 + warm * (group['momentum'] - 0.85)
+        group['step'] += 1
+        # weights as tensors: a tensor in place of a number would make the host wait for the device
+        torch._foreach_lerp_(buffers, grads, [(1 - momentum) * keep] * len(buffers))
+        torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
+        matrices = [m for g, rows in zip(grads, group['parts'], strict=True) for m in g.split(rows)]
+        updates = iter(orthogonalize(matrices))
+        for p, rows in zip(params, group['parts'], strict=True):
+            update = torch.cat([next(updates) for _ in rows])
+            p.mul_(1 - group['lr'] * group['weight_decay'] * keep)
+            p.sub_(update * (group['lr'] * keep))
+
+
+def orthogonalize(matrices):
+    """The (semi-)orthogonal matrix nearest to each matrix, approximately, times sqrt(max(1, rows / columns)).
+    Matrices of equal shape are batched, and shared equally by the processes."""
+    results = [None] * len(matrices)
+    by_shape = {}
+    for i, m in enumerate(matrices):
+        by_shape.setdefault(tuple(m.shape), []).append(i)
+    for (rows, columns), members in by_shape.items():
+        x = torch.stack([matrices[i] for i in members])  # (n, rows, columns)
+        x = share(x) if dist.is_initialized() else newton_schulz(x)
+        for i, update in zip(members, x * max(1, rows / columns) ** 0.5):
+            results[i] = update
+    return results
+
+
+def share(x):
+    """newton_schulz(x): each process computes its part of x and sends it to the others."""
+    world_size = dist.get_world_size()
+    part = -(-len(x) // world_size)
+    padded = torch.cat([x, x.new_zeros(part * world_size - len(x), *x.shape[1:])])
+    mine = newton_schulz(padded[dist.get_rank() * part:][:part])
+    dist.all_gather_into_tensor(padded, mine)
+    return padded[:len(x)]
+
+
+def newton_schulz_dtype(device_type):
+    has_bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def newton_schulz(x, steps=5):
+    """x: (n, rows, columns) -> the same with singular values between 0.7 and 1.2.
+
+    Iterates the polynomial a s + b s^3 + c s^5 of the singular values; Jordan et al. (2024) chose its
+    coefficients for a steep slope at 0, not for convergence. bfloat16 on GPUs that compute it, else float32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = x.shape[1] > x.shape[2]
+    dtype, x = x.dtype, x.to(newton_schulz_dtype(x.device.type))
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return (x.mT if is_tall else x).to(dtype)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters (Polyak & Juditsky 1992), to evaluate and sample.
+
+    Update t, counted from 0, decays it by min(decay, (1 + t) / (10 + t)), so that it soon forgets the initial
+    weights. A decay of 0 averages nothing: all methods do nothing.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.params = list(model.parameters()) if decay else []
+        self.average = [p.detach().clone() for p in self.params]
+
+    def update(self, t):
+        if self.params:
+            keep = min(self.decay, (1 + t) / (10 + t))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - keep)
+
+    @contextmanager
+    def in_place(self):
+        """Give the model the averaged weights within a with statement."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for p, a in zip(self.params, self.average):
+            if hasattr(p, 'to_local'):  # FSDP keeps references to the memory of its part
+                kept = p.detach().clone()
+                p.detach().copy_(a)
+                a.copy_(kept)
+            else:
+                p.data, a.data = a.data, p.data

@@ -1,0 +1,207 @@
+"""
+How good a model is: the loss of a split, log-probabilities of texts, LAMBADA, HellaSwag.
+
+    loss = mean_loss(model, run, tokens, block_size=1024, batch_size=12)
+    score = functools.partial(score_texts, model, tokenizer, run, batch_size)
+    measure_lambada(read_items('lambada_test.jsonl', 'test', ['text']), score)  # {'acc': 0.4, ...}
+
+The tasks follow EleutherAI's lm-eval (lambada_openai and hellaswag) and give the same figures; a test
+compares them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from support.machine.files import explain_failure, go_offline_if_cut_off, read_text
+from support.text.tokens import eval_windows, read_windows
+
+MAX_LOGITS = 1 << 28  # in memory at once: 1 GiB of float32
+
+
+# ---------------------------------------------------------------------------- the loss of a split
+
+@torch.no_grad()
+def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=iter):
+    """Mean cross-entropy in nats of `n_batches` batches of windows spread evenly over a split (0: the whole
+    split), shared among the processes.
+
+    watch: wraps the loop over the batches, as tqdm does. To save memory, give it a model with a lean loss.
+    """
+    was_training = model.training
+    model.eval()
+    losses, counts = [torch.zeros((), device=run.device)], [0]
+    batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
+    # pad with batches without targets: a sharded model needs all processes for each forward pass
+    batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
+    for starts in watch(batches[run.rank::run.world_size]):
+        x, y = read_windows(tokens, starts, block_size)
+        with run.autocast():
+            _, loss = model(run.to_device(x), run.to_device(y))
+        if (y >= 0).any():
+            losses.append(loss)
+            counts.append(int((y >= 0).sum()))
+    model.train(was_training)
+    total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
+    loss_sum, n_targets = run.sum(total.item(), sum(counts))
+    return loss_sum / n_targets
+
+
+# ---------------------------------------------------------------------------- log-probabilities
+
+@torch.no_grad()
+def score_ids(model, run, batch_size, pairs, desc=None):
+    """[(log-probability in nats, whether greedy decoding gives it)] of the continuation in each pair of lists
+    of ids, (context, continuation). A context that doesn't fit into block_size loses its beginning.
+
+    model: one that returns its logits, so not with a lean loss. desc: a title for the progress bar.
+    Raises ValueError if a continuation alone is longer than block_size.
+    """
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    longest = max((len(continuation) for _, continuation in pairs), default=0)
+    if longest > block_size:
+        raise ValueError(f'the model\'s block_size={block_size} is too short for an answer of {longest} '
+                         'tokens')
+    rows = [(context + continuation)[-block_size - 1:] for context, continuation in pairs]
+    left = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together, longest first
+    results = [None] * len(rows)
+    with tqdm(total=len(rows), desc=desc, disable=None) as bar:
+        while left:
+            T = max(1, len(rows[left[-1]]) - 1)
+            n = max(1, min(batch_size, len(left), MAX_LOGITS // (T * vocab_size)))
+            batch, left = left[-n:], left[:-n]
+            counts = [len(pairs[i][1]) for i in batch]
+            x, y = map(run.to_device, pad_rows([rows[i] for i in batch], counts, T))
+            with run.autocast():
+                logits, _ = model(x, y)
+            logits, targets = logits[y >= 0].float(), y[y >= 0]  # (N, V), (N,): row after row
+            log_p = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().double()
+            is_greedy = (logits.argmax(-1) == targets).cpu()
+            for i, p, greedy in zip(batch, log_p.split(counts), is_greedy.split(counts)):
+                results[i] = p.sum().item(), greedy.all().item()
+            bar.update(n)
+    return results
+
+
+def pad_rows(rows, counts, T):
+    """x, y: (n, T) int64, inputs and targets from rows of ids; only the last counts[i] ids of row i are
+    targets, all else in y is -1."""
+    x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1)
+    for i, (row, count) in enumerate(zip(rows, counts)):
+        end = len(row) - 1
+        x[i, :end] = row[:-1]
+        y[i, end - count:end] = row[len(row) - count:]
+    return x, y
+
+
+def encode_pair(tokenizer, context, continuation):
+    """The ids of both, cut where the context ends. White space at its end goes to the continuation, and an
+    empty context becomes the token that begins a text."""
+    text, context = context + continuation, context.rstrip()
+    before = tokenizer.encode(context)
+    return before or [tokenizer.first_token()], tokenizer.encode(text)[len(before):]
+
+
+def score_texts(model, tokenizer, run, batch_size, pairs, desc=None):
+    """Like `score_ids`, for pairs of strings."""
+    return score_ids(model, run, batch_size, [encode_pair(tokenizer, *pair) for pair in pairs], desc)
+
+
+# ---------------------------------------------------------------------------- tasks
+
+def measure_lambada(items, score):
+    """Predict the last word of a passage (Paperno et al. 2016), as OpenAI did for GPT-2; items have a `text`.
+
+    acc: share of words whose tokens are all the likeliest; perplexity: of the last word, as exp(mean nats).
+    """
+    pairs = [(before, f' {word}') for before, _, word in (item['text'].rpartition(' ') for item in items)]
+    scores = score(pairs, 'lambada')
+    return {'acc': np.mean([greedy for _, greedy in scores]),
+            'perplexity': math.exp(-np.mean([log_p for log_p, _ in scores])), 'n': len(items)}
+
+
+def measure_hellaswag(items, score):
+    """Choose the right one of four endings of a text (Zellers et al. 2019).
+
+    acc: share of items whose right ending has the highest log-probability; acc_norm: the same with
+    log-probabilities divided by the ending's length in characters.
+    """
+    endings = [[f' {clean_wikihow(ending)}' for ending in item['endings']] for item in items]
+    questions = [clean_wikihow(f'{item["activity_label"]}: {item["ctx_a"]} {item["ctx_b"].capitalize()}')
+                 for item in items]
+    pairs = [(question, ending) for question, of_item in zip(questions, endings) for ending in of_item]
+    scores = iter(score(pairs, 'hellaswag'))
+    hits = []
+    for item, of_item in zip(items, endings):
+        log_p = np.array([next(scores)[0] for _ in of_item])
+        lengths = np.array([len(ending) - 1 for ending in of_item])
+        hits.append([p.argmax() == int(item['label']) for p in (log_p, log_p / lengths)])
+    acc, acc_norm = np.mean(hits, axis=0)
+    return {'acc_norm': acc_norm, 'acc': acc, 'n': len(items)}
+
+
+def clean_wikihow(text):
+    """HellaSwag's text without WikiHow's marks in brackets."""
+    return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+
+
+@dataclass
+class Task:
+    """A benchmark: measure(items, score) returns its figures, hub_name and split say where its items are,
+    needed names the fields that each item must have."""
+    measure: Callable
+    hub_name: str
+    split: str
+    needed: tuple
+
+
+TASKS = {
+    'lambada': Task(measure_lambada, 'EleutherAI/lambada_openai', 'test', ('text',)),
+    'hellaswag': Task(measure_hellaswag, 'Rowan/hellaswag', 'validation',
+                      ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')),
+}
+
+
+# ---------------------------------------------------------------------------- their items
+
+def read_items(source, split, needed, limit=0):
+    """The first `limit` items (0: all) as dicts, from a jsonl, json or parquet file or a dataset on the hub.
+
+    Raises FileNotFoundError or ValueError in one line.
+    """
+    path = Path(source)
+    if path.suffix in ('.jsonl', '.json'):
+        text = read_text(path)
+        try:
+            items = json.loads(text) if text.lstrip().startswith('[') else \
+                [json.loads(line) for line in text.split('\n') if line.strip()]
+        except ValueError as error:
+            raise ValueError(f'{source} is neither JSON nor JSON lines ({error})') from None
+    else:
+        items = read_table(path, split)
+    items = items[:limit or None]
+    missing = [k for k in needed if not items or not all(k in item for item in items)]
+    if missing:
+        raise ValueError(f'{source} has {len(items)} items, not all with {", ".join(missing)}')
+    return items
+
+
+def read_table(source, split):
+    """A local parquet file or a dataset on the hub, as a list of dicts."""
+    is_file = source.suffix == '.parquet'
+    if is_file and not source.is_file():
+        raise FileNotFoundError(f'{source} is missing')
+    go_offline_if_cut_off()
+    import datasets
+    message = f'can\'t load {source}; a local jsonl, json or parquet file works too: --source=PATH'
+    with explain_failure(message, datasets.exceptions.DatasetGenerationError):
+        if is_file:
+            return datasets.Dataset.from_parquet(str(source)).to_list()
+        return datasets.load_dataset(source.as_posix(), split=split).to_list()

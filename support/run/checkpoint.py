@@ -1,0 +1,251 @@
+"""
+Checkpoints: a crash while one is written leaves the one before it whole, and damage is detected.
+
+    save('out/latest.pt', state, keep='out/previous.pt')
+    path, state, damaged = newest('out')
+    model, tokenizer, state = load_model('resume', 'out', run)
+
+A run's folder holds
+    ckpt.pt       the model to sample from: the best one, or that of the last evaluation
+    latest.pt     the newest state, to resume from
+    previous.pt   the one before it, should latest.pt be damaged
+    log.jsonl     a line for each logged iteration and evaluation (runlog.py)
+A state is a zip archive, as torch.save writes it, with its SHA-256 as the archive's comment, which other
+readers ignore.
+"""
+
+import hashlib
+import mmap
+import os
+import shutil
+import struct
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from support.hub.huggingface import folder_tokenizer, load_pretrained
+from support.machine.console import print0
+from support.machine.files import explain_failure, replacing
+from support.text.tokenizer import read_tokenizer, tokenizer_from
+
+RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
+MARK = b'sha256:'
+MARK_LENGTH = len(MARK) + 64  # with the digest in hex
+
+
+# ---------------------------------------------------------------------------- writing
+
+def save(path, state, keep=None):
+    """Write `state` to `path`, which holds the whole old file or the whole new one at any time.
+
+    keep: a name for the old file, which replaces what was there. If the file can't be written, raises an
+    OSError that names the space needed and free, and leaves all as it was.
+    """
+    needed, folder = size_of(state), Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError('no space left')
+        with replacing(path, keep) as temporary:
+            torch.save(state, temporary)
+            sign(temporary)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f'{path} could not be written: it needs {needed / 1e6:,.1f} MB, '
+                      f'{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free ({reason})') from None
+
+
+def size_of(state):
+    """Bytes of a state's file, rounded up: each storage of tensors, counted once, and 1 KB more."""
+    storages, stack = {}, [state]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, (dict, list, tuple)):
+            stack.extend(item.values() if isinstance(item, dict) else item)
+    return sum(storages.values()) + 1024 * (len(storages) + 16)
+
+
+def sign(path):
+    """Set a zip archive's comment to the SHA-256 of everything before the comment."""
+    with open(path, 'rb+') as file:
+        file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment and the comment
+        file.write(struct.pack('<H', MARK_LENGTH))
+        file.seek(0)
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(MARK + digest.encode())
+
+
+# ---------------------------------------------------------------------------- reading
+
+def is_damaged(path):
+    """Whether a file differs from what `save` wrote. Other programs' files have no checksum: an archive with
+    no comment, or a file of another kind, counts as whole."""
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        mark = content[-MARK_LENGTH:]
+        if mark.startswith(MARK):
+            with memoryview(content) as whole, whole[:-MARK_LENGTH] as signed:
+                return hashlib.sha256(signed).hexdigest().encode() != mark[len(MARK):]
+        is_plain_archive = content[-22:-18] == b'PK\5\6' and content[-2:] == b'\0\0'
+        return content[:2] == b'PK' and not is_plain_archive
+
+
+def load(path, verify=True):
+    """A checkpoint as a dict of CPU tensors and plain values; no code in the file is run.
+
+    The file is mapped: tensors take no memory until they are read. verify: compare the checksum, for the
+    first of several readers. Raises FileNotFoundError, or ValueError if it is damaged or no checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} is missing: train a model there first, or name another --out_dir')
+    with explain_failure(f'{path} is not a checkpoint, or a damaged one'):
+        if verify and is_damaged(path):
+            raise ValueError('its checksum is wrong')
+        with open(path, 'rb') as file:
+            is_archive = file.read(2) == b'PK'  # the format before torch 1.6 is none and can't be mapped
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
+        if not (isinstance(state, dict)
+                and all(isinstance(state.get(name), dict) for name in ('model', 'model_args'))
+                and all(isinstance(name, str) for name in state['model'])):
+            raise ValueError('it has no model and model_args')
+    state['model'] = clean_names(state['model'])
+    return state
+
+
+def clean_names(weights):
+    """The model's own tensor names: without torch.compile's prefix, nor the causal masks that older scripts
+    saved."""
+    names = {name: name.removeprefix('_orig_mod.') for name in weights}
+    return {clean: weights[name] for name, clean in names.items() if not clean.endswith('.attn.bias')}
+
+
+def model_args(config):
+    """A GPTConfig as checkpoints keep it: GPT-2's seven settings, and the options that aren't at their
+    defaults."""
+    gpt2 = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    default = {f.name: f.default for f in fields(config)}
+    return {k: v for k, v in asdict(config).items() if k in gpt2 or v != default[k]}
+
+
+def config_from_args(args):
+    """The inverse of `model_args`; ValueError for a setting that this version doesn't know."""
+    if args.get('residual_scale'):
+        raise ValueError('the checkpoint was trained with residual_scale, an option that was removed: it '
+                         'bought nothing at any size measured')
+    if unknown := set(args) - {f.name for f in fields(GPTConfig)}:
+        raise ValueError(f'the checkpoint has unknown model settings: {", ".join(sorted(unknown))}')
+    return GPTConfig(**args)
+
+
+def tokenizer_of(state):
+    """The tokenizer of a state; older files have none, but name their dataset."""
+    if 'tokenizer' in state:
+        return tokenizer_from(state['tokenizer'])
+    config = state.get('config', {})
+    return read_tokenizer(config.get('data_dir') or os.path.join('data', config.get('dataset', '')))
+
+
+def load_model(init_from, out_dir, run):
+    """model, tokenizer, state: of out_dir/ckpt.pt if init_from is 'resume', else of a GPT-2 by its name or
+    folder, whose state is {}. The model is on the run's device, in evaluation mode."""
+    if init_from == 'resume':
+        state = load(Path(out_dir, 'ckpt.pt'))
+        model = GPT(config_from_args(state['model_args'] | {'dropout': 0.0}))
+        model.load_state_dict(state['model'])
+        tokenizer = tokenizer_of(state)
+    else:
+        state, model = {}, load_pretrained(init_from, {'dropout': 0.0})
+        tokenizer = folder_tokenizer(init_from)
+    return model.eval().to(run.device), tokenizer, state
+
+
+# ---------------------------------------------------------------------------- a run's folder
+
+def newest(out_dir):
+    """path, state, damaged: the newest whole state in `out_dir` that has an optimizer, else None and None;
+    and the errors of damaged files, by path."""
+    states, damaged = {}, {}
+    for path in (Path(out_dir, name) for name in RESUMABLE):
+        if path.is_file():
+            try:
+                state = load(path)
+            except ValueError as error:
+                damaged[path] = error
+            else:
+                if 'optimizer' in state and 'iter_num' in state:
+                    states[path] = state
+    path = max(states, key=lambda path: states[path]['iter_num'], default=None)
+    return path, states.get(path), damaged
+
+
+def find(out_dir, run, must_exist, dry_run=False):
+    """The state to resume from, the same on all processes; if there is none, None or, with `must_exist`, an
+    error. Damaged files are reported and, except in a dry run, renamed, so that nothing overwrites them."""
+    path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})
+    if run.is_master and path is None and must_exist:
+        raise next(iter(damaged.values()), None) or FileNotFoundError(
+            f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
+    for bad, error in damaged.items():
+        print0(error if dry_run else f'{error}; set aside as {set_aside(bad)}')
+    path = run.broadcast(path and str(path))
+    if path is None:
+        return None
+    print0(f'resuming from {path}')
+    return state or load(path, verify=False)
+
+
+def set_aside(path):
+    """Rename a damaged file; returns its new path."""
+    names = (path.with_name(f'{path.name}.damaged{n}') for n in range(1, 1000))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def move_earlier_run(out_dir):
+    """Move an earlier run's checkpoints and log to `out_dir`/earlier, in place of the run that is there.
+    Returns that folder, or None if there are no checkpoints."""
+    found = [Path(out_dir, name) for name in RESUMABLE if Path(out_dir, name).is_file()]
+    if not found:
+        return None
+    earlier = Path(out_dir, 'earlier')
+    shutil.rmtree(earlier, ignore_errors=True)
+    earlier.mkdir()
+    for path in [*found, Path(out_dir, 'log.jsonl')]:
+        if path.is_file():
+            path.rename(earlier / path.name)
+    return earlier
+
+
+# ---------------------------------------------------------------------------- into model and optimizer
+
+def cut(saved, like):
+    """A copy of a saved tensor in the shape of the model's: cropped as the model was; if that is sharded, the
+    part that this process holds."""
+    if saved.dim() == 0:
+        return saved.clone()
+    saved = saved[tuple(map(slice, like.shape))]
+    if hasattr(like, 'device_mesh'):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(saved, like.device_mesh, like.placements, src_data_rank=None)
+    return saved.clone()  # the mapped file may be replaced
+
+
+def load_weights(model, saved):
+    """Copy a saved state dict into a model."""
+    own = model.state_dict()
+    model.load_state_dict({name: cut(t, own[name]) for name, t in saved.items()})
+
+
+def load_optimizer(optimizer, saved):
+    """Give an optimizer the buffers of a saved state. It keeps its own settings: a resumed run takes weight
+    decay and betas from its config. Raises ValueError if the parameters don't match."""
+    groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
+              zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
+    params = dict(zip((i for group in groups for i in group['params']),
+                      (p for group in optimizer.param_groups for p in group['params']), strict=True))
+    state = {i: {name: cut(buffer, params[i]) if isinstance(buffer, torch.Tensor) else buffer
+                 for name, buffer in buffers.items()} for i, buffers in saved['state'].items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})

@@ -1,0 +1,259 @@
+"""
+What a run needs: data, arithmetic, memory, disk, time. Computed before it begins.
+
+    print(describe(model, run, tokens, iterations, sequences, batch_size, out_dir))  # on this machine
+    print(scale(model, n_gpus=8, gpu='H100', sequences=480, iterations=600000))      # on others
+    with out_of_memory_advice(batch_size=12, gradient_accumulation_steps=40):
+        ...
+"""
+
+import re
+import statistics
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from support.machine.files import free_disk
+from support.machine.hardware import DTYPES, GPUS, total_memory
+from support.network.loss import LinearCrossEntropy
+
+
+# ---------------------------------------------------------------------------- on this machine
+
+def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, parallel='ddp',
+             activation_checkpointing=False, cpu_offload=False):
+    """A short table of what a run needs, with warnings.
+
+    model: on its device. tokens: {split: number of tokens}. iterations, sequences: those still to do, by all
+    processes. Counts and sizes are exact, but memory is an estimate.
+    """
+    c = model.config
+    n_params = model.get_num_params(non_embedding=False)
+    to_see = sequences * c.block_size
+    micro_steps = -(-sequences // (max(1, iterations) * batch_size * run.world_size))
+    setup = Setup(run.world_size, batch_size, micro_steps, parallel == 'fsdp', activation_checkpointing,
+                  cpu_offload, DTYPES[run.dtype].itemsize, RESERVED if run.device_type == 'cuda' else 0)
+    memory, there = memory_needed(model, setup), total_memory(run.device)
+    disk, free = 4 * checkpoint_bytes(model), free_disk(out_dir)  # three files, and one being written
+    rows = {
+        'data': f'{tokens["train"]:,} tokens to train on, {tokens["val"]:,} to validate',
+        'model': f'{n_params:,} parameters: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size '
+                 f'{c.block_size}, vocabulary {c.vocab_size:,}',
+        'run': f'{iterations:,} iterations of {to_see // max(1, iterations):,} tokens: {to_see:,} tokens, '
+               f'{to_see / tokens["train"]:.2f} epochs, {model.estimate_mfu(sequences, 1.0, 1.0):.1e} FLOPs',
+        'memory': f'about {size(memory)}' + (f' of {size(there)} on {run.device}' if there else '')
+                  + ('  <- TOO LITTLE: a smaller batch_size, activation_checkpointing, or parallel=fsdp'
+                     if there and memory > there else ''),
+        'disk': f'{size(disk)} for checkpoints, {size(free)} free'
+                + ('  <- TOO LITTLE' if disk > free else ''),
+    }
+    return '\n'.join(f'{name:8}{text}' for name, text in rows.items())
+
+
+def checkpoint_bytes(model):
+    """A checkpoint holds the parameters and two moments of each trained one, in float32. With adapters it
+    holds the adapted matrices twice: merged with them and as they were."""
+    adapted = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and not p.requires_grad)
+    return 4 * (model.get_num_params(non_embedding=False) + adapted) + 8 * n_trained(model)
+
+
+def n_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------- memory
+
+RESERVED = 2e9  # bytes for CUDA, libraries' workspaces and gaps between allocations: an assumption
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run uses its devices."""
+    n_processes: int  # one a device
+    batch_size: int  # sequences of a micro-batch
+    micro_steps: int  # of each process, an iteration
+    sharded: bool = False  # FSDP
+    checkpointing: bool = False  # of activations
+    offload: bool = False  # parameters and optimizer in the machine's memory
+    dtype_size: int = 2  # bytes of a number in matrix products
+    reserved: float = RESERVED
+
+
+def memory_needed(model, setup):
+    """Bytes that a device holds at the peak of an iteration."""
+    return state_memory(model, setup) + activation_memory(model, setup) + setup.reserved
+
+
+def state_memory(model, setup):
+    """Bytes on a device that don't depend on the batch, in float32: the parameters, and for each trained one
+    a gradient and AdamW's two moments.
+
+    DDP adds its buckets for gradients, autocast copies of the matrices in 16 bits, and later micro-steps a
+    second gradient of the output layer. FSDP holds 1/n of the state, and gathered: the embeddings and their
+    gradient in float32, two blocks in 16 bits, a block's gradient in both types. Between micro-steps it holds
+    the sum of whole gradients too, unless they are offloaded.
+    """
+    n, trained = model.get_num_params(non_embedding=False), n_trained(model)
+    blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    low = setup.dtype_size if setup.dtype_size < 4 else 0  # bytes of a copy in 16 bits
+    if not setup.sharded:
+        head = model.lm_head.weight
+        again = 4 * head.numel() if setup.micro_steps > 1 and head.requires_grad else 0
+        return 4 * n + 12 * trained + (4 * trained if setup.n_processes > 1 else 0) + low * blocks + again
+    block = blocks // model.config.n_layer
+    gathered = 8 * (n - blocks) + (2 * setup.dtype_size + 4 + low) * block
+    accumulated = 4 * n if setup.micro_steps > 1 and not setup.offload else 0
+    return (0 if setup.offload else 16 * n // setup.n_processes) + gathered + accumulated
+
+
+def block_activations(model, size):
+    """Bytes a token that a block keeps for its backward pass, with numbers of `size` bytes in matrix
+    products: the inputs of both normalisations, in float32, and of the four matrices; q, k, v; the
+    activation's argument, swiglu's gate. For GPT-2's block, (8 + 14 size) C."""
+    block, C = model.transformer.h[0], model.config.n_embd
+    mlp = block.mlp.c_fc.out_features + block.mlp.c_proj.in_features * (
+        2 if model.config.activation == 'swiglu' else 1)
+    return 2 * 4 * C + size * (2 * C + block.attn.c_attn.out_features + C + mlp)
+
+
+def activation_memory(model, setup):
+    """Bytes that a micro-batch keeps, with the loss's chunk of logits."""
+    c, tokens = model.config, setup.batch_size * model.config.block_size
+    block = block_activations(model, setup.dtype_size)
+    blocks = c.n_layer * 4 * c.n_embd + block if setup.checkpointing else c.n_layer * block
+    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, LinearCrossEntropy.CHUNK)
+    return tokens * blocks + head
+
+
+# ---------------------------------------------------------------------------- on other machines
+
+NODE = 8  # GPUs
+MFU = 0.4  # share of a GPU's peak in matrix products: an assumption, see docs/SCALING.md
+# A, alpha, B, beta of the loss of N parameters after D tokens: Hoffmann et al. 2022, approach 3 ("Training
+# Compute-Optimal Large Language Models"), and Besiroglu et al. 2024, a second fit of the same data
+FITS = {
+    'Hoffmann et al.': (406.4, 0.34, 410.7, 0.28),
+    'Besiroglu et al.': (482.01, 0.3478, 2085.43, 0.3658),
+}
+STRATEGIES = {
+    'ddp': {},
+    'ddp + checkpointing': {'checkpointing': True},
+    'fsdp': {'sharded': True},
+    'fsdp + checkpointing': {'sharded': True, 'checkpointing': True},
+    'fsdp + checkpointing + offload': {'sharded': True, 'checkpointing': True, 'offload': True},
+}
+
+
+def scale(model, n_gpus, gpu, sequences, iterations):
+    """A table of what a run needs on n_gpus of a kind, with each strategy; docs/SCALING.md explains it.
+
+    model: may be on the meta device. sequences: of block_size tokens an iteration. Computed, not measured.
+    """
+    kind = next((k for k in GPUS if squeeze(k) == squeeze(gpu)), None)
+    if kind is None:
+        raise ValueError(f'plan_gpu={gpu} is not one of {", ".join(GPUS)}')
+    if sequences % n_gpus:
+        raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
+                         f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')
+    n, tokens = model.get_num_params(non_embedding=False), sequences * model.config.block_size
+    best = ', '.join(f'{best_tokens(n, *fit):.1e} ({name})' for name, fit in FITS.items())
+    lines = [f'{n:,} parameters on {n_gpus:,} {kind}, {tokens:,} tokens an iteration, '
+             f'{tokens * iterations:.1e} in all',
+             f'tokens for the lowest loss at the same arithmetic: {best}',
+             f'{"strategy":32}{"state":>10}{"micro-batch":>13}{"memory":>10}{"iteration":>11}{"run":>14}'
+             f'{"GPU-hours":>12}']
+    share = sequences // n_gpus
+    for name, strategy in STRATEGIES.items():
+        setups = [Setup(n_gpus, b, share // b, **strategy) for b in range(1, share + 1) if share % b == 0]
+        fitting = [s for s in setups if memory_needed(model, s) <= GPUS[kind].memory]
+        lines.append(f'{name:32}' + (scale_row(model, kind, fitting[-1], iterations) if fitting else
+                     f'{size(state_memory(model, setups[0])):>10}  does not fit: a micro-batch of 1 needs '
+                     f'{size(memory_needed(model, setups[0]))}'))
+    return '\n'.join(lines)
+
+
+def squeeze(name):
+    """'RTX 4090' -> 'rtx4090'"""
+    return ''.join(name.lower().split())
+
+
+def scale_row(model, gpu, setup, iterations):
+    state, memory = size(state_memory(model, setup)), size(memory_needed(model, setup))
+    step = iteration_time(model, gpu, setup)
+    return (f'{state:>10}{setup.batch_size:13}{memory:>10}{step:>9.2f} s{duration(step * iterations):>14}'
+            f'{step * iterations * setup.n_processes / 3600:>12,.0f}')
+
+
+def iteration_time(model, gpu, setup):
+    """Seconds: the longer of arithmetic and exchange, which overlap, plus what offloading adds.
+
+    A ring passes each byte on once: DDP 8 N an iteration (gradients, there and back), FSDP 4 N a micro-step
+    (parameters of 16 bits, twice) and 4 N an iteration (gradients), offloaded 4 N a micro-step.
+    """
+    peak, _, near, far, host = GPUS[gpu]
+    n, n_gpus, micro_steps = model.get_num_params(non_embedding=False), setup.n_processes, setup.micro_steps
+    flops = model.estimate_mfu(setup.batch_size * micro_steps, 1.0, 1.0)  # of a GPU
+    arithmetic = flops * (4 / 3 if setup.checkpointing else 1) / (MFU * peak)
+    bytes_each = 4 * micro_steps + 4 * (micro_steps if setup.offload else 1) if setup.sharded else 8
+    exchange = n * bytes_each * (n_gpus - 1) / n_gpus / (near if n_gpus <= NODE else far)
+    # to and from the machine's memory, at whose own speed, 20 GB/s a GPU, AdamW moves 28 bytes a parameter
+    offloading = n / n_gpus * (12 * micro_steps / host + 28 / 20e9) if setup.offload else 0
+    return max(arithmetic, exchange) + offloading
+
+
+def best_tokens(n_params, A, alpha, B, beta):
+    """Tokens with which a model of this size has the lowest loss of all models of the same arithmetic: where
+    the derivatives of E + A / N^alpha + B / D^beta along 6 N D = const. are equal."""
+    return (beta * B / (alpha * A) * n_params ** alpha) ** (1 / beta)
+
+
+# ---------------------------------------------------------------------------- out of memory
+
+def smaller_batch(batch_size, gradient_accumulation_steps):
+    """(batch_size, gradient_accumulation_steps) with the next smaller divisor of batch_size, and the same
+    product; None for a batch of 1."""
+    fits = [b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0]
+    return (fits[-1], gradient_accumulation_steps * batch_size // fits[-1]) if fits else None
+
+
+@contextmanager
+def out_of_memory_advice(batch_size, gradient_accumulation_steps):
+    """Turn an allocation that failed into a MemoryError of one line that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not re.search('(allocate|out of) memory', str(error)):  # the words of CPUs and MPS
+            raise
+        smaller = smaller_batch(batch_size, gradient_accumulation_steps)
+        how = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]} trains on the same '
+               'tokens an iteration' if smaller else 'a shorter --block_size or a smaller model needs less')
+        raise MemoryError(f'out of memory at batch_size={batch_size}: {how}; --activation_checkpointing=True '
+                          'needs less too, and is slower') from None
+
+
+# ---------------------------------------------------------------------------- time
+
+def time_needed(times, iterations, eval_interval, eval_batches, micro_steps):
+    """The time of a run, in words. times: seconds of a few iterations, the first two not counted; iterations:
+    the run's range of them; eval_batches: of each process, an evaluation."""
+    if not times:
+        return 'none, the run is finished'
+    step = statistics.median(times[2:] or times)
+    n_evals = sum(i % eval_interval == 0 or i == iterations[-1] for i in iterations)
+    evaluations = n_evals * eval_batches * step / micro_steps / 3  # a forward pass is a third of a step
+    return (f'{step * 1000:.2f}ms an iteration, {duration(len(iterations) * step + evaluations)} in all, '
+            f'of which evaluations {duration(evaluations)}')
+
+
+def size(n_bytes):
+    return f'{n_bytes / 1e9:,.1f} GB' if n_bytes >= 1e9 else f'{n_bytes / 1e6:,.1f} MB'
+
+
+def duration(seconds):
+    """3725 -> '1 h 2 min'"""
+    for unit, length, part, per in (('d', 86400, 'h', 3600), ('h', 3600, 'min', 60), ('min', 60, 's', 1)):
+        if seconds >= length:
+            return f'{int(seconds // length)} {unit} {int(seconds % length // per)} {part}'
+    return f'{seconds:.0f} s'

@@ -1,0 +1,104 @@
+"""
+What a sampler can be told, and the prompt of `python sample.py --interactive=True`.
+
+    > ROMEO:
+    > /temperature 0.5
+    > /max_new_tokens=30
+    > /help
+"""
+
+import contextlib
+import re
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+
+from configurator import convert, nearest, parse
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is sampled. Raises ValueError for a value out of range."""
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str | None = None  # a string, in which \n is a line end, or a Python list of strings
+    seed: int = 1337
+    max_new_tokens: int = 500
+
+    def __post_init__(self):
+        for name, holds, allowed in (
+                ('temperature', self.temperature >= 0, 'be at least 0'),
+                ('top_k', self.top_k is None or self.top_k >= 1, 'be at least 1, or None'),
+                ('top_p', 0 < self.top_p <= 1, 'lie in (0, 1]'),
+                ('min_p', 0 <= self.min_p <= 1, 'lie in [0, 1]'),
+                ('repetition_penalty', self.repetition_penalty > 0, 'be above 0'),
+                ('max_new_tokens', self.max_new_tokens >= 0, 'be at least 0')):
+            if not holds:
+                raise ValueError(f'{name} must {allowed}, not {getattr(self, name)}')
+        self.stop_strings()
+
+    def stop_strings(self):
+        """The setting `stop` as a list of strings."""
+        strings = []
+        if self.stop:
+            is_list = self.stop.startswith('[')
+            strings = parse(self.stop) if is_list else [self.stop.replace('\\n', '\n')]
+        if not isinstance(strings, list) or not all(s and isinstance(s, str) for s in strings):
+            raise ValueError(f"stop={self.stop} is neither a string nor a list of strings like ['a', 'b']")
+        return strings
+
+
+TYPES = {f.name: typing.get_args(f.type) or (f.type,) for f in fields(Sampling)}
+
+
+def interact(sampling, continue_text):
+    """Ask for prompts until the input ends.
+
+    continue_text(prompt, sampling) yields (piece, None), and with the last piece (piece, sample as a dict).
+    """
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401, gives input() a history and keys to edit
+    print('Type a prompt, or /help for commands. Ctrl-C stops a sample, Ctrl-D quits.')
+    while True:
+        try:
+            line = input('> ')
+            if line == '/quit':
+                return
+            if line.startswith('/'):
+                sampling, reply = obey(line, sampling)
+                print(reply)
+                continue
+            for piece, sample in continue_text(line, sampling):  # noqa: B007, the last piece brings it
+                print(piece, end='', flush=True)
+            print(f'\n[seed {sample["seed"]}, {sample["tokens"]} tokens, {sample["tokens_per_s"]} tokens/s, '
+                  f'ended by {sample["ended"]}]')
+            sampling = replace(sampling, seed=sampling.seed + 1)
+        except ValueError as error:
+            print(error)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def obey(line, sampling):
+    """sampling, reply: the settings after a line /NAME, /NAME VALUE or /NAME=VALUE, and what to print.
+
+    Raises ValueError for an unknown name or a value that it can't have.
+    """
+    name, text = re.fullmatch(r'([^\s=]*)(?:\s*=\s*|\s*)(.*)', line[1:].strip()).groups()
+    if name == 'help':
+        return sampling, '\n'.join([
+            '/NAME shows a setting, /NAME VALUE changes it for the prompts that follow:',
+            *(f'  /{name} {value}' for name, value in asdict(sampling).items()),
+            'Each sample uses the next seed; to repeat one, set its seed again.',
+            'An empty line continues the prompt of --start.',
+            'Ctrl-C stops a sample, /quit or Ctrl-D quits.'])
+    if name not in TYPES:
+        raise ValueError(f'no command /{name}{nearest(name, [*TYPES, "help", "quit"])}; /help lists them')
+    if text:
+        sampling = replace(sampling, **{name: convert(name, parse(text), text, TYPES[name])})
+    return sampling, f'{name} = {getattr(sampling, name)}'

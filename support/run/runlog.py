@@ -1,0 +1,276 @@
+"""
+What a run reports: lines on standard output, in log.jsonl and to wandb; samples; its picture.
+
+    log = RunLog('out/log.jsonl', first_iter=0)
+    log.write({'iter': 0, 'loss': 10.9})
+    pandas.read_json('out/log.jsonl', lines=True)
+"""
+
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from support.machine.console import keep_line, print0
+from support.machine.files import replacing
+from support.network import decoding
+from support.run.plan import duration
+
+
+# ---------------------------------------------------------------------------- speed
+
+class Meter:
+    """The speed of a run: its seconds, without evaluations and saving, and the tokens of all processes.
+
+    Processes wait for each other in the last backward pass of an iteration. The time that each needs before
+    that is its own: the log has it for the slowest process and the median one, which shows who holds up the
+    others. (With parallel=fsdp they wait in each layer, so all times are alike.)
+    """
+
+    def __init__(self, run, seconds=0.0, tokens=0):
+        self.run, self.seconds, self.tokens = run, seconds, tokens
+        self.times = []  # seconds an iteration, a number for each lap
+        self.begin_lap()
+
+    def begin_lap(self):
+        self.clock, self.n_iters, self.tokens_before = time.perf_counter(), 0, self.tokens
+
+    @contextmanager
+    def pause(self):
+        """Leave the time within it out. Yields the seconds so far."""
+        self.run.synchronize()
+        begin = time.perf_counter()
+        yield self.seconds + begin - self.clock
+        self.clock += time.perf_counter() - begin
+
+    def begin_iteration(self):
+        self.begin = self.run.moment()
+
+    def begin_waiting(self):
+        """From here on this process may wait for others."""
+        self.ready = self.run.moment()
+
+    def end_iteration(self, tokens):
+        self.n_iters += 1
+        self.tokens += tokens
+
+    def lap(self):
+        """The log's numbers for the iterations since the last call. All processes call it."""
+        own = self.run.gather(self.run.ms_between(self.begin, self.ready))
+        dt = (time.perf_counter() - self.clock) / self.n_iters
+        rate = (self.tokens - self.tokens_before) / self.n_iters / dt
+        self.times.append(dt)
+        self.seconds += dt * self.n_iters
+        self.begin_lap()
+        entry = {'seconds': self.seconds, 'tokens': self.tokens, 'ms': dt * 1000, 'tokens_per_s': rate}
+        return entry if len(own) == 1 else entry | {
+            'slowest_rank': own.index(max(own)), 'slowest_ms': max(own), 'median_ms': statistics.median(own)}
+
+
+class Progress:
+    """The line that a run prints for a logged iteration."""
+
+    def __init__(self, last_iter):
+        self.last_iter, self.first_iter, self.begin = last_iter, None, None
+
+    def show(self, entry):
+        """entry: the log's. The time left is estimated from the pace since the first call, evaluations
+        included."""
+        i, now = entry['iter'], time.perf_counter()
+        mfu = 'n/a' if math.isnan(entry['mfu']) else f'{entry["mfu"]:.2f}%'
+        parts = [f'iter {i}: loss {entry["loss"]:.4f}', f'time {entry["ms"]:.2f}ms', f'mfu {mfu}',
+                 f'lr {entry["lr"]:.2e}', f'norm {entry["grad_norm"]:.2f}',
+                 f'{entry["tokens_per_s"]:.0f} tokens/s']
+        if entry.get('slowest_ms', 0) - entry.get('median_ms', 0) > 0.1 * entry['ms']:
+            parts.append(f'rank {entry["slowest_rank"]} holds up the others: {entry["slowest_ms"]:.2f}ms by '
+                         f'itself, median {entry["median_ms"]:.2f}ms')
+        if self.begin is None:
+            self.first_iter, self.begin = i, now
+        else:
+            pace = (now - self.begin) / (i - self.first_iter)
+            parts.append(f'{duration(pace * (self.last_iter - i))} left')
+        print0(', '.join(parts), live=True)
+
+
+def show_sample(model, tokenizer, prompt, run, iteration, seed):
+    """Print and return the model's continuation of `prompt`, token ids, within one window. It is drawn with
+    `seed` and leaves torch's generator, which dropout uses, as it is."""
+    idx = torch.tensor([prompt], device=run.device)  # (1, T)
+    length = min(200, model.config.block_size - len(prompt))
+    # compiled for batches of one shape, the model would be compiled again for every length
+    eager = torch.compiler.set_stance('force_eager') if run.compile else nullcontext()
+    model.eval()
+    with eager, run.autocast():
+        ids = decoding.generate(model, idx, length, 0.8, 200, n_vocab=tokenizer.n_vocab, seeds=[seed])
+    model.train()
+    text = tokenizer.decode(ids[0].tolist())
+    print0(f'sample at iteration {iteration}:\n{text}\n---------------', style='cyan')
+    return text
+
+
+# ---------------------------------------------------------------------------- files and services
+
+class RunLog:
+    """A file of JSON lines, to which a resumed run appends.
+
+    The lines from `first_iter` on are removed, because the resumed run writes them again. While the disk is
+    full, lines wait in memory. path: None for no file. wandb: gets each entry too.
+    """
+
+    def __init__(self, path, first_iter=0, wandb=None):
+        self.file, self.waiting, self.failed = None, b'', False
+        self.measured, self.wandb = [], wandb
+        if path is None:
+            return
+        path = Path(path)
+        lines = path.read_bytes().splitlines() if first_iter and path.is_file() else []
+        try:
+            with replacing(path) as temporary:
+                temporary.write_bytes(b''.join(line + b'\n' for line in lines if is_before(line, first_iter)))
+        except OSError as error:
+            print0(f'{path} could not be written: {error}')
+        self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, open till the end; a crash loses no line
+
+    def write(self, entry):
+        """entry: a dict of plain values, with the iteration as 'iter'. NaN and infinities, which JSON lacks,
+        are left out."""
+        self.write_measured()
+        if self.wandb is not None:
+            self.wandb.log(entry)
+        if self.file is not None:
+            known = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
+            self.waiting += json.dumps(known).encode() + b'\n'
+            self.write_waiting()
+
+    def write_later(self, iteration, health):
+        """health: tensors by name; more may be added. They are copied from the device when the next line is
+        written, which waits for the device anyway."""
+        self.measured.append((iteration, health))
+
+    def write_measured(self):
+        measured, self.measured = self.measured, []
+        for iteration, health in measured:
+            health = {name: t.tolist() for name, t in health.items()}
+            if count := sum(health.get('out_of_range', ())):
+                print0(f'iteration {iteration}: {count:,} squared distances of the attention lie beyond the '
+                       'range of its polynomial, which rises again there: use a larger n')
+            self.write({'iter': iteration, 'health': health})
+
+    def write_waiting(self):
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting):]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                print0(f'{self.file.name} could not be written ({error.strerror}): its lines wait in memory')
+            self.failed = True
+
+    def close(self):
+        keep_line()
+        self.write_measured()
+        if self.file is not None:
+            self.write_waiting()
+            self.file.close()
+
+
+def is_before(line, first_iter):
+    try:
+        return json.loads(line)['iter'] < first_iter
+    except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
+        return False
+
+
+class Wandb:
+    """A service that the run doesn't depend on: if it fails, the run says so and continues without it.
+
+    settings: arguments of wandb.init, or None for no service.
+    """
+
+    def __init__(self, settings):
+        self.is_on = settings is not None
+        self.samples = []
+        if self.is_on:
+            self.call('init', **settings)
+
+    def call(self, function, *args, **kwargs):
+        if self.is_on:
+            try:
+                import wandb
+                return getattr(wandb, function)(*args, **kwargs)
+            except Exception as error:
+                self.is_on = False
+                print0(f'wandb is off from here on: {type(error).__name__}: {error}')
+        return None
+
+    def log(self, entry):
+        """Log an entry; lists, which have a number for each layer, become health/NAME/LAYER."""
+        if self.is_on:
+            names = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+            lists = entry.get('health', {})
+            self.call('log', {names.get(k, k): v for k, v in entry.items() if k != 'health'}
+                      | {f'health/{k}/{layer}': v for k in lists for layer, v in enumerate(lists[k])})
+
+    def log_sample(self, iteration, text):
+        """Log all samples so far as a table."""
+        if self.is_on:
+            self.samples.append([iteration, text])
+            table = self.call('Table', columns=['iter', 'text'], data=self.samples)
+            self.call('log', {'iter': iteration, 'samples': table})
+
+
+class Drawing:
+    """A Python program that draws beside the run, in a process of its own.
+
+    arguments: the program's path and its arguments, or None. Nothing is drawn if matplotlib is missing, nor
+    after a failure, which is printed once.
+    """
+
+    def __init__(self, arguments):
+        self.arguments = arguments if importlib.util.find_spec('matplotlib') else None
+        self.process, self.is_late = None, False
+
+    def start(self):
+        """Draw, unless the last drawing is still at work."""
+        self.is_late = self.is_busy()
+        if self.arguments and not self.is_late:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, *self.arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE, text=True, process_group=0)  # a group that Ctrl-C doesn't reach
+            except OSError as error:
+                self.give_up(error)
+
+    def is_busy(self, patience=0.0):
+        """Whether a drawing is still at work after `patience` seconds."""
+        if self.process is None:
+            return False
+        try:
+            _, message = self.process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            return True
+        if self.process.returncode:
+            self.give_up((message.strip().splitlines() or ['no reason given'])[-1])
+        self.process = None
+        return False
+
+    def give_up(self, reason):
+        self.arguments = None
+        print0(f'no pictures from here on: {reason}')
+
+    def close(self, patience):
+        """Draw the last evaluation, if still to do. Wait `patience` seconds, then let it go on alone."""
+        if self.is_late:
+            if self.is_busy():  # with an earlier one
+                self.process.kill()
+                self.process.communicate()
+                self.process = None
+            self.start()
+        self.is_busy(patience)

@@ -1,0 +1,133 @@
+"""
+Text to token ids and back: a vocabulary of characters, or GPT-2's byte pair encoding.
+
+    tokenizer = read_tokenizer('data/shakespeare_char')
+    tokenizer.decode(tokenizer.encode('To be'))
+"""
+
+import functools
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from support.machine.files import explain_failure
+
+GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
+PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
+
+
+class CharTokenizer:
+    """One id a character. itos: {id: character}."""
+
+    def __init__(self, itos):
+        self.itos = itos
+        self.stoi = {c: i for i, c in itos.items()}
+        self.n_vocab = max(itos) + 1
+
+    @classmethod
+    def of_text(cls, text):
+        return cls(dict(enumerate(sorted(set(text)))))
+
+    def encode(self, text):
+        missing = sorted(set(text) - set(self.stoi))
+        if missing:
+            raise ValueError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}; '
+                             f'it knows {"".join(self.itos.values())!r}')
+        return [self.stoi[c] for c in text]
+
+    def decode(self, ids):
+        return ''.join(self.itos[i] for i in ids)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8', errors='surrogatepass')
+
+    def first_token(self):
+        """The id before a text's first: a line end, if the vocabulary has it."""
+        return self.stoi.get('\n', 0)
+
+    def token_bytes(self):
+        """Bytes of UTF-8 in each id's text, (n_vocab,) int64."""
+        return np.array([len(self.decode_bytes([i])) if i in self.itos else 0 for i in range(self.n_vocab)],
+                        dtype=np.int64)
+
+    def to_dict(self):
+        return {'kind': 'char', 'itos': self.itos}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte pair encoding, from tiktoken, which downloads its two files on first use."""
+    n_vocab = GPT2_VOCAB
+
+    @functools.cached_property
+    def bpe(self):
+        import tiktoken
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except OSError as error:
+            raise FileNotFoundError(
+                f'the GPT-2 BPE files can\'t be downloaded ({type(error).__name__}): connect once, or set '
+                'TIKTOKEN_CACHE_DIR to a folder where tiktoken cached them') from None
+
+    def encode(self, text):
+        """Ids of a prompt, a list; <|endoftext|> in it is the special token."""
+        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+
+    def encode_array(self, text):
+        """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL."""
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        return self.bpe.decode(ids)
+
+    def decode_bytes(self, ids):
+        """The text in UTF-8; a token may end within a character."""
+        return self.bpe.decode_bytes(ids)
+
+    def first_token(self):
+        """The id before a text's first, <|endoftext|>."""
+        return self.n_vocab - 1
+
+    def token_bytes(self):
+        """Bytes of UTF-8 in each id's text, (n_vocab,) int64; 0 for <|endoftext|>, which is no text."""
+        tokens = map(self.bpe.decode_single_token_bytes, range(self.n_vocab - 1))
+        return np.array([*map(len, tokens), 0], dtype=np.int64)
+
+    def to_dict(self):
+        return {'kind': 'gpt2'}
+
+
+def tokenizer_from(state):
+    """The inverse of `to_dict`; None stands for GPT-2's."""
+    if state and state['kind'] == 'char':
+        return CharTokenizer(state['itos'])
+    return GPT2Tokenizer()
+
+
+def read_tokenizer(data_dir):
+    """The tokenizer of a dataset's folder."""
+    meta = read_meta(data_dir)
+    return CharTokenizer(meta['itos']) if meta else GPT2Tokenizer()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; refuses everything that could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+
+
+def read_meta(data_dir):
+    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None if it doesn't exist; ValueError if it is damaged."""
+    path = Path(data_dir, 'meta.pkl')
+    if not path.is_file():
+        return None
+    with explain_failure(f'{path} is not a character vocabulary'):
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(meta['vocab_size'], int):
+            raise TypeError('vocab_size is not an integer')
+        itos = meta['itos'].items()
+        if not itos or not all(isinstance(i, int) and isinstance(c, str) for i, c in itos):
+            raise TypeError('itos is not a table of ids and characters')
+    return meta

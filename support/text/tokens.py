@@ -1,0 +1,233 @@
+"""
+Token files, and the windows that make a batch.
+
+A dataset is a folder, `data/<name>/`:
+    train.bin, val.bin   token ids, uint16 in machine order, no header; either may be cut into train_000.bin,
+                         train_001.bin, ..., files of any size
+    meta.pkl             character data only: {'vocab_size': int, 'itos': {id: char}, 'stoi': {char: id}}
+    dataset.json         optional: source, tokenizer, number of tokens, checksums
+Without meta.pkl the ids are GPT-2 BPE.
+
+A batch is a function, not state: the windows of iteration n depend only on (seed, n).
+"""
+
+import functools
+import hashlib
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from support.machine.files import explain_failure
+
+
+# ---------------------------------------------------------------------------- reading
+
+def open_split(data_dir, split):
+    """The tokens of `split` ('train' or 'val') as a read-only array, (N,) uint16: a memory map of SPLIT.bin,
+    or Shards of SPLIT_000.bin, SPLIT_001.bin, ...
+
+    Raises FileNotFoundError, or ValueError if a file is empty, of an odd size or of another length than
+    dataset.json says.
+    """
+    path = Path(data_dir, f'{split}.bin')
+    shards = sorted(Path(data_dir).glob(f'{split}_[0-9][0-9][0-9].bin'))
+    if path.is_file() and shards:
+        raise ValueError(f'{data_dir} has {path.name} and {shards[0].name}: remove one or the other')
+    for i, shard in enumerate(shards):
+        if int(shard.stem.removeprefix(f'{split}_')) != i:
+            missing = path.with_name(f'{split}_{i:03}.bin')
+            raise FileNotFoundError(f'{missing} is missing, but {shard.name} exists')
+    if not path.is_file() and not shards:
+        prepare = Path(data_dir, 'prepare.py')
+        how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
+        raise FileNotFoundError(f'{path} is missing; {how}')
+    tokens = Shards(shards) if shards else open_tokens(path)
+    expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
+    if len(tokens) != expected:
+        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
+                         'Prepare it again')
+    return tokens
+
+
+def count_tokens(path):
+    """Number of tokens in a file, from its size."""
+    size = path.stat().st_size
+    if size % 2 or size == 0:
+        raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or not '
+                         'uint16 tokens. Prepare it again')
+    return size // 2
+
+
+def open_tokens(path):
+    """A file as a read-only memory map, (N,) uint16."""
+    count_tokens(path)
+    with explain_failure(f'{path} can\'t be read'):
+        tokens = np.memmap(path, dtype=np.uint16, mode='r')
+    start = tokens[:4096]
+    if start.tobytes().startswith(b'\x93NUMPY') or (start[::2].any() and len(start) > 16
+                                                   and not start[1::2].any()):
+        raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: write it '
+                         'with array.astype(numpy.uint16).tofile(path)')
+    return tokens
+
+
+class Shards:
+    """Several files read as one array of tokens, indexed by slices or by an array of positions. At most eight
+    files are open at a time."""
+
+    def __init__(self, paths):
+        self.ends = np.cumsum([count_tokens(path) for path in paths])
+        self.starts = self.ends - np.diff(self.ends, prepend=0)
+        self.open = functools.lru_cache(maxsize=8)(lambda i: open_tokens(paths[i]))
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            assert step == 1, f'step {step}, not 1'
+            touched = np.flatnonzero((self.starts < stop) & (self.ends > start))
+            parts = [self.open(i)[max(0, start - self.starts[i]):stop - self.starts[i]]
+                     for i in touched.tolist()]
+            return np.concatenate([np.empty(0, np.uint16), *parts])
+        tokens, shard = np.empty(at.shape, np.uint16), np.searchsorted(self.ends, at, side='right')
+        for i in np.unique(shard).tolist():
+            tokens[shard == i] = self.open(i)[at[shard == i] - self.starts[i]]
+        return tokens
+
+
+def pieces(tokens, at_most):
+    """Yield `tokens` whole if they are at most `at_most`, else 64 pieces spread over them."""
+    n_pieces = 1 if len(tokens) <= at_most else 64
+    size = min(len(tokens), at_most) // n_pieces
+    for start in np.linspace(0, len(tokens) - size, n_pieces, dtype=np.int64):
+        yield tokens[start:start + size]
+
+
+def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
+    """Raise ValueError if a split is too short for a window or holds a token id beyond the vocabulary.
+
+    Of a split with more than `at_most` tokens, only 64 pieces spread over the file are read.
+    """
+    if len(tokens) <= block_size:
+        raise ValueError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
+                         f'most --block_size={len(tokens) - 1}, or more text')
+    largest = max(int(piece.max()) for piece in pieces(tokens, at_most))
+    if largest >= vocab_size:
+        raise ValueError(f'{name} holds token id {largest}, but the model\'s vocab_size is {vocab_size}: '
+                         'the data was prepared for another tokenizer')
+
+
+def fingerprint(data_dir, split, tokens, at_most=1 << 26):
+    """SHA-256 of a split in hex: of the whole file if it has at most `at_most` tokens, else of its length and
+    64 pieces spread over it. Raises ValueError if dataset.json has another SHA-256 for the whole file."""
+    is_whole = len(tokens) <= at_most
+    digest = hashlib.sha256(b'' if is_whole else str(len(tokens)).encode())
+    for piece in pieces(tokens, at_most):
+        digest.update(piece)
+    expected = read_info(data_dir).get('sha256', {}).get(f'{split}.bin')
+    if is_whole and expected not in (None, digest.hexdigest()):
+        raise ValueError(f'{Path(data_dir, split)}.bin doesn\'t match its SHA-256 in dataset.json: damaged, '
+                         'or written by another program. Prepare the data again, or delete dataset.json')
+    return digest.hexdigest()
+
+
+def read_info(data_dir):
+    """dataset.json as a dict, {} if the file doesn't exist. Raises ValueError if it is damaged."""
+    path = Path(data_dir, 'dataset.json')
+    if not path.is_file():
+        return {}
+    with explain_failure(f'{path} is damaged; prepare the data again'):
+        info = json.loads(path.read_text(encoding='utf-8'))
+        if not all(isinstance(info.get(key, {}), dict) for key in ('tokens', 'sha256')):
+            raise TypeError('tokens and sha256 must be objects')
+    return info
+
+
+# ---------------------------------------------------------------------------- windows
+
+def train_windows(seed, iteration, count, n_tokens, block_size):
+    """Starts of the `count` windows in the global batch of an iteration, (count,) int64.
+
+    Stratified sampling: window i starts at random in the i-th of `count` equal parts of the split, so all
+    starts are equally likely, but every batch covers the whole text. Philox (Salmon et al. 2011) is a
+    counter-based generator, so an iteration's numbers need no history.
+    """
+    bits = np.random.Philox(key=np.array([seed, iteration]).astype(np.uint64)).random_raw(count)
+    uniform = (bits >> np.uint64(11)) * 2.0**-53  # [0, 1), all 53 bits of a double
+    return ((np.arange(count) + uniform) / count * (n_tokens - block_size)).astype(np.int64)
+
+
+def epoch_windows(seed, first, count, n_tokens, block_size):
+    """Starts of windows `first` to `first + count - 1` in a run that sees each once an epoch: (count,)."""
+    n = windows_an_epoch(n_tokens, block_size)
+    return np.array([epoch_order(seed % 2**64, i // n, n_tokens, block_size)[i % n]
+                     for i in range(first, first + count)])
+
+
+def windows_an_epoch(n_tokens, block_size):
+    """Windows in an epoch: one fewer than fit side by side, which leaves room for a random offset."""
+    return max(1, (n_tokens - 1) // block_size - 1)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n_tokens, block_size):
+    """Starts of an epoch's windows: side by side from a random offset, in random order."""
+    n, generator = windows_an_epoch(n_tokens, block_size), np.random.default_rng((seed, epoch))
+    offset = generator.integers(min(block_size, n_tokens - n * block_size))
+    return offset + block_size * generator.permutation(n)
+
+
+SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
+
+
+def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
+    """Starts of n_batches * batch_size windows, spread evenly over those that lie side by side in a split:
+    (n_batches, batch_size) int64. n_batches=0 takes all windows. The last batch is padded with starts at
+    n_tokens, which have no targets."""
+    n_windows = -(-(n_tokens - 1) // block_size)
+    count = min(n_batches * batch_size, n_windows) or n_windows
+    starts = np.arange(count) * n_windows // count * block_size
+    return np.pad(starts, (0, -count % batch_size), constant_values=n_tokens).reshape(-1, batch_size)
+
+
+def read_windows(tokens, starts, block_size):
+    """x, y: (B, T) int64, y one token ahead of x and -1 past the end of the split."""
+    at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+    return ids[:, :-1], np.where(at[:, 1:] < len(tokens), ids[:, 1:], -1)
+
+
+def prefetch(function, arguments):
+    """Yield function(*a) for each a; a thread computes the next result while the caller uses the last."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = None
+        for a in arguments:
+            ready, ahead = ahead, reader.submit(function, *a)
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
+
+
+class BatchRamp:
+    """Micro-steps of an iteration on each process, which rise to `micro_steps` within `iterations`.
+
+        ramp = BatchRamp(micro_steps=8, iterations=100)
+        for micro_step in range(ramp.at(iteration)):
+    """
+
+    def __init__(self, micro_steps, iterations):
+        self.micro_steps, self.iterations = micro_steps, iterations
+
+    def at(self, iteration):
+        return math.ceil(self.micro_steps * min(1, (iteration + 1) / (self.iterations + 1)))
+
+    def before(self, iteration):
+        """Number of micro-steps in all earlier iterations."""
+        rising = min(iteration, self.iterations)
+        return sum(map(self.at, range(rising))) + (iteration - rising) * self.micro_steps
