@@ -10,6 +10,7 @@ Measure how fast this machine trains a model, generates from it, and reads its d
 Prints a table, then the same and a description of the machine as one line of JSON.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -23,10 +24,12 @@ from configurator import configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.network.decoding import generate
+from support.network.diagnostics import Guard
 from support.network.loss import checkpoint_activations, use_lean_loss
+from support.network.matmul import use_fast_products
 from support.network.optim import configure_optimizer
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
-from support.text.tokens import check_split, open_split, read_windows, train_windows
+from support.text.tokens import check_split, open_split, prefetch, read_windows, train_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -80,12 +83,13 @@ tokens, vocab_size = load_tokens()
 config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
 model = GPT(config).to(run.device)
 use_lean_loss(model)
+use_fast_products(model, run)
 if activation_checkpointing:
     checkpoint_activations(model)
 optimizer = configure_optimizer(model, weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95),
                                 device_type=run.device_type)
-# float16 gradients underflow without scaling
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
+guard = Guard(run.device, 1.0, scaler.is_enabled())
 if run.compile:
     model.compile()
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
@@ -98,11 +102,17 @@ def get_batch(iteration):
     return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
 
 
+batches = prefetch(get_batch, ((i,) for i in itertools.count()))
+
+
 def train_step(iteration):
-    x, y = get_batch(iteration)
+    """As train.py makes it: batches ahead of their use, clipping, the guard."""
+    x, y = next(batches)
     with run.autocast():
         _, loss = model(x, y)
     scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    guard.watch(iteration, loss.detach(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

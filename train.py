@@ -29,11 +29,12 @@ from support.machine.signals import StopRequest
 from support.network import lora
 from support.network.diagnostics import Guard, measure, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
+from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
 from support.run import checkpoint, plan
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
 from support.network.scoring import mean_loss
-from support.run.start import architecture_of, check_data, check_settings, find_state
+from support.run.start import check_data, check_settings, find_state
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
 from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
                                  read_windows)
@@ -121,9 +122,7 @@ seed = 1337
 
 config = configure(globals())
 if dry_run and plan_gpus:
-    with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture_of(config)))
-    print(plan.scale(model, plan_gpus, plan_gpu, gradient_accumulation_steps * batch_size, max_iters + 1))
+    print(plan.scale_of(config))
     raise SystemExit
 
 # ---------------------------------------------------------------------------- machine
@@ -157,7 +156,7 @@ if state:
     model = GPT(checkpoint.config_from_args(state['model_args'] | changes))
     model.load_state_dict(state['model'])
 elif init_from in ('scratch', 'auto'):
-    model = GPT(GPTConfig(vocab_size=data_vocab, **architecture_of(config)))
+    model = GPT(GPTConfig(vocab_size=data_vocab, **plan.architecture_of(config)))
 else:
     model = load_pretrained(init_from, changes)
 window = min(block_size, model.config.block_size)  # tokens of a sequence
@@ -171,6 +170,7 @@ if window < model.config.block_size:
     model.crop_block_size(window)
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_lean_loss(model)
+use_fast_products(model, run)
 if activation_checkpointing:
     checkpoint_activations(model)
 model = fsdp.shard(model, run, cpu_offload) if parallel == 'fsdp' else model.to(run.device)

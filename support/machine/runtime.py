@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from support.machine.console import print0
-from support.machine.hardware import DTYPES, device_name, synchronize
+from support.machine.hardware import DTYPES, device_name, prefers_onednn, synchronize
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ class Runtime:
         if self.device_type == 'cpu':
             keep_freed_memory()
         torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
+        on_cpu = self.device_type == 'cpu' and self.dtype == 'float32'
         print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, compile: '
-               f'{self.compile}, backend: {self.backend}, processes: {self.world_size}')
+               f'{self.compile}, backend: {self.backend}, processes: {self.world_size}'
+               + (f', products: {"oneDNN" if prefers_onednn() else "default"}' if on_cpu else ''))
 
     def stop(self):
         """Leave the other processes."""

@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from support.machine.hardware import fastest_float32
+
 
 def use_lean_loss(model):
     """Have a GPT compute its loss without its logits: model(idx, targets) -> (None, loss)."""
@@ -38,7 +40,8 @@ def loss_alone(model, x, targets):
     x, targets = x.flatten(0, 1), targets.flatten()
     if torch.compiler.is_compiling():  # the compiler fuses logits and loss by itself
         return None, F.cross_entropy(model.softcap(model.lm_head(x)), targets, ignore_index=-1)
-    return None, linear_cross_entropy(x, model.lm_head.weight, targets, model.config.logit_softcap)
+    with fastest_float32(x.device.type):
+        return None, linear_cross_entropy(x, model.lm_head.weight, targets, model.config.logit_softcap)
 
 
 def checkpoint_activations(model):

@@ -1,4 +1,10 @@
-"""Faster matrix products, put into a model's linear layers from outside."""
+"""
+Faster matrix products on a CPU, put into a model from outside.
+
+    use_fast_products(model, run)        # for training and evaluation
+    with fast_linears(model, n_rows=1):  # for decoding
+        ...
+"""
 
 from contextlib import contextmanager
 from functools import partial
@@ -8,9 +14,59 @@ from torch import nn
 from torch.nn import functional as F
 
 from support.machine.fsdp import is_sharded
+from support.machine.hardware import OneDNN, prefers_onednn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 MAX_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's layout
+
+
+def use_fast_products(model, run):
+    """Have the linear layers' products made by the fastest exact library of this CPU; in bfloat16, train
+    attention in float32, in which it is fast. Changes nothing on other devices and for compiled models."""
+    if run.device_type != 'cpu' or run.compile:
+        return
+    if run.dtype == 'float32' and prefers_onednn():
+        for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            linear.forward = partial(onednn_forward, linear)
+    elif run.dtype == 'bfloat16' and model.config.attn_type == 'SM':
+        for block in model.transformer.h:
+            block.attn.attend = partial(attend_in_float32, block.attn.attend)
+
+
+def onednn_forward(linear, x):
+    """nn.Linear.forward. Only the products use oneDNN: small ones inside attention are slower with it."""
+    if torch.is_grad_enabled():
+        return OneDNNLinear.apply(x, linear.weight, linear.bias)
+    with OneDNN():
+        return F.linear(x, linear.weight, linear.bias)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x w^T + b. x: (..., inputs), w: (outputs, inputs), b: (outputs,) or None -> (..., outputs)"""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        ctx.has_bias = b is not None
+        with OneDNN():
+            return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        g = grad.flatten(0, -2)  # (N, outputs)
+        with OneDNN():
+            dx = (g @ w).view(x.shape) if ctx.needs_input_grad[0] else None
+            dw = g.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return dx, dw, g.sum(dim=0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+def attend_in_float32(attend, q, k, v, *args):
+    """Attention whose backward pass is slow in bfloat16 on a CPU."""
+    if not torch.is_grad_enabled():
+        return attend(q, k, v, *args)
+    with torch.autocast('cpu', enabled=False):
+        return attend(q.float(), k.float(), v.float(), *args).to(v.dtype)
 
 
 @contextmanager
@@ -21,8 +77,9 @@ def fast_linears(model, n_rows):
     uses all cores for a few rows, the default library only one. For several rows it gets a copy of the
     weights in its own layout.
     """
-    linears = [] if is_sharded(model) else [
-        m for m in model.modules() if isinstance(m, nn.Linear) and 'forward' not in m.__dict__]
+    linears = [] if is_sharded(model) else [m for m in model.modules() if isinstance(m, nn.Linear) and (
+        'forward' not in m.__dict__ or getattr(m.forward, 'func', None) is onednn_forward)]
+    before = [m.__dict__.get('forward') for m in linears]
     packing = n_rows > 1 and sum(m.weight.nbytes for m in linears) <= MAX_PACKED
     is_compiled = getattr(model, '_compiled_call_impl', None) is not None  # the compiler chooses for itself
     for m in linears:
@@ -36,8 +93,10 @@ def fast_linears(model, n_rows):
     try:
         yield
     finally:
-        for m in linears:
+        for m, forward in zip(linears, before):
             m.__dict__.pop('forward', None)
+            if forward is not None:
+                m.forward = forward
 
 
 def onednn_linear(x, weight, bias):

@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure, replacing
+from support.network.matmul import use_fast_products
 from support.text.tokenizer import read_tokenizer, tokenizer_from
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
@@ -160,6 +161,7 @@ def load_model(init_from, out_dir, run):
     else:
         state, model = {}, load_pretrained(init_from, {'dropout': 0.0})
         tokenizer = folder_tokenizer(init_from)
+    use_fast_products(model, run)
     return model.eval().to(run.device), tokenizer, state
 
 

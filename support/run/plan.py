@@ -7,6 +7,7 @@ What a run needs: data, arithmetic, memory, disk, time. Computed before it begin
         ...
 """
 
+import dataclasses
 import re
 import statistics
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from model import GPT, GPTConfig
 from support.machine.files import free_disk
-from support.machine.hardware import DTYPES, GPUS, total_memory
-from support.network.loss import LinearCrossEntropy
+from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
+from support.network.loss import LinearCrossEntropy, use_lean_loss
+from support.network.matmul import use_fast_products
+from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
 # ---------------------------------------------------------------------------- on this machine
@@ -48,7 +52,36 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, par
         'disk': f'{size(disk)} for checkpoints, {size(free)} free'
                 + ('  <- TOO LITTLE' if disk > free else ''),
     }
+    if (speedup := bfloat16_speedup(c, run, batch_size, parallel)) >= 1.5:
+        rows['dtype'] = f'--dtype=bfloat16 would be about {speedup:.1f} times as fast on this machine'
     return '\n'.join(f'{name:8}{text}' for name, text in rows.items())
+
+
+def bfloat16_speedup(config, run, batch_size, parallel='ddp'):
+    """How many times as fast this CPU trains in bfloat16 as in float32, measured on two layers of the model
+    and a vocabulary in proportion; 0 if the run isn't in float32 on a CPU."""
+    is_asked = run.device_type == 'cpu' and run.dtype == 'float32' and not run.compile and run.world_size == 1
+    if not is_asked or parallel == 'fsdp' or config.n_embd < 256:  # narrow models gain less than 1.5
+        return 0
+    n_layer = min(2, config.n_layer)
+    vocab_size = -(-config.vocab_size * n_layer // config.n_layer)
+    small = dataclasses.replace(config, n_layer=n_layer, vocab_size=vocab_size)
+    n = max(1, min(batch_size, 1024 // config.block_size))
+    idx = torch.arange(n * config.block_size).view(n, -1) % small.vocab_size
+    seconds = []
+    for dtype in ('float32', 'bfloat16'):
+        with torch.random.fork_rng(devices=[]):
+            model, other = GPT(small), dataclasses.replace(run, dtype=dtype)
+        use_lean_loss(model)
+        use_fast_products(model, other)
+
+        def step(model=model, other=other):
+            with other.autocast():
+                loss = model(idx, idx)[1]
+            loss.backward()
+        step()
+        seconds.append(best_time(step, 'cpu', repeats=2))
+    return seconds[0] / seconds[1]
 
 
 def checkpoint_bytes(model):
@@ -143,6 +176,20 @@ STRATEGIES = {
     'fsdp + checkpointing': {'sharded': True, 'checkpointing': True},
     'fsdp + checkpointing + offload': {'sharded': True, 'checkpointing': True, 'offload': True},
 }
+
+
+def scale_of(config):
+    """`scale` for the settings of train.py."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture_of(config)))
+    sequences = config['gradient_accumulation_steps'] * config['batch_size']
+    return scale(model, config['plan_gpus'], config['plan_gpu'], sequences, config['max_iters'] + 1)
+
+
+def architecture_of(config):
+    """The settings of train.py that are fields of GPTConfig."""
+    names = [f.name for f in dataclasses.fields(GPTConfig)]
+    return {k: config[k] for k in names if config.get(k, 'auto') != 'auto'}
 
 
 def scale(model, n_gpus, gpu, sequences, iterations):

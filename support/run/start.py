@@ -1,9 +1,7 @@
 """How a run of train.py starts: its settings are checked, its state is found, its data must fit."""
 
 import os
-from dataclasses import fields
 
-from model import GPTConfig
 from support.machine.console import print0
 from support.machine.fsdp import check_parallel
 from support.network.lora import check_adapters
@@ -38,12 +36,6 @@ def check_settings(config, run):
     if config['gradient_accumulation_steps'] % run.world_size:
         raise ValueError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
                          f'all processes and must be a multiple of their number, {run.world_size}')
-
-
-def architecture_of(config):
-    """The settings that are fields of GPTConfig."""
-    names = [f.name for f in fields(GPTConfig)]
-    return {k: config[k] for k in names if config.get(k, 'auto') != 'auto'}
 
 
 def find_state(config, run):
