@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, softmax_attention
 from support.machine import hardware
 from support.machine.runtime import Runtime
 from support.network.decoding import generate
 from support.network.loss import checkpoint_activations, use_lean_loss
-from support.network.matmul import OneDNNLinear, onednn_forward, use_fast_products
+from support.network.matmul import (OneDNNAttention, OneDNNLinear, attend_at_once, onednn_forward,
+                                    use_fast_products)
 
 FLOAT32, BFLOAT16 = (Runtime('cpu', dtype, False, 'gloo') for dtype in ('float32', 'bfloat16'))
 
@@ -47,6 +48,37 @@ def test_gradients_equal_float64_within_rounding(shape, bias):
     expected = [y, *torch.autograd.grad(y, exact, grad.double())]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize('n_kv_head', [4, 2, 1])
+@pytest.mark.parametrize('T', [1, 2, 33])
+def test_attention_by_whole_products_equals_float64_within_rounding(n_kv_head, T):
+    q, k, v = (torch.randn(3, n, T, 8, requires_grad=True) for n in (4, n_kv_head, n_kv_head))
+    grad = torch.randn(3, T, 4, 8).transpose(1, 2)  # as attention's output is used
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    found, expected = OneDNNAttention.apply(q, k, v), softmax_attention(*exact)
+    found.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+
+
+def test_attention_is_left_to_pytorch_where_scores_are_many_masked_dropped_or_no_gradient_is_wanted():
+    q, calls = torch.randn(1, 1, 4, 8, requires_grad=True), []
+
+    def attend(*args):
+        calls.append(args)
+        return args[0]
+
+    long, mask = torch.randn(1, 2, 1500, 1), torch.zeros(4, 4)
+    attend_at_once(attend, q, q, q)
+    assert not calls
+    with torch.no_grad():
+        attend_at_once(attend, q, q, q)
+    for args in ((q, q, q, 0.1), (q, q, q, 0.0, mask), (long, long, long)):
+        attend_at_once(attend, *args)
+    assert len(calls) == 4 and calls[2][4] is mask
 
 
 def test_frozen_weights_and_inputs_get_no_gradient():
@@ -136,11 +168,12 @@ def test_a_library_that_rounds_more_is_not_taken(monkeypatch):
     hardware.prefers_onednn.cache_clear()
 
 
-def test_the_flag_is_put_back_and_a_choice_that_is_none_is_refused():
+def test_flag_is_put_back_and_an_unknown_choice_is_refused():
     before = torch.get_float32_matmul_precision()
     with hardware.OneDNN():
         pass
     assert torch.get_float32_matmul_precision() == before
-    done = subprocess.run([sys.executable, 'train.py', 'config/train_shakespeare_char_cpu.py'], cwd=ROOT,
-                          env=os.environ | {'FLOAT32_PRODUCTS': 'mkl'}, capture_output=True, text=True)
-    assert done.returncode and done.stderr == 'ValueError: FLOAT32_PRODUCTS=mkl is not one of onednn, default\n'
+    done = subprocess.run([sys.executable, 'bench.py', '--device=cpu'], cwd=ROOT, text=True,
+                          env=os.environ | {'FLOAT32_PRODUCTS': 'mkl'}, capture_output=True)
+    message = 'ValueError: FLOAT32_PRODUCTS=mkl is not one of onednn, default\n'
+    assert done.returncode and done.stderr == message

@@ -6,6 +6,8 @@ Faster matrix products on a CPU, put into a model from outside.
         ...
 """
 
+import functools
+import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,23 +20,27 @@ from support.machine.hardware import OneDNN, prefers_onednn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 MAX_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's layout
+MAX_SCORES = 1 << 22  # of a layer, kept for the backward pass: 16 MB
 
 
 def use_fast_products(model, run):
-    """Have the linear layers' products made by the fastest exact library of this CPU; in bfloat16, train
-    attention in float32, in which it is fast. Changes nothing on other devices and for compiled models."""
+    """Have the products of linear layers, and in training those of attention, made by the fastest exact
+    library of this CPU. In bfloat16 attention trains in float32, where it is fast. Changes nothing on other
+    devices and for compiled models."""
     if run.device_type != 'cpu' or run.compile:
         return
     if run.dtype == 'float32' and prefers_onednn():
         for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
             linear.forward = partial(onednn_forward, linear)
-    elif run.dtype == 'bfloat16' and model.config.attn_type == 'SM':
-        for block in model.transformer.h:
+    for block in model.transformer.h if model.config.attn_type == 'SM' else ():
+        if prefers_onednn():
+            block.attn.attend = partial(attend_at_once, block.attn.attend)
+        if run.dtype == 'bfloat16':
             block.attn.attend = partial(attend_in_float32, block.attn.attend)
 
 
 def onednn_forward(linear, x):
-    """nn.Linear.forward. Only the products use oneDNN: small ones inside attention are slower with it."""
+    """nn.Linear.forward. The flag is on for its product only: PyTorch's own attention is slower with it."""
     if torch.is_grad_enabled():
         return OneDNNLinear.apply(x, linear.weight, linear.bias)
     with OneDNN():
@@ -67,6 +73,49 @@ def attend_in_float32(attend, q, k, v, *args):
         return attend(q, k, v, *args)
     with torch.autocast('cpu', enabled=False):
         return attend(q.float(), k.float(), v.float(), *args).to(v.dtype)
+
+
+def attend_at_once(attend, q, k, v, dropout=0.0, bias=None):
+    """softmax_attention by whole products for each head, where all scores fit into MAX_SCORES."""
+    B, nh, T, hs = q.shape
+    if not torch.is_grad_enabled() or dropout or bias is not None or B * nh * T * T > MAX_SCORES:
+        return attend(q, k, v, dropout, bias)
+    return OneDNNAttention.apply(q, k, v)
+
+
+@functools.lru_cache(maxsize=4)
+def causal_mask(T, n_shared):
+    """(n_shared T, T), to add to scores: 0 for earlier keys, -inf for later ones"""
+    return torch.full((T, T), -math.inf).triu(1).repeat(n_shared, 1)
+
+
+class OneDNNAttention(torch.autograd.Function):
+    """Causal softmax attention. q: (B, nh, T, hs), k, v: (B, n_kv_head, T, hs) -> (B, nh, T, hs)
+
+    Queries that share a key's head lie one below the other, so each head is one product.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        B, nh, T, hs = ctx.shape = q.shape
+        q = q.reshape(-1, nh // k.shape[1] * T, hs)  # (B n_kv_head, n_shared T, hs)
+        k, v = k.reshape(-1, T, hs), v.reshape(-1, T, hs)
+        with OneDNN():
+            p = torch.baddbmm(causal_mask(T, q.shape[1] // T), q, k.mT, alpha=hs ** -0.5).softmax(dim=-1)
+            y = p @ v
+        ctx.save_for_backward(q, k, v, p)
+        return y.view(B, nh, T, hs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        B, nh, T, hs = ctx.shape
+        g = grad.reshape(q.shape)
+        with OneDNN():
+            dv = p.mT @ g
+            ds = torch.ops.aten._softmax_backward_data(g @ v.mT, p, -1, p.dtype).mul_(hs ** -0.5)
+            dq, dk = ds @ k, ds.mT @ q
+        return dq.view(ctx.shape), dk.view(B, -1, T, hs), dv.view(B, -1, T, hs)
 
 
 @contextmanager
