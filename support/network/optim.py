@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from support.machine.hardware import fastest_float32
+
 
 def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None):
     """AdamW with GPT.configure_optimizers' two groups. muon: settings of a third group, the matrices of the
@@ -131,11 +133,12 @@ def newton_schulz(x, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = x.shape[1] > x.shape[2]
     dtype, x = x.dtype, x.to(newton_schulz_dtype(x.device.type))
-    x = x.mT if is_tall else x
+    x = x.mT.contiguous() if is_tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT  # (n, rows, rows)
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    with fastest_float32(x.device.type):
+        for _ in range(steps):
+            gram = x @ x.mT  # (n, rows, rows)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).to(dtype)
 
 
