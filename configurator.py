@@ -6,9 +6,12 @@ Overrides a script's settings from config files and the command line.
     python train.py --help                 # every setting, its default, its comment
 
 A script states its settings as plain assignments at its top and calls `configure(globals())` right
-under them. Arguments act from left to right, the last one wins. A config file is Python and is executed
-in the script's globals, so it can do what any program can: run only configs that you trust.
+under them, or says `exec(open('configurator.py').read())` there, as nanoGPT's scripts do. Arguments act from
+left to right, the last one wins. A config file is Python and is executed in the script's globals, so it can
+do what any program can: run only configs that you trust.
 """
+
+_before = dict(globals())  # where this file is executed in a script's globals, all that is the script's
 
 import ast
 import difflib
@@ -24,23 +27,54 @@ import types
 import typing
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(globals().get('__file__', '')).resolve().parent  # a notebook has no __file__
 KINDS = (bool, int, float, str, types.NoneType)
+REMOVED, FROM_DATA = 'removed', 'taken from the data'
+OTHER_NAMES = {  # settings of other repositories, and of this one's earlier versions: what does it here
+    'use_rope rope rotary use_rotary use_rotary_embeddings': "pos_emb = 'rope'",
+    'use_alibi': "pos_emb = 'alibi'",
+    'use_rmsnorm rmsnorm use_rms_norm rms_norm': "norm = 'rmsnorm'",
+    'norm_type': 'norm',
+    'use_swiglu swiglu': "activation = 'swiglu'",
+    'mlp mlp_type mlp_variant activation_variant act_fn': 'activation',
+    'use_muon muon': "optimizer = 'muon'",
+    'optimizer_type optim': 'optimizer',
+    'weight_tying tie_embeddings tie_word_embeddings wte_weight_tying tied': 'tie_weights',
+    'use_qk_norm': 'qk_norm',
+    'n_kv_heads num_kv_heads n_kv_group n_query_groups': 'n_kv_head',
+    'logit_cap final_logit_softcap': 'logit_softcap',
+    'use_ema ema': 'ema_decay',
+    'lora use_lora lora_r': 'lora_rank',
+    'gradient_checkpointing use_gradient_checkpointing use_checkpoint': 'activation_checkpointing',
+    'lr max_lr': 'learning_rate',
+    'max_steps num_iterations': 'max_iters',
+    'grad_accum_steps accumulation_steps': 'gradient_accumulation_steps',
+    'context_length ctx_len seq_len sequence_length': 'block_size',
+    'd_model hidden_size embd_dim': 'n_embd',
+    'num_layers': 'n_layer',
+    'num_heads': 'n_head',
+    'muon_weight_decay': 'weight_decay',
+    'vocab_size meta_vocab_size': FROM_DATA,
+    'residual_scale skip_spikes muon_momentum': REMOVED,
+}
+OTHER_NAMES = {name: ours for names, ours in OTHER_NAMES.items() for name in names.split()}
+ON_BY_DEFAULT = [name for name, ours in OTHER_NAMES.items() if ours == 'tie_weights']
 
 
-def configure(script, args=None):
+def configure(script, args=None, is_setting=None):
     """Apply `args` (default: sys.argv[1:]) to the settings in `script`, a module's globals.
 
-    Settings are the lower-case names bound so far to a bool, int, float, str or None, but for `_names`.
-    Returns them as a dict. Raises ValueError for an unknown key or a value of the wrong type and
-    FileNotFoundError for a config that isn't there.
+    Settings are the names bound so far for which is_setting(name, value) holds; by default the lower-case
+    ones bound to a bool, int, float, str or None, but for `_names`. Returns them as a dict. Raises ValueError
+    for an unknown key or a value of the wrong type and FileNotFoundError for a config that isn't there.
     """
     sys.excepthook = show_error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # redirected output on Windows can't encode most of Unicode
             stream.reconfigure(encoding='utf-8', errors='backslashreplace')
     args = sys.argv[1:] if args is None else args
-    names = [k for k, v in script.items() if k.islower() and k[0] != '_' and isinstance(v, KINDS)]
+    is_setting = is_setting or (lambda k, v: k.islower() and k[0] != '_' and isinstance(v, KINDS))
+    names = [k for k, v in script.items() if is_setting(k, v)]
     allowed = {k: allowed_types(script, k) for k in names}
     if '--help' in args or '-h' in args:
         print_help(script, names)
@@ -55,7 +89,7 @@ def configure(script, args=None):
             continue
         key, equals, text = arg[2:].partition('=')
         if key not in allowed:
-            raise ValueError(unknown_key(key, allowed))
+            raise ValueError(unknown_key([key], allowed))
         if not equals and bool not in allowed[key]:
             raise ValueError(f'--{key} needs a value: --{key}=...')
         script[key] = convert(key, parse(text) if equals else True, text, allowed[key])
@@ -64,12 +98,15 @@ def configure(script, args=None):
 
 
 def allowed_types(script, key):
-    """Types a setting may take: its annotation's (`compile: bool | str = 'auto'`), else its default's."""
+    """Types a setting may take: its annotation's (`compile: bool | str = 'auto'`), else its default's. A bare
+    None takes any."""
     hints = script.get('__annotations__') or {}
-    if '__annotate__' in script:  # from Python 3.14 on, annotations are computed when asked for
+    if script.get('__annotate__'):  # from Python 3.14 on, annotations are computed when asked for
         hints = script['__annotate__'](1)
-    hint = hints.get(key, type(script[key]))
-    return typing.get_args(hint) or (hint,)
+    hint, kind = hints.get(key), type(script[key])
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    named = [h for h in (typing.get_args(hint) if is_union else (hint,)) if isinstance(h, type)]
+    return tuple(named) or ((*KINDS, list, tuple, dict) if kind is types.NoneType else (kind,))
 
 
 def parse(text):
@@ -94,23 +131,63 @@ def convert(key, value, text, allowed):
     raise ValueError(f'{key}={text or value!r} is {type(value).__name__}, but {key} takes {wanted}')
 
 
+def read_config(path):
+    """source, code and imported names of a config. Raises ValueError if it isn't Python, or if a statement
+    assigns nothing, as those of YAML and JSON do."""
+    try:
+        with tokenize.open(path) as file:
+            source = file.read()
+    except (SyntaxError, UnicodeDecodeError) as error:  # SyntaxError: in the first two lines
+        reason = error.reason if isinstance(error, UnicodeDecodeError) else error.msg
+        raise ValueError(f'{path} is not UTF-8 text ({reason}): save it as UTF-8') from None
+    try:
+        tree = ast.parse(source, str(path))
+        code = compile(tree, str(path), 'exec')
+    except SyntaxError as error:
+        line = (error.text or '').strip()[:80]
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}: {line}') from None
+    except (ValueError, RecursionError, MemoryError) as error:  # zero bytes; thousands of brackets
+        raise ValueError(f'{path} is not Python ({error or "too deep"})') from None
+    acting = (ast.Call, ast.NamedExpr, ast.Await)
+    for node in tree.body:
+        is_idle = isinstance(node, ast.Expr) and not any(isinstance(n, acting) for n in ast.walk(node))
+        is_text = is_idle and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if is_idle and not is_text or isinstance(node, ast.AnnAssign) and node.value is None:
+            line = source.splitlines()[node.lineno - 1].strip()
+            raise ValueError(f'{path}, line {node.lineno}: {line[:80]} assigns nothing; a config is Python: '
+                             'name = value')
+    return source, code, {(a.asname or a.name).split('.')[0] for node in ast.walk(tree)
+                          if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+
+
 def apply_file(script, allowed, path, say):
     """Execute a config in the script's globals, then check every name that it bound."""
-    source = path.read_text(encoding='utf-8-sig')
+    source, code, imported = read_config(path)
     say(f'Overriding config with {path}:\n{source}')
-    tree = ast.parse(source, str(path))
-    imported = {(a.asname or a.name).split('.')[0] for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
-    before = dict(script)
-    exec(compile(tree, str(path), 'exec'), script)
+    before, unknown = dict(script), []
+    exec(code, script)
     for key, value in list(script.items()):
         if key.startswith('_') or (key in before and value is before[key]):
             continue
         if key in allowed:
             script[key] = convert(key, value, str(value), allowed[key])
-        elif key not in imported and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
-            raise ValueError(f'{unknown_key(key, allowed)} (in {path}; '
-                             'a name of the config\'s own begins with "_")')
+        elif key in imported or isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            continue
+        elif can_be_ignored(key, value, allowed):
+            say(f'Ignoring {key} = {value!r}: there is no such setting here, and it is off')
+            script.pop(key)
+            script.update({key: before[key]} if key in before else {})
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f'{unknown_key(unknown, allowed)} (in {path}; '
+                         'a name of the config\'s own begins with "_")')
+
+
+def can_be_ignored(key, value, allowed):
+    """Whether a config's unknown setting is off, and no misspelling of one that exists."""
+    is_off = isinstance(value, KINDS) and not value
+    return is_off and key not in ON_BY_DEFAULT and (key in OTHER_NAMES or not nearest(key, allowed))
 
 
 def find_config(name):
@@ -124,8 +201,18 @@ def find_config(name):
                             f'config/ has {", ".join(known)}; settings are written --key=value')
 
 
-def unknown_key(key, allowed):
-    return f'Unknown config key: {key}{nearest(key, allowed) or " (--help lists them all)"}'
+def unknown_key(keys, allowed):
+    hints = [other_name(key, allowed) or nearest(key, allowed) for key in keys]
+    named = ', '.join(f'{key}{hint}' for key, hint in zip(keys, hints))
+    return f'Unknown config key: {named}{"" if any(hints) else " (--help lists them all)"}'
+
+
+def other_name(key, allowed):
+    """What does here what a setting of another repository does there."""
+    ours = OTHER_NAMES.get(key, '')
+    if ours.partition(' ')[0] in allowed:
+        return f' (here {ours})'
+    return f' ({ours})' if ours in (REMOVED, FROM_DATA) else ''
 
 
 def nearest(name, known):
@@ -135,11 +222,12 @@ def nearest(name, known):
 
 def print_help(script, names):
     """The script's docstring, then its settings as they stand in its source, comments included."""
-    source = Path(script['__file__']).read_text(encoding='utf-8')
+    source = Path(script['__file__']).read_text(encoding='utf-8') if '__file__' in script else ''
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
-    print((script.get('__doc__') or '').strip() + '\n\nSettings (--key=value):')
-    for number, line in enumerate(source.splitlines(), 1):
+    print((ast.get_docstring(ast.parse(source)) or '').strip() + '\n\nSettings (--key=value):')
+    lines = [*enumerate(source.splitlines(), 1)] or [(0, f'{name} = ?') for name in names]
+    for number, line in lines:
         found = re.match(r'(\w+)\s*(:[^=]+)?=[^=]', line)
         if found and found[1] in names:
             print(f'  {found[1] + "=" + repr(script[found[1]]):42} {comments.get(number, "")}'.rstrip())
@@ -148,11 +236,45 @@ def print_help(script, names):
 
 def show_error(kind, error, trace):
     """sys.excepthook: what this repository raises on purpose is one line, all else keeps its traceback."""
-    last = traceback.extract_tb(trace)[-1] if trace else None
+    last, frames = (traceback.extract_tb(trace)[-1], [*traceback.walk_tb(trace)]) if trace else (None, [])
     path = Path(last.filename).resolve() if last else Path()
     ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
-    raised = last and (linecache.getline(last.filename, last.lineno).strip().startswith('raise '))
-    if ours and raised and issubclass(kind, (ValueError, FileNotFoundError, FloatingPointError, MemoryError)):
+    raised = last and linecache.getline(last.filename, last.lineno).strip().startswith('raise ')
+    is_executed = last and last.filename == '<string>' and frames[-1][0].f_globals is globals()  # this file
+    if (ours and raised or is_executed) and issubclass(
+            kind, (ValueError, FileNotFoundError, FloatingPointError, MemoryError)):
         print(f'{kind.__name__}: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+# ---------------------------------------------------------------------------- executed by a script
+
+def configure_executing(script):
+    """Configure a script that executes this file. Its settings are all plain values whose names aren't
+    private."""
+    global ROOT
+    folders = [p for p in map(Path, [ROOT, *sys.path]) if (p / 'configurator.py').is_file()]
+    ROOT = (folders or [Path()])[0].resolve()
+    script.setdefault('sys', sys)  # nanoGPT's configurator leaves it behind, and scripts have come to use it
+    plain = (*KINDS, list, tuple, dict)
+    configure(script, is_setting=lambda k, v: k[0] != '_' and isinstance(v, plain))
+
+
+def move_out(script, bound, before):
+    """Move what executing this file bound out of a script's globals, which are then as they were before, and
+    return `configure_executing` among it. bound: the script's globals, or a function's locals."""
+    import types
+    own = script | bound
+    for name, value in bound.items():
+        if isinstance(value, types.FunctionType) and before.get(name) is not value:
+            own[name] = types.FunctionType(value.__code__, own, name, value.__defaults__)
+    if bound is script:
+        for name in set(script) - set(before):
+            del script[name]
+        script.update(before)
+    return own['configure_executing']
+
+
+if Path(globals().get('__file__', '')).stem != 'configurator':  # then __file__ is the script's
+    move_out(globals(), locals(), _before)(globals())

@@ -88,8 +88,8 @@ def loss_of_split():
     for starts in eval_windows(len(tokens), *windows):
         _, y = read_windows(tokens, starts, block_size)
         n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + token_bytes[y[y >= 0]].sum()
-    return {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets),
-            'bits_per_byte': loss * n_targets / math.log(2) / n_bytes}
+    found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}
+    return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 
 
 # ---------------------------------------------------------------------------- results

@@ -119,6 +119,7 @@ def write_folder(folder, state):
     """Write FILES; nothing if no architecture of transformers computes the model. Returns a summary."""
     args = checkpoint.model_args(checkpoint.config_from_args(state['model_args']))
     tokenizer = checkpoint.tokenizer_of(state)
+    tokenizer.encode('')  # raises ValueError if the tokens have no text
     config, weights = to_transformers(args, state['model'])
     from safetensors.torch import save_file  # here because transformers takes seconds to import
     from transformers import GenerationConfig

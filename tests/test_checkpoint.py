@@ -429,8 +429,8 @@ def test_model_of_a_missing_checkpoint_is_told(tmp_path):
         checkpoint.load_model('resume', tmp_path, CPU)
 
 
-@pytest.mark.parametrize('more, reason', [({'flux': 1}, 'unknown model settings: flux'),
-                                          ({'residual_scale': True}, 'residual_scale, .* was removed')])
+@pytest.mark.parametrize('more, reason', [({'flux': 1}, "settings that don't exist here: flux"),
+                                          ({'residual_scale': True}, 'here: residual_scale')])
 def test_model_settings_that_this_version_does_not_know_are_refused(more, reason, tmp_path):
     args = checkpoint.model_args(GPTConfig(**TINY))
     assert checkpoint.config_from_args(args) == GPTConfig(**TINY)

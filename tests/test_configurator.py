@@ -273,7 +273,7 @@ def test_config_reads_the_settings_as_they_stand(tmp_path):
 
 @pytest.mark.parametrize('text, key', [
     ('bach_size = 3', 'bach_size'), ('N = 3', 'N'), ('for i in range(3): batch_size = i', 'i'),
-    ('nothing = None', 'nothing'), ('rates = [1, 2]', 'rates'), ('print = 3', 'print'),
+    ('anything = 1.5', 'anything'), ('rates = [1, 2]', 'rates'), ('print = 3', 'print'),
 ])
 def test_unknown_key_in_a_config_is_refused_with_the_config_s_name(text, key, tmp_path):
     config = config_file(tmp_path, f'batch_size = 4\n{text}')

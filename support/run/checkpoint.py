@@ -17,6 +17,7 @@ readers ignore.
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import struct
 from dataclasses import asdict, fields
@@ -24,10 +25,12 @@ from pathlib import Path
 
 import torch
 
+from configurator import KINDS, ON_BY_DEFAULT
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure, replacing
+from support.machine.pickles import STAND_INS
 from support.network.matmul import use_fast_products
 from support.text.tokenizer import read_tokenizer, tokenizer_from
 
@@ -108,19 +111,22 @@ def load(path, verify=True):
             raise ValueError('its checksum is wrong')
         with open(path, 'rb') as file:
             is_archive = file.read(2) == b'PK'  # the format before torch 1.6 is none and can't be mapped
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
+        with torch.serialization.safe_globals(STAND_INS):
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
         if not (isinstance(state, dict)
                 and all(isinstance(state.get(name), dict) for name in ('model', 'model_args'))
                 and all(isinstance(name, str) for name in state['model'])):
             raise ValueError('it has no model and model_args')
     state['model'] = clean_names(state['model'])
+    if state['model_args'].get('vocab_size', 0) is None and 'transformer.wte.weight' in state['model']:
+        state['model_args']['vocab_size'] = len(state['model']['transformer.wte.weight'])
     return state
 
 
 def clean_names(weights):
-    """The model's own tensor names: without torch.compile's prefix, nor the causal masks that older scripts
-    saved."""
-    names = {name: name.removeprefix('_orig_mod.') for name in weights}
+    """The model's own tensor names: without the prefixes of torch.compile and DistributedDataParallel, nor
+    the causal masks that older scripts saved."""
+    names = {name: re.sub(r'^((_orig_mod|module)\.)+', '', name) for name in weights}
     return {clean: weights[name] for name, clean in names.items() if not clean.endswith('.attn.bias')}
 
 
@@ -133,13 +139,15 @@ def model_args(config):
 
 
 def config_from_args(args):
-    """The inverse of `model_args`; ValueError for a setting that this version doesn't know."""
-    if args.get('residual_scale'):
-        raise ValueError('the checkpoint was trained with residual_scale, an option that was removed: it '
-                         'bought nothing at any size measured')
-    if unknown := set(args) - {f.name for f in fields(GPTConfig)}:
-        raise ValueError(f'the checkpoint has unknown model settings: {", ".join(sorted(unknown))}')
-    return GPTConfig(**args)
+    """The inverse of `model_args`. Unknown settings are ignored where they are off, and refused otherwise."""
+    known = {f.name for f in fields(GPTConfig)}
+    unknown = {k: v for k, v in args.items() if k not in known}
+    off = [k for k, v in unknown.items() if isinstance(v, KINDS) and not v and k not in ON_BY_DEFAULT]
+    if refused := [str(k) for k in unknown if k not in off]:
+        raise ValueError(f'the checkpoint has model settings that don\'t exist here: {", ".join(refused)}')
+    if off:
+        print0(f'ignoring model settings of the checkpoint that are off: {", ".join(map(str, off))}')
+    return GPTConfig(**{k: v for k, v in args.items() if k in known})
 
 
 def tokenizer_of(state):

@@ -54,6 +54,8 @@ def find_state(config, run):
 
 def check_data(config, folder, data, window, model_config, meta, tokenizer, fingerprints, state, is_resumed):
     """ValueError for data that the model or the run can't continue on; tells a change of attention."""
+    if config['sample_interval']:
+        tokenizer.decode([])  # raises an error if the tokens have no text
     if state:
         if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
             raise ValueError(f'the checkpoint was trained with another tokenizer than that of {folder}')

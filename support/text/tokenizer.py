@@ -6,13 +6,12 @@ Text to token ids and back: a vocabulary of characters, or GPT-2's byte pair enc
 """
 
 import functools
-import io
-import pickle
 from pathlib import Path
 
 import numpy as np
 
 from support.machine.files import explain_failure
+from support.machine.pickles import read_pickle
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
@@ -98,8 +97,33 @@ class GPT2Tokenizer:
         return {'kind': 'gpt2'}
 
 
+class NoTokenizer:
+    """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded."""
+
+    def __init__(self, n_vocab):
+        self.n_vocab = n_vocab
+
+    def encode(self, text):
+        raise ValueError('this model\'s tokens have no text: the meta.pkl of its data has no itos, a table '
+                         'of ids and strings')
+
+    decode = decode_bytes = encode
+
+    def first_token(self):
+        return 0
+
+    def token_bytes(self):
+        """(n_vocab,) int64"""
+        return np.zeros(self.n_vocab, dtype=np.int64)
+
+    def to_dict(self):
+        return {'kind': 'none', 'n_vocab': self.n_vocab}
+
+
 def tokenizer_from(state):
     """The inverse of `to_dict`; None stands for GPT-2's."""
+    if state and state['kind'] == 'none':
+        return NoTokenizer(state['n_vocab'])
     if state and state['kind'] == 'char':
         return CharTokenizer(state['itos'])
     return GPT2Tokenizer()
@@ -108,26 +132,41 @@ def tokenizer_from(state):
 def read_tokenizer(data_dir):
     """The tokenizer of a dataset's folder."""
     meta = read_meta(data_dir)
-    return CharTokenizer(meta['itos']) if meta else GPT2Tokenizer()
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; refuses everything that could run code."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+    if meta is None:
+        return GPT2Tokenizer()
+    return CharTokenizer(meta['itos']) if meta['itos'] else NoTokenizer(meta['vocab_size'])
 
 
 def read_meta(data_dir):
-    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None if it doesn't exist; ValueError if it is damaged."""
+    """meta.pkl as a dict with 'vocab_size' and 'itos', {id: string} or {} if the file has none; None if there
+    is no file. Raises ValueError if it is damaged."""
     path = Path(data_dir, 'meta.pkl')
     if not path.is_file():
         return None
     with explain_failure(f'{path} is not a character vocabulary'):
-        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        if not isinstance(meta['vocab_size'], int):
-            raise TypeError('vocab_size is not an integer')
-        itos = meta['itos'].items()
-        if not itos or not all(isinstance(i, int) and isinstance(c, str) for i, c in itos):
-            raise TypeError('itos is not a table of ids and characters')
-    return meta
+        meta = read_pickle(path.read_bytes())
+        size = meta['vocab_size']
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise TypeError(f'vocab_size={size!r} is not a positive integer')
+        stoi = meta.get('stoi')
+        inverse = {i: c for c, i in stoi.items()} if isinstance(stoi, dict) else {}
+        return {**meta, 'itos': strings_by_id(meta.get('itos'), size) or strings_by_id(inverse, size)}
+
+
+def strings_by_id(itos, size):
+    """A table of ids and strings, a dict or a list, as {id: string}; {} if it is something else."""
+    if isinstance(itos, (list, tuple, str)):
+        itos = dict(enumerate(itos))
+    if not isinstance(itos, dict):
+        return {}
+    found = {i: text_of(c) for i, c in itos.items()
+             if isinstance(i, int) and 0 <= i < size}
+    return found if all(isinstance(c, str) for c in found.values()) else {}
+
+
+def text_of(value):
+    """Bytes of UTF-8 as a string, any other value as it is."""
+    try:
+        return value.decode('utf-8') if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value

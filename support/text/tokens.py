@@ -3,7 +3,8 @@ Token files, and the windows that make a batch.
 
 A dataset is a folder, `data/<name>/`:
     train.bin, val.bin   token ids, uint16 in machine order, no header; either may be cut into train_000.bin,
-                         train_001.bin, ..., files of any size
+                         train_001.bin, ..., files of any size; or llm.c's and modded-nanogpt's files, with a
+                         header and names like fineweb_train_000001.bin
     meta.pkl             character data only: {'vocab_size': int, 'itos': {id: char}, 'stoi': {char: id}}
     dataset.json         optional: source, tokenizer, number of tokens, checksums
 Without meta.pkl the ids are GPT-2 BPE.
@@ -13,7 +14,6 @@ A batch is a function, not state: the windows of iteration n depend only on (see
 
 import functools
 import hashlib
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,40 +21,34 @@ from pathlib import Path
 import numpy as np
 
 from support.machine.files import explain_failure
+from support.text.dataset import AS_UINT16, header_size, is_older, read_info, say_once, split_files, width_of
 
 
 # ---------------------------------------------------------------------------- reading
 
 def open_split(data_dir, split):
     """The tokens of `split` ('train' or 'val') as a read-only array, (N,) uint16: a memory map of SPLIT.bin,
-    or Shards of SPLIT_000.bin, SPLIT_001.bin, ...
+    or Shards of several files.
 
-    Raises FileNotFoundError, or ValueError if a file is empty, of an odd size or of another length than
-    dataset.json says.
+    Raises FileNotFoundError, or ValueError if a file is empty, of an odd size or of another length than its
+    header or dataset.json says.
     """
-    path = Path(data_dir, f'{split}.bin')
-    shards = sorted(Path(data_dir).glob(f'{split}_[0-9][0-9][0-9].bin'))
-    if path.is_file() and shards:
-        raise ValueError(f'{data_dir} has {path.name} and {shards[0].name}: remove one or the other')
-    for i, shard in enumerate(shards):
-        if int(shard.stem.removeprefix(f'{split}_')) != i:
-            missing = path.with_name(f'{split}_{i:03}.bin')
-            raise FileNotFoundError(f'{missing} is missing, but {shard.name} exists')
-    if not path.is_file() and not shards:
+    path, paths = Path(data_dir, f'{split}.bin'), split_files(data_dir, split)
+    if not paths:
         prepare = Path(data_dir, 'prepare.py')
         how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
         raise FileNotFoundError(f'{path} is missing; {how}')
-    tokens = Shards(shards) if shards else open_tokens(path)
+    tokens = Shards(paths) if len(paths) > 1 else open_tokens(paths[0])
     expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
     if len(tokens) != expected:
-        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated. '
-                         'Prepare it again')
+        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated, '
+                         'or written by another program. Prepare it again, or delete dataset.json')
     return tokens
 
 
 def count_tokens(path):
     """Number of tokens in a file, from its size."""
-    size = path.stat().st_size
+    size = path.stat().st_size - header_size(path)
     if size % 2 or size == 0:
         raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or not '
                          'uint16 tokens. Prepare it again')
@@ -65,12 +59,11 @@ def open_tokens(path):
     """A file as a read-only memory map, (N,) uint16."""
     count_tokens(path)
     with explain_failure(f'{path} can\'t be read'):
-        tokens = np.memmap(path, dtype=np.uint16, mode='r')
+        tokens = np.memmap(path, dtype=np.uint16, mode='r', offset=header_size(path))
     start = tokens[:4096]
     if start.tobytes().startswith(b'\x93NUMPY') or (start[::2].any() and len(start) > 16
                                                    and not start[1::2].any()):
-        raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: write it '
-                         'with array.astype(numpy.uint16).tofile(path)')
+        raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: {AS_UINT16}')
     return tokens
 
 
@@ -116,10 +109,14 @@ def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
     if len(tokens) <= block_size:
         raise ValueError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
                          f'most --block_size={len(tokens) - 1}, or more text')
-    largest = max(int(piece.max()) for piece in pieces(tokens, at_most))
+    largest, width = max(int(piece.max()) for piece in pieces(tokens, at_most)), width_of(tokens[:4096])
     if largest >= vocab_size:
+        reason = f'it seems to hold {width}-bit numbers, not uint16: {AS_UINT16}' if width != 16 else \
+            'the data was prepared for another tokenizer'
         raise ValueError(f'{name} holds token id {largest}, but the model\'s vocab_size is {vocab_size}: '
-                         'the data was prepared for another tokenizer')
+                         f'{reason}')
+    if width == 8 and vocab_size > 1 << 15 and tokens[:4096].tobytes().isascii():
+        raise ValueError(f'{name} seems to hold text or 8-bit numbers, not uint16 token ids: {AS_UINT16}')
 
 
 def fingerprint(data_dir, split, tokens, at_most=1 << 26):
@@ -131,21 +128,12 @@ def fingerprint(data_dir, split, tokens, at_most=1 << 26):
         digest.update(piece)
     expected = read_info(data_dir).get('sha256', {}).get(f'{split}.bin')
     if is_whole and expected not in (None, digest.hexdigest()):
+        if is_older(data_dir, split):
+            say_once(f'ignoring the SHA-256 of {split}.bin in dataset.json, which is older than that file')
+            return digest.hexdigest()
         raise ValueError(f'{Path(data_dir, split)}.bin doesn\'t match its SHA-256 in dataset.json: damaged, '
                          'or written by another program. Prepare the data again, or delete dataset.json')
     return digest.hexdigest()
-
-
-def read_info(data_dir):
-    """dataset.json as a dict, {} if the file doesn't exist. Raises ValueError if it is damaged."""
-    path = Path(data_dir, 'dataset.json')
-    if not path.is_file():
-        return {}
-    with explain_failure(f'{path} is damaged; prepare the data again'):
-        info = json.loads(path.read_text(encoding='utf-8'))
-        if not all(isinstance(info.get(key, {}), dict) for key in ('tokens', 'sha256')):
-            raise TypeError('tokens and sha256 must be objects')
-    return info
 
 
 # ---------------------------------------------------------------------------- windows
