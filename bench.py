@@ -5,6 +5,7 @@ Measure how fast this machine trains a model, generates from it, and reads its d
     python bench.py --mode=all --real_data=False --batch_size=4 --block_size=256 --num_steps=5
     python bench.py --dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
     python bench.py --mode=decode --real_data=False --decode_batch=8
+    python bench.py --mode=decode --real_data=False --weights=int8
     python bench.py --profile=True                           # a trace, and the ten most expensive operators
 
 Prints a table, then the same and a description of the machine as one line of JSON.
@@ -28,6 +29,7 @@ from support.network.diagnostics import Guard
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import configure_optimizer
+from support.network.quantize import build_int8, check_weights
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
 from support.text.tokens import check_split, open_split, prefetch, read_windows, train_windows
 
@@ -47,6 +49,7 @@ data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
 num_steps = 20  # timed, after half as many to warm up
 decode_batch = 1  # samples generated at once
 decode_tokens = 100  # in each sample, after a prompt of one token
+weights = 'full'  # full, or with mode=decode int8
 activation_checkpointing = False  # in training
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
@@ -59,6 +62,10 @@ configure(globals())
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise ValueError(f'mode={mode} is not one of train, decode, data, all')
+
+check_weights(weights)
+if weights == 'int8' and mode != 'decode':
+    raise ValueError(f'weights=int8 cannot be trained: use mode=decode, not mode={mode}')
 
 # ---------------------------------------------------------------------------- data, model
 
@@ -82,12 +89,14 @@ run = runtime.start(device, dtype, compile, seed=seed)
 tokens, vocab_size = load_tokens()
 config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
 model = GPT(config).to(run.device)
+if weights == 'int8':
+    model = build_int8(config, model.state_dict().items())
 use_lean_loss(model)
 use_fast_products(model, run)
 if activation_checkpointing:
     checkpoint_activations(model)
-optimizer = configure_optimizer(model, weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95),
-                                device_type=run.device_type)
+optimizer = None if weights == 'int8' else configure_optimizer(
+    model, weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if run.compile:
@@ -167,7 +176,9 @@ def measure_training():
 def measure_decoding():
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
-    n_bytes = hardware.DTYPES[run.dtype].itemsize * decode_tokens * (model.get_num_params() + cached)
+    size = hardware.DTYPES[run.dtype].itemsize
+    weight_size = 1 if weights == 'int8' else size
+    n_bytes = decode_tokens * (weight_size * model.get_num_params() + size * cached)
     return row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                n_bytes=n_bytes)
 
@@ -201,6 +212,6 @@ print_table(rows, limits)
 print(json.dumps({
     'rows': rows, 'measured_limits': limits, 'peak_memory_bytes': hardware.peak_memory(run.device),
     'parameters': model.get_num_params(), 'batch_size': batch_size, 'block_size': block_size,
-    'decode_batch': decode_batch, 'device': hardware.device_name(run.device), 'dtype': run.dtype,
-    'compile': run.compile, 'torch': torch.__version__, 'python': platform.python_version(),
-    'machine': f'{platform.system()} {platform.machine()}'}))
+    'decode_batch': decode_batch, 'weights': weights, 'device': hardware.device_name(run.device),
+    'dtype': run.dtype, 'compile': run.compile, 'torch': torch.__version__,
+    'python': platform.python_version(), 'machine': f'{platform.system()} {platform.machine()}'}))

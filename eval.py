@@ -5,6 +5,7 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
     python eval.py --init_from=gpt2 --dataset=openwebtext
     python eval.py --init_from=gpt2-xl --task=lambada,hellaswag --json=gpt2-xl.json
     python eval.py --init_from=gpt2 --task=lambada --source=lambada_test.jsonl
+    python eval.py --out_dir=out-shakespeare-char --task=int8           # what 8-bit weights cost in loss
     python eval.py --init_from=gpt2 --task=lm_eval:arc_easy             # after: pip install "lm-eval[hf]"
 
 Prints a table, then the same as a line of JSON.
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from configurator import configure
 from support.machine import runtime
 from support.network.loss import lean_loss
+from support.network.quantize import build_int8, check_weights
 from support.run.checkpoint import load_model
 from support.network.scoring import TASKS, mean_loss, read_items, score_texts
 from support.text.tokenizer import read_tokenizer
@@ -30,25 +32,29 @@ from support.text.tokens import check_split, eval_windows, open_split, read_wind
 
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
 out_dir = 'out'
-task = 'loss'  # loss, lambada, hellaswag, lm_eval:NAME, or several with commas
-dataset = ''  # for the loss: a folder of data/; empty: the one that the model was trained on
+task = 'loss'  # loss, int8 (what int8 costs in loss), lambada, hellaswag, lm_eval:NAME; several with commas
+dataset = ''  # for loss and int8: a folder of data/; empty: the one that the model was trained on
 data_dir = ''  # any other folder; empty: data/<dataset>
 split = 'val'  # train, val
 source = ''  # for lambada and hellaswag: a jsonl, json or parquet file, or a name on the hub
-limit = 0  # items of each task; for the loss, windows spread over the split, in whole batches; 0: all
+limit = 0  # items of each task; for loss and int8, windows spread over the split, in whole batches; 0: all
 batch_size = 16
 json = ''  # a file for the results; empty: they are the last line of the output
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
+weights = 'full'  # full, or int8: a quarter of the memory, less exact
 compile: bool | str = False  # torch.compile
 
 configure(globals())
 
 lm_eval_tasks = [t.removeprefix('lm_eval:') for t in task.split(',') if t.startswith('lm_eval:')]
 own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
-if unknown := set(own_tasks) - {'loss', *TASKS}:
-    raise ValueError(f'task={", ".join(unknown)} is not one of loss, {", ".join(TASKS)}, lm_eval:NAME')
+check_weights(weights)
+if unknown := set(own_tasks) - {'loss', 'int8', *TASKS}:
+    raise ValueError(f'task={", ".join(unknown)} is not one of loss, int8, {", ".join(TASKS)}, lm_eval:NAME')
+if 'int8' in own_tasks and weights == 'int8':
+    raise ValueError('task=int8 compares int8 with the full weights: leave weights=int8 out')
 if limit < 0 or batch_size < 1:
     raise ValueError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
 
@@ -59,7 +65,7 @@ items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].nee
 if lm_eval_tasks:
     from support.hub.lm_eval_adapter import evaluate_with_lm_eval
 run = runtime.start(device, dtype, compile, seed=seed)
-model, tokenizer, state = load_model(init_from, out_dir, run)
+model, tokenizer, state = load_model(init_from, out_dir, run, weights)
 if run.compile:
     model.compile(dynamic=True)
 
@@ -74,7 +80,7 @@ def data_folder():
     return trained.get('data_dir') or os.path.join('data', trained.get('dataset', 'openwebtext'))
 
 
-def loss_of_split():
+def loss_of_split(model):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
     folder, block_size = data_folder(), model.config.block_size
     if read_tokenizer(folder).to_dict() != tokenizer.to_dict():
@@ -92,6 +98,16 @@ def loss_of_split():
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 
 
+def cost_of_int8():
+    """The loss with full weights, with the same in int8, and by how many percent that is more."""
+    small = build_int8(model.config, model.state_dict().items())
+    if run.compile:
+        small.compile(dynamic=True)
+    full, int8 = loss_of_split(model), loss_of_split(small)
+    return {'loss_full': full['loss'], 'loss_int8': int8['loss'],
+            'increase_percent': 100 * (int8['loss'] / full['loss'] - 1), 'n': int8['n']}
+
+
 # ---------------------------------------------------------------------------- results
 
 def print_table(results):
@@ -104,14 +120,14 @@ def print_table(results):
 
 
 scorer = (model, tokenizer, run, batch_size)
-results = {name: loss_of_split() if name == 'loss' else
+results = {name: loss_of_split(model) if name == 'loss' else cost_of_int8() if name == 'int8' else
            TASKS[name].measure(items[name], partial(score_texts, *scorer)) for name in own_tasks}
 if lm_eval_tasks:
     results |= evaluate_with_lm_eval(lm_eval_tasks, *scorer, limit)
 print_table(results)
 line = dumps({'model': out_dir if init_from == 'resume' else init_from, 'iter': state.get('iter_num'),
-              'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'limit': limit,
-              'results': results}, default=float)  # float: of NumPy's numbers
+              'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'weights': weights,
+              'limit': limit, 'results': results}, default=float)  # float: of NumPy's numbers
 if json:
     Path(json).write_text(line + '\n', encoding='utf-8')
 else:

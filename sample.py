@@ -27,6 +27,7 @@ from configurator import configure
 from support.machine import runtime
 from support.machine.files import read_text
 from support.network.decoding import Text, stream
+from support.network.quantize import check_weights
 from support.run.checkpoint import load_model
 from support.run.prompt import Sampling, interact
 
@@ -50,12 +51,14 @@ batch_size = 32  # samples generated at once; fewer need less memory
 seed = 1337  # of the first sample; the next one's is seed + 1
 device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
+weights = 'full'  # full, or int8: a quarter of the memory and several times the rate on a CPU, less exact
 compile: bool | str = False  # torch.compile
 
 configure(globals())
 
 # ---------------------------------------------------------------------------- model, prompts
 
+check_weights(weights)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, max_new_tokens)
 if min(num_samples, batch_size) < 1:
     raise ValueError(f'num_samples={num_samples} and batch_size={batch_size} must be at least 1')
@@ -68,7 +71,7 @@ if prompts is not None:
         raise ValueError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile)
-    model, tokenizer, _ = load_model(init_from, out_dir, run)
+    model, tokenizer, _ = load_model(init_from, out_dir, run, weights)
 if run.compile:
     model.compile(dynamic=True)
 

@@ -2,6 +2,7 @@
 Weights and tokenizers to and from Hugging Face's transformers.
 
     model = load_pretrained('gpt2-xl')  # GPT.from_pretrained, which works offline too
+    args, weights = read_pretrained('gpt2-xl')  # of GPTConfig, and a state dict of GPT
     config, weights = to_transformers(args, weights)  # a GPT2Config or a LlamaConfig, and their state dict
 """
 
@@ -37,9 +38,19 @@ def load_pretrained(model_type, override_args=None):
 
     Raises ValueError if it isn't a GPT-2 that model.py computes, FileNotFoundError if there are no weights.
     """
+    return read_offline_too(model.GPT.from_pretrained, model_type, override_args)
+
+
+def read_pretrained(model_type):
+    """Arguments of GPTConfig and a state dict of GPT; otherwise like `load_pretrained`."""
+    return read_offline_too(model.load_transformers_gpt2, model_type)
+
+
+def read_offline_too(read, model_type, *args):
+    """read(model_type, *args), from the local cache if the hub can't be reached, its errors in one line."""
     go_offline_if_cut_off()
     try:
-        return model.GPT.from_pretrained(model_type, override_args)
+        return read(model_type, *args)
     except (OSError, ValueError, RuntimeError) as error:
         if traceback.extract_tb(error.__traceback__)[-1].filename == model.__file__:
             raise  # in one line already; the errors of transformers may have many

@@ -40,8 +40,10 @@ def loss_alone(model, x, targets):
     x, targets = x.flatten(0, 1), targets.flatten()
     if torch.compiler.is_compiling():  # the compiler fuses logits and loss by itself
         return None, F.cross_entropy(model.softcap(model.lm_head(x)), targets, ignore_index=-1)
+    head = model.lm_head
+    w = head.weight if head.weight.is_floating_point() else head.full_weight(x.dtype)  # (V, C)
     with fastest_float32(x.device.type):
-        return None, linear_cross_entropy(x, model.lm_head.weight, targets, model.config.logit_softcap)
+        return None, linear_cross_entropy(x, w, targets, model.config.logit_softcap)
 
 
 def checkpoint_activations(model):

@@ -15,7 +15,6 @@ readers ignore.
 """
 
 import hashlib
-import mmap
 import os
 import re
 import shutil
@@ -27,16 +26,18 @@ import torch
 
 from configurator import KINDS, ON_BY_DEFAULT
 from model import GPT, GPTConfig
-from support.hub.huggingface import folder_tokenizer, load_pretrained
+from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure, replacing
 from support.machine.pickles import STAND_INS
 from support.network.matmul import use_fast_products
+from support.network.quantize import build_int8
 from support.text.tokenizer import read_tokenizer, tokenizer_from
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
 MARK = b'sha256:'
 MARK_LENGTH = len(MARK) + 64  # with the digest in hex
+MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
 
 
 # ---------------------------------------------------------------------------- writing
@@ -89,13 +90,19 @@ def sign(path):
 def is_damaged(path):
     """Whether a file differs from what `save` wrote. Other programs' files have no checksum: an archive with
     no comment, or a file of another kind, counts as whole."""
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        mark = content[-MARK_LENGTH:]
-        if mark.startswith(MARK):
-            with memoryview(content) as whole, whole[:-MARK_LENGTH] as signed:
-                return hashlib.sha256(signed).hexdigest().encode() != mark[len(MARK):]
-        is_plain_archive = content[-22:-18] == b'PK\5\6' and content[-2:] == b'\0\0'
-        return content[:2] == b'PK' and not is_plain_archive
+    n_signed = os.path.getsize(path) - MARK_LENGTH
+    with open(path, 'rb') as file:
+        beginning = file.read(2)
+        file.seek(max(0, n_signed))
+        end = file.read()
+        if end.startswith(MARK):
+            digest = hashlib.sha256()
+            file.seek(0)
+            for at in range(0, n_signed, 1 << 20):  # mapped pages would count as memory of this process
+                digest.update(file.read(min(1 << 20, n_signed - at)))
+            return digest.hexdigest().encode() != end[len(MARK):]
+    is_plain_archive = end[-22:-18] == b'PK\5\6' and end[-2:] == b'\0\0'
+    return beginning == b'PK' and not is_plain_archive
 
 
 def load(path, verify=True):
@@ -158,19 +165,44 @@ def tokenizer_of(state):
     return read_tokenizer(config.get('data_dir') or os.path.join('data', config.get('dataset', '')))
 
 
-def load_model(init_from, out_dir, run):
+def load_model(init_from, out_dir, run, weights='full'):
     """model, tokenizer, state: of out_dir/ckpt.pt if init_from is 'resume', else of a GPT-2 by its name or
-    folder, whose state is {}. The model is on the run's device, in evaluation mode."""
+    folder, whose state is {}. The model is on the run's device, in evaluation mode. weights: 'full', or
+    'int8', which reads a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
     if init_from == 'resume':
-        state = load(Path(out_dir, 'ckpt.pt'))
-        model = GPT(config_from_args(state['model_args'] | {'dropout': 0.0}))
-        model.load_state_dict(state['model'])
+        path = Path(out_dir, 'ckpt.pt')
+        state = load(path)
+        config = config_from_args(state['model_args'] | {'dropout': 0.0})
+        if weights == 'int8':
+            model = build_int8(config, tensors_in_turn(path))
+        else:
+            model = GPT(config)
+            model.load_state_dict(state['model'])
         tokenizer = tokenizer_of(state)
     else:
-        state, model = {}, load_pretrained(init_from, {'dropout': 0.0})
+        state = {}
+        if weights == 'int8':
+            args, named = read_pretrained(init_from)
+            model = build_int8(GPTConfig(**args | {'dropout': 0.0}),
+                               ((name, named.pop(name)) for name in [*named]))
+        else:
+            model = load_pretrained(init_from, {'dropout': 0.0})
         tokenizer = folder_tokenizer(init_from)
     use_fast_products(model, run)
     return model.eval().to(run.device), tokenizer, state
+
+
+def tensors_in_turn(path):
+    """(name, tensor) of the model in a checked file, which is mapped anew now and then: pages that were read
+    count as memory of this process for as long as their mapping lasts."""
+    mapped = load(path, verify=False)['model']
+    n_read = 0
+    for name in [*mapped]:
+        if n_read > MAPPED:
+            del mapped
+            mapped, n_read = load(path, verify=False)['model'], 0
+        n_read += mapped[name].nbytes
+        yield name, mapped[name]
 
 
 # ---------------------------------------------------------------------------- a run's folder
