@@ -1,0 +1,240 @@
+"""int8 weights: near the full ones, the same by every product, read in turn, refused where they can't be."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+from model import GPT, GPTConfig
+from support.machine.runtime import Runtime
+from support.network import quantize
+from support.network.decoding import generate
+from support.network.loss import lean_loss
+from support.network.quantize import Int8Linear, build_int8
+from support.run import checkpoint
+
+CPU = Runtime('cpu', 'float32', False, 'gloo')
+MODELS = [{}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'norm': 'rmsnorm'},
+          {'pos_emb': 'rope', 'n_kv_head': 1, 'value_residual': True, 'ngram': 2, 'ngram_rows': 64,
+           'logit_softcap': 15.0}]
+
+
+def models(**options):
+    """A GPT that the context matters to, and the same in int8."""
+    full = GPT(GPTConfig(**TINY | options)).eval()
+    with torch.no_grad():
+        for p in full.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)
+            p.add_(0.1 * torch.randn_like(p) if p.dim() == 1 else 0)
+    return full, build_int8(full.config, full.state_dict().items())
+
+
+def dequantised(full, int8):
+    """A full GPT with the weights that int8 stands for."""
+    model, state = GPT(full.config).eval(), dict(int8.state_dict())
+    for name in [name for name in state if name.endswith('.scale')]:
+        matrix, scale = name.replace('.scale', '.weight'), state.pop(name)
+        state[matrix] = state[matrix] * scale[:, None]
+    model.load_state_dict(state)
+    return model
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---------------------------------------------------------------------------- the weights
+
+def test_each_weight_is_off_by_half_a_step_of_its_row_at_most(monkeypatch):
+    weight = torch.randn(300, 50) * torch.rand(300, 1) ** 4
+    weight[7] = 0
+    monkeypatch.setattr(quantize, 'PIECE', 1000)  # 20 rows at once
+    int8, scale = quantize.quantize(weight)
+    assert int8.dtype == torch.int8 and scale.dtype == torch.float32
+    assert torch.allclose(scale * 127, weight.abs().amax(dim=1))
+    assert ((int8 * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+    assert (int8[7] == 0).all() and (int8.abs().amax(dim=1)[:7] == 127).all()
+
+
+def test_transposed_and_half_precision_weights_are_quantised_as_their_copies_are():
+    weight = torch.randn(40, 30).bfloat16()
+    for ours, theirs in zip(quantize.quantize(weight.T), quantize.quantize(weight.T.float().contiguous())):
+        assert torch.equal(ours, theirs) and ours.is_contiguous()
+
+
+@pytest.mark.parametrize('options', MODELS)
+def test_all_matrices_but_positions_and_ngrams_are_int8_and_tied_ones_are_shared(options):
+    full, int8 = models(**options)
+    assert not [m for m in int8.modules() if isinstance(m, nn.Linear)]
+    floats = {name for name, p in int8.named_parameters() if p.dim() > 1 and p.dtype != torch.int8}
+    assert floats <= {'transformer.wpe.weight', 'transformer.wne.weight'}
+    assert (int8.lm_head.weight is int8.transformer.wte.weight) == full.config.tie_weights
+    assert int8.get_num_params() == full.get_num_params()
+    assert not int8.training and not [p for p in int8.parameters() if p.requires_grad or p.is_meta]
+    assert {*full.state_dict()} == {name for name in int8.state_dict() if not name.endswith('.scale')}
+
+
+# ---------------------------------------------------------------------------- the products
+
+@pytest.mark.parametrize('options', MODELS)
+@pytest.mark.parametrize('n_rows', [3, 80])
+@torch.no_grad()
+def test_int8_model_computes_what_its_dequantised_weights_do(options, n_rows):
+    full, int8 = models(**options)
+    same, idx = dequantised(full, int8), torch.randint(TINY['vocab_size'], (n_rows // 3, 3))
+    logits, _ = int8(idx, idx)
+    assert logits.dtype == torch.float32
+    assert distance(logits, same(idx, idx)[0]) < 0.02  # bfloat16 activations
+    assert 0 < distance(logits, full(idx, idx)[0]) < 0.1
+
+
+@pytest.mark.parametrize('n_in', [32, 40, 33, 1])  # the packed product would read beyond 40, 33 and 1
+@pytest.mark.parametrize('n_rows', [1, 5, 32, 33])
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_a_layer_of_any_size_gives_the_product_by_whichever_way(n_in, n_rows, bias, monkeypatch):
+    linear = nn.Linear(n_in, 21, bias)
+    layer = Int8Linear(linear)
+    layer.weight.data, layer.scale = quantize.quantize(linear.weight)
+    packed, wide = [], torch.randn(n_rows, 1, 2 * n_in)
+    product = quantize.packed_product
+    monkeypatch.setattr(quantize, 'packed_product', lambda *a: packed.append(1) or product(*a))
+    x = wide[..., :n_in]  # not contiguous
+    y = nn.functional.linear(x, layer.full_weight(torch.float32), linear.bias)
+    assert distance(layer(x), y) < 0.01
+    assert bool(packed) == (quantize.HAS_PACKED and n_in % 16 == 0 and n_rows <= 32)
+    monkeypatch.setattr(quantize, 'HAS_PACKED', False)
+    assert distance(layer(x), y) < 0.01
+    monkeypatch.setattr(quantize, 'HAS_BF16', False)
+    assert distance(layer(x), y) < (1e-6 if n_rows > 1 else 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('has_packed', [True, False])
+@torch.no_grad()
+def test_autocast_gives_the_type_of_a_layer_and_large_sums_stay_finite(dtype, has_packed, monkeypatch):
+    monkeypatch.setattr(quantize, 'HAS_PACKED', has_packed and quantize.HAS_PACKED)
+    linear = nn.Linear(512, 16)
+    layer = Int8Linear(linear)
+    linear.weight.data.fill_(0.01)
+    layer.weight.data, layer.scale = quantize.quantize(linear.weight)
+    x = torch.full((2, 512), 4.0)  # 512 * 4 * 127 exceeds float16
+    with torch.autocast('cpu', dtype=dtype):
+        y = layer(x)
+    assert y.dtype == dtype and distance(y.float(), linear(x)) < 0.01
+
+
+@torch.no_grad()
+def test_lean_loss_and_the_loss_of_all_logits_agree():
+    _, int8 = models()
+    idx = torch.randint(TINY['vocab_size'], (4, 32))
+    _, loss = int8(idx, idx)
+    with lean_loss(int8):
+        logits, lean = int8(idx, idx)
+    assert logits is None and lean.item() == pytest.approx(loss.item(), rel=2e-3)
+
+
+def test_training_is_refused():
+    _, int8 = models()
+    idx = torch.randint(TINY['vocab_size'], (2, 8))
+    int8.transformer.wpe.weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match='not for training'):
+        int8(idx, idx)
+
+
+@pytest.mark.parametrize('options', [{}, {'n_embd': 40}])  # 40: not by the packed product
+def test_generating_continues_as_the_dequantised_model_does(options):
+    full, int8 = models(**options)
+    idx = torch.randint(TINY['vocab_size'], (1, 5))
+    ours = generate(int8, idx, 40, temperature=0)  # past block_size too
+    logits = dequantised(full, int8)(ours[:, 8:8 + 32], ours[:, 9:9 + 32])[0][0]
+    regret = logits.amax(dim=1) - logits.gather(1, ours[0, 9:9 + 32, None])[:, 0]
+    assert ours.shape == (1, 45) and regret[:24].max() < 0.1 * logits.std()
+
+
+# ---------------------------------------------------------------------------- reading
+
+def save(folder, model):
+    checkpoint.save(folder / 'ckpt.pt', {'model': model.state_dict(), 'iter_num': 5, 'tokenizer':
+                                         {'kind': 'gpt2'}, 'model_args': checkpoint.model_args(model.config)})
+
+
+@pytest.mark.parametrize('options', MODELS)
+def test_checkpoint_read_in_turn_gives_the_model_quantised_whole(options, tmp_path, monkeypatch):
+    full, int8 = models(**options)
+    save(tmp_path, full)
+    maps, load = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, 'MAPPED', 5000)
+    monkeypatch.setattr(checkpoint, 'load', lambda *a, **k: maps.append(1) or load(*a, **k))
+    monkeypatch.setattr(checkpoint, 'tokenizer_of', lambda state: None)
+    read, _, state = checkpoint.load_model('resume', tmp_path, CPU, 'int8')
+    assert len(maps) > 5 and state['iter_num'] == 5
+    ours, theirs = read.state_dict(), int8.state_dict()
+    assert {*ours} == {*theirs} and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (tmp_path / 'ckpt.pt').write_bytes(b'')  # nothing is read from the file any more
+    assert all(torch.equal(read.state_dict()[name], theirs[name]) for name in ours)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
+    full, _ = models()
+    state = full.state_dict()
+    state['transformer.h.0.mlp.c_fc.weight'] = torch.zeros(5, 32)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        build_int8(full.config, state.items())
+    with pytest.raises(RuntimeError, match='Missing key'):
+        build_int8(full.config, list(full.state_dict().items())[:-3])
+
+
+def test_folder_of_transformers_gives_its_gpt2_in_int8(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'folder_tokenizer', lambda folder: None)
+    full, _, _ = checkpoint.load_model(str(gpt2_folder), '', CPU)
+    read, _, state = checkpoint.load_model(str(gpt2_folder), '', CPU, 'int8')
+    theirs = build_int8(full.config, full.state_dict().items()).state_dict()
+    assert state == {} and read.config == full.config and not read.training
+    assert all(torch.equal(t, theirs[name]) for name, t in read.state_dict().items())
+
+
+# ---------------------------------------------------------------------------- the scripts
+
+@pytest.fixture
+def trained(train, tmp_path):
+    """The folder of a model that has learned the words of the small data."""
+    train('--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2', '--n_embd=48', '--log_interval=30')
+    return tmp_path / 'out'
+
+
+def test_int8_costs_a_trained_model_less_than_half_a_percent_of_its_loss(trained, run_here):
+    args = ('eval.py', f'--out_dir={trained}', '--device=cpu')
+    costs = json.loads(run_here(*args, '--task=int8')['log'].splitlines()[-1])['results']['int8']
+    assert costs['loss_full'] < 2.2 and abs(costs['increase_percent']) < 0.5
+    assert costs['loss_int8'] == pytest.approx(costs['loss_full'] * (1 + costs['increase_percent'] / 100))
+    for weights in ('full', 'int8'):
+        line = json.loads(run_here(*args, f'--weights={weights}')['log'].splitlines()[-1])
+        assert line['results']['loss']['loss'] == costs[f'loss_{weights}'] and line['weights'] == weights
+    assert costs['loss_int8'] != costs['loss_full']
+    text = run_here('sample.py', f'--out_dir={trained}', '--device=cpu', '--weights=int8', '--num_samples=2',
+                    '--max_new_tokens=30')['log']
+    assert re.search('king|queen|crown|sword|night|day|love|war', text) and text.count('\n---------------\n') == 2
+
+
+def test_bench_decodes_in_int8_and_trains_in_full_only(run_script):
+    args = ('bench.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--num_steps=3',
+            '--device=cpu', '--real_data=False', '--decode_tokens=5', '--weights=int8')
+    report = json.loads(run_script(*args, '--mode=decode').stdout.splitlines()[-1])
+    assert report['weights'] == 'int8' and report['rows'][0]['tokens_per_s'] > 0
+    error = run_script(*args, '--mode=all', ok=False).stderr
+    assert error == 'ValueError: weights=int8 cannot be trained: use mode=decode, not mode=all\n'
+
+
+@pytest.mark.parametrize('script, args, message', [
+    ('sample.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
+    ('eval.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
+    ('bench.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
+    ('eval.py', ['--weights=int8', '--task=loss,int8'], 'leave weights=int8 out'),
+])
+def test_weights_that_are_not_known_are_refused_in_one_line(script, args, message, run_here):
+    with pytest.raises(ValueError, match=message):
+        run_here(script, *args)
