@@ -56,7 +56,7 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile
 profile = False  # write bench_trace.json and print the ten most expensive operators
-peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or, on a CPU, measured
+peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or measured
 
 configure(globals())
 
@@ -168,8 +168,8 @@ def measure_training():
         print(profiler.key_averages().table(sort_by=by, row_limit=10))
         print('wrote bench_trace.json (open it in chrome://tracing or ui.perfetto.dev)')
     peak = peak_flops or hardware.peak_flops(run.device, run.dtype)
-    mfu = f'{100 * found["flops_per_s"] / peak:.2f}%' if peak else 'n/a'
-    print(f'time per iteration: {1000 * found["median_s"]:.4f}ms, MFU: {mfu}')
+    mfu = 100 * found['flops_per_s'] / peak
+    print(f'time per iteration: {1000 * found["median_s"]:.4f}ms, MFU: {mfu:.2f}%')
     return found
 
 

@@ -117,7 +117,7 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
-peak_flops = 0.0  # FLOP/s of a device, for mfu; 0: looked up or, on a CPU, measured
+peak_flops = 0.0  # FLOP/s of a device, for mfu; 0: looked up or measured
 seed = 1337
 
 config = configure(globals())
@@ -361,7 +361,7 @@ drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, 
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
 probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
-flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype) or math.nan
+flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype)
 measuring = run.is_master or parallel == 'fsdp'  # all processes run a sharded model together
 mfu, stopped = math.nan, False  # mfu in percent
 meter.begin_lap()

@@ -1,4 +1,4 @@
-"""hardware.py: rates are looked up for GPUs, measured on CPUs, and unknown elsewhere."""
+"""hardware.py: rates are looked up for known GPUs and measured elsewhere."""
 
 import os
 import sys
@@ -36,15 +36,17 @@ from support.machine import hardware
     ('NVIDIA GeForce GTX 1080', None),
     ('Quadro T400', None),
 ])
-def test_peak_of_a_gpu_is_its_data_sheet_s(name, flops, monkeypatch):
+def test_peak_of_a_gpu_is_its_data_sheet_s_and_measured_if_there_is_none(name, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    assert hardware.peak_flops('cuda', 'bfloat16') == flops
-    assert hardware.peak_flops('cuda:1', 'float16') == flops
-    assert hardware.peak_flops('cuda', 'float32') is None
+    monkeypatch.setattr(hardware, 'measure_matmul', lambda *args: args)
+    for device, dtype in (('cuda', 'bfloat16'), ('cuda:1', 'float16')):
+        assert hardware.peak_flops(device, dtype) == (flops or (device, dtype, 4096))
+    assert hardware.peak_flops('cuda', 'float32') == ('cuda', 'float32', 4096)
 
 
-def test_peak_of_an_apple_gpu_is_unknown():
-    assert hardware.peak_flops('mps', 'float16') is None
+def test_peak_of_an_apple_gpu_is_measured(monkeypatch):
+    monkeypatch.setattr(hardware, 'measure_matmul', lambda *args: args)
+    assert hardware.peak_flops('mps', 'float16') == ('mps', 'float16', 4096)
 
 
 def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():

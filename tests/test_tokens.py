@@ -245,7 +245,6 @@ def test_split_shorter_than_dataset_json_tells_is_refused(tmp_path):
     write_dataset(tmp_path, {'train': [[1, 2, 1, 0]], 'val': [[0, 1]]}, CharTokenizer(META['itos']), 'a test')
     assert open_split(tmp_path, 'train').tolist() == [1, 2, 1, 0]
     write_bin(tmp_path, 'train', [1, 2, 1])
-    os.utime(tmp_path / 'dataset.json')  # it is the newest file, as prepare.py leaves it
     with pytest.raises(ValueError, match='train.bin has 3 tokens, but dataset.json says 4') as error:
         open_split(tmp_path, 'train')
     assert_one_line(error)
@@ -381,7 +380,7 @@ def test_file_that_does_not_match_dataset_json_is_refused(tmp_path):
     write_dataset(tmp_path, {'train': [[1, 2, 1, 0]], 'val': [[0, 1]]}, CharTokenizer(META['itos']), 'a test')
     assert fingerprint(tmp_path, 'train', open_split(tmp_path, 'train'))
     write_bin(tmp_path, 'train', [1, 2, 1, 1])
-    os.utime(tmp_path / 'dataset.json')
+    os.utime(tmp_path / 'dataset.json')  # it is the newest file, as prepare.py leaves it
     with pytest.raises(ValueError, match=r'train.bin doesn.t match its SHA-256 in dataset.json') as error:
         fingerprint(tmp_path, 'train', open_split(tmp_path, 'train'))
     assert_one_line(error)

@@ -1,4 +1,4 @@
-"""What the hardware can do: arithmetic, bandwidth, memory; looked up for GPUs, measured on a CPU."""
+"""What the hardware can do: arithmetic, bandwidth, memory; looked up for known GPUs, measured elsewhere."""
 
 import functools
 import os
@@ -54,18 +54,16 @@ def device_name(device):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that the device can reach: looked up for a GPU, measured on a CPU, None if unknown.
+    """FLOP/s that the device can reach: looked up for a known GPU, measured with a matrix product elsewhere.
 
     The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that rate on data
-    centre GPUs and at other shares of it elsewhere: unknown here.
+    centre GPUs and at other shares of it elsewhere, so that is measured too.
     """
-    if device.startswith('cpu'):
-        return measure_matmul(device, dtype)
-    if not device.startswith('cuda') or dtype == 'float32':
-        return None
-    name = torch.cuda.get_device_name(device)
-    kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
-    return GPUS[max(kinds, key=len)].flops if kinds else None
+    kinds = []
+    if device.startswith('cuda') and dtype != 'float32':
+        name = torch.cuda.get_device_name(device)
+        kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
+    return GPUS[max(kinds, key=len)].flops if kinds else measure_matmul(device, dtype, 4096)
 
 
 def synchronize(device_type):
@@ -86,9 +84,9 @@ def best_time(function, device, repeats=5):
     return min(times)
 
 
-def measure_matmul(device, dtype):
-    """FLOP/s of a large square matrix product, on a CPU by the fastest library at hand."""
-    n = 1024 if device.startswith('cpu') else 8192
+def measure_matmul(device, dtype, n=8192):
+    """FLOP/s of the product of square matrices, n rows each; on a CPU 1024, by its fastest library."""
+    n = 1024 if device.startswith('cpu') else n
     a = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
     with fastest_float32(device):
         return 2 * n**3 / best_time(lambda: a @ a, device)

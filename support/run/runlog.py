@@ -84,9 +84,8 @@ class Progress:
         """entry: the log's. The time left is estimated from the pace since the first call, evaluations
         included."""
         i, now = entry['iter'], time.perf_counter()
-        mfu = 'n/a' if math.isnan(entry['mfu']) else f'{entry["mfu"]:.2f}%'
-        parts = [f'iter {i}: loss {entry["loss"]:.4f}', f'time {entry["ms"]:.2f}ms', f'mfu {mfu}',
-                 f'lr {entry["lr"]:.2e}', f'norm {entry["grad_norm"]:.2f}',
+        parts = [f'iter {i}: loss {entry["loss"]:.4f}', f'time {entry["ms"]:.2f}ms',
+                 f'mfu {entry["mfu"]:.2f}%', f'lr {entry["lr"]:.2e}', f'norm {entry["grad_norm"]:.2f}',
                  f'{entry["tokens_per_s"]:.0f} tokens/s']
         if entry.get('slowest_ms', 0) - entry.get('median_ms', 0) > 0.1 * entry['ms']:
             parts.append(f'rank {entry["slowest_rank"]} holds up the others: {entry["slowest_ms"]:.2f}ms by '

@@ -90,8 +90,9 @@ def read_info(data_dir):
             raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
     sizes = {split: sum(path.stat().st_size for path in split_files(data_dir, split))
              for split in ('train', 'val') if split in counts}
-    others = [split for split, size in sizes.items() if size not in (0, 2 * counts[split])]
-    if len(others) > 1 or any(is_older(data_dir, split) for split in others):
+    found = [split for split, size in sizes.items() if size]
+    others = [split for split in found if sizes[split] != 2 * counts[split]]
+    if others == found and (len(others) > 1 or any(is_older(data_dir, split) for split in others)):
         say_once(f'ignoring {path}, which is not of the files beside it: the number of tokens differs '
                  f'({", ".join(others)})')
         return {}

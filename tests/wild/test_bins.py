@@ -169,12 +169,24 @@ def test_other_script_s_files_beside_our_dataset_json_are_read_with_one_line(cop
     assert read_info(copied) == {}
 
 
-@pytest.mark.parametrize('n_val', [94, 95, 96])  # 95 is what dataset.json says
-def test_one_other_file_is_read_too_if_it_is_newer(n_val, copied, capsys):
-    np.zeros(n_val, np.uint16).tofile(copied / 'val.bin')
+def test_file_of_the_same_length_is_read_if_it_is_newer(copied, capsys):
+    np.zeros(95, np.uint16).tofile(copied / 'val.bin')
     assert len(fingerprint(copied, 'val', open_split(copied, 'val'))) == 64
-    assert capsys.readouterr().out.startswith('ignoring ')
-    assert bool(read_info(copied)) == (n_val == 95)
+    assert capsys.readouterr().out.startswith('ignoring the SHA-256 of val.bin in dataset.json')
+    os.utime(copied / 'dataset.json')
+    with pytest.raises(ValueError, match='SHA-256'):
+        fingerprint(copied, 'val', open_split(copied, 'val'))
+
+
+@pytest.mark.parametrize('is_newest', [True, False])
+def test_single_other_file_is_known_by_its_age(is_newest, copied):
+    (copied / 'train.bin').unlink()
+    np.zeros(90, np.uint16).tofile(copied / 'val.bin')
+    if is_newest:
+        os.utime(copied / 'dataset.json')
+        assert 'has 90 tokens, but dataset.json says 95' in refused(copied, 'val')
+    else:
+        assert len(open_split(copied, 'val')) == 90
 
 
 def test_files_that_are_both_others_are_read_even_if_dataset_json_is_newer(copied, capsys):
@@ -184,15 +196,18 @@ def test_files_that_are_both_others_are_read_even_if_dataset_json_is_newer(copie
     assert len(open_split(copied, 'train')) == 3000 and capsys.readouterr().out.count('\n') == 1
 
 
-def test_truncated_file_is_refused_as_before(copied):
-    os.truncate(copied / 'train.bin', 100)
-    os.utime(copied / 'dataset.json')
+@pytest.mark.parametrize('is_newest', [True, False])
+def test_truncated_file_is_refused_as_before(is_newest, copied):
+    os.truncate(copied / 'train.bin', 100)  # val.bin matches, so dataset.json is of these files
+    if is_newest:
+        os.utime(copied / 'dataset.json')
     assert refused(copied).endswith('dataset.json says 855: truncated, or written by another program. '
                                     'Prepare it again, or delete dataset.json')
 
 
 def test_run_goes_on_with_other_files(copied, train):
-    shutil.copy(copied / 'val.bin', copied / 'train.bin')
+    for split in ('train', 'val'):
+        (copied / f'{split}.bin').write_bytes((copied / 'val.bin').read_bytes() * 2)
     log = train('--max_iters=1', data_dir=copied)['log']
     assert sorted(losses(log)) == [0, 1] and log.count('dataset.json') == 1
 
