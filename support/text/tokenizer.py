@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from support.machine.files import explain_failure
+from support.text.tokens import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
@@ -119,9 +120,13 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(data_dir):
-    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None if it doesn't exist; ValueError if it is damaged."""
+    """meta.pkl as {'vocab_size', 'itos', 'stoi'}, None if it doesn't exist; ValueError if it is damaged, or
+    missing where dataset.json says that the data is characters."""
     path = Path(data_dir, 'meta.pkl')
     if not path.is_file():
+        if read_info(data_dir).get('tokenizer') == 'char':
+            raise ValueError(f'{path} is missing, but dataset.json says that the tokens are characters: '
+                             'prepare the data again, or delete dataset.json if it is not of this data')
         return None
     with explain_failure(f'{path} is not a character vocabulary'):
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
