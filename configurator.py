@@ -14,6 +14,8 @@ do what any program can: run only configs that you trust.
 _before = dict(globals())  # where this file is executed in a script's globals, all that is the script's
 
 import ast
+import atexit
+import contextlib
 import difflib
 import functools
 import io
@@ -69,6 +71,7 @@ def configure(script, args=None, is_setting=None):
     for an unknown key or a value of the wrong type and FileNotFoundError for a config that isn't there.
     """
     sys.excepthook = show_error
+    atexit.register(flush_or_drop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # redirected output on Windows can't encode most of Unicode
             stream.reconfigure(encoding='utf-8', errors='backslashreplace')
@@ -81,8 +84,8 @@ def configure(script, args=None, is_setting=None):
         sys.exit(0)
     wants_json = script.get('json') is False and {'--json', '--json=true'} & {a.lower() for a in args}
     out = sys.stderr if wants_json else sys.stdout  # a program that reads JSON from stdout gets nothing else
-    master = int(os.environ.get('RANK', 0)) == 0  # one voice under torchrun
-    say = functools.partial(print, file=out) if master else lambda *_: None
+    is_master = (os.environ.get('RANK') or '0') == '0'  # one voice under torchrun
+    say = functools.partial(say_to, out) if is_master else lambda *_: None
     for arg in args:
         if not arg.startswith('--'):
             apply_file(script, allowed, find_config(arg), say)
@@ -95,6 +98,33 @@ def configure(script, args=None, is_setting=None):
         script[key] = convert(key, parse(text) if equals else True, text, allowed[key])
         say(f'Overriding: {key} = {script[key]}')
     return {k: script[k] for k in names}
+
+
+def say_to(stream, text):
+    """Print a line if it can be written: a full disk or a closed pipe doesn't end a script."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream)
+
+
+def flush_or_drop():
+    """At exit: what can't be written any more is dropped without a word."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # broken, closed, None
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def is_broken(stream):
+    """Whether nobody reads a stream any more, as where `| head` has ended."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):
+        return False
+    return False
 
 
 def allowed_types(script, key):
@@ -123,6 +153,8 @@ def convert(key, value, text, allowed):
     """`value` as one of the `allowed` types; `text` is how it was written."""
     if type(value) in allowed:
         return value
+    if int in allowed and type(value) is float and value.is_integer() and abs(value) < 2**63:
+        return int(value)  # 1e3
     if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if str in allowed and value is not None:
@@ -236,6 +268,8 @@ def print_help(script, names):
 
 def show_error(kind, error, trace):
     """sys.excepthook: what this repository raises on purpose is one line, all else keeps its traceback."""
+    if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
+        return
     last, frames = (traceback.extract_tb(trace)[-1], [*traceback.walk_tb(trace)]) if trace else (None, [])
     path = Path(last.filename).resolve() if last else Path()
     ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts

@@ -13,6 +13,7 @@ is refused. `--init_from=exported` reads a GPT-2 back, bit for bit.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from support.text.tokens import read_info
 
 out_dir = 'out'  # of the run whose ckpt.pt is exported
 export_dir = 'exported'
+overwrite = False  # replace files in export_dir that another program wrote
 push = ''  # a repository on the Hugging Face hub, such as me/my-gpt, to upload the folder to
 private = False  # make a new repository private; before the first upload, log in with: hf auth login
 
@@ -48,7 +50,7 @@ A GPT with {parameters:,} parameters ({kind} architecture), at iteration {iterat
 
 ```python
 from transformers import pipeline
-generate = pipeline('text-generation', model='{name}')
+generate = pipeline('text-generation', model={quoted})
 print(generate({prompt!r}, do_sample=True)[0]['generated_text'])
 ```
 
@@ -77,8 +79,15 @@ model's context length.
 
 def table(head, rows):
     """A dict as a Markdown table."""
-    rows = [f'| {k} | {v} |' for k, v in rows.items()]
+    rows = [f'| {k} | {escaped(v)} |' for k, v in rows.items()]
     return '\n'.join([f'| {head} | |', '|---|---|', *rows])
+
+
+def escaped(value):
+    """A value as Markdown shows it, in one line; of what isn't plain, only its type."""
+    if not isinstance(value, (str, int, float, type(None))):
+        value = type(value).__name__
+    return re.sub(r'([\\`*<>|\[\]])', r'\\\1', ' '.join(str(value)[:1000].split()))
 
 
 def losses_at(iteration):
@@ -102,9 +111,10 @@ def model_card(state, args, kind, n_parameters, tokenizer):
     data = {'dataset': Path(data_dir).name, 'source': source,
             **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
             **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
+    name = push or Path(export_dir).resolve().name
     has_characters = tokenizer.to_dict()['kind'] == 'char'
     return CARD.format(
-        name=push or Path(export_dir).resolve().name, parameters=n_parameters, kind=kind,
+        name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=kind,
         iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
         prompt='\n' if has_characters and '\n' in tokenizer.stoi else 'The',
         token=f'one of {len(tokenizer.stoi)} characters' if has_characters else 'one of GPT-2\'s byte pairs',
@@ -142,6 +152,22 @@ def write_folder(folder, state):
     return f'{n_parameters:,} parameters, {KINDS[config.model_type]} architecture'
 
 
+def check_target(folder):
+    """ValueError, before the work, if the export would replace what another program wrote, or `push` is no
+    name of a repository."""
+    card = folder / 'README.md'
+    is_ours = card.is_file() and re.search(r'^A GPT with [\d,]+ parameters \(', card.read_text(
+        encoding='utf-8', errors='replace'), re.M)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'export_dir={folder} is a file: name a folder')
+    if not is_ours and not overwrite and (there := [name for name in FILES if (folder / name).exists()]):
+        raise ValueError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
+                         'or add --overwrite=True')
+    if push and not re.fullmatch(r'(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,94}(?<![.-])', push, re.A):
+        raise ValueError(f'push={push} is no name of a repository on the hub, which is like me/my-gpt')
+
+
+check_target(Path(export_dir))
 folder, state = Path(export_dir), checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 print(f'wrote {folder}: {write_folder(folder, state)}, iteration {state.get("iter_num")}')
 

@@ -353,8 +353,7 @@ def no_positions(positions, n_keys, config, dtype):
 def rotary(positions, n_keys, config, dtype):
     """cos and sin of the angles of Su et al. 2021, eq. 15: (T, hs / 2) each"""
     hs = config.n_embd // config.n_head
-    frequency = 10000.0 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs / 2,)
-    angle = positions[:, None] * frequency
+    angle = positions[:, None] * 10000.0 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)
     return (angle.cos(), angle.sin()), None
 
 
@@ -433,9 +432,8 @@ def blocks_of(config):
 
 def attention_types():
     """support/network/attention.py, the one file of ours that this one may look up."""
-    package = f'{__package__}.' if __package__ else ''
     try:
-        return importlib.import_module(f'{package}support.network.attention')
+        return importlib.import_module(f'{__package__ or ""}.support.network.attention'.lstrip('.'))
     except ImportError:
         raise ValueError('an attn_type other than SM needs support/network/attention.py') from None
 
@@ -478,11 +476,15 @@ def load_transformers_gpt2(model_type):
                                 'a Hugging Face config.json')
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.set_verbosity_error()
-    kind = GPT2Config.get_config_dict(model_type)[0].get('model_type', 'gpt2')
-    if kind != 'gpt2':
+    if (kind := GPT2Config.get_config_dict(model_type)[0].get('model_type', 'gpt2')) != 'gpt2':
         raise ValueError(f'{model_type} holds a model of type {kind}, not a GPT-2')
-    theirs = GPT2LMHeadModel.from_pretrained(model_type)
+    theirs, report = GPT2LMHeadModel.from_pretrained(  # which fills gaps with random numbers
+        model_type, output_loading_info=True, ignore_mismatched_sizes=True)
     c, state = theirs.config, theirs.state_dict()
+    report['not finite'] = [name for name, t in state.items() if not t.isfinite().all()]
+    if bad := [f'{k.removesuffix("_keys")}: {name}' for k in report for name in sorted(report[k])
+               if not str(name).endswith('.masked_bias')]:  # of older versions
+        raise ValueError(f'{model_type} doesn\'t have the weights of its GPT-2 ({", ".join(bad[:9])})')
     allowed = {'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,), 'n_inner': (None, 4 * c.n_embd),
                'scale_attn_by_inverse_layer_idx': (False,), 'activation_function': HF_ACTIVATIONS}
     if wrong := [f'{k}={getattr(c, k)}' for k, known in allowed.items() if getattr(c, k) not in known]:
@@ -491,8 +493,7 @@ def load_transformers_gpt2(model_type):
     has_bias = has_bias or any(t.any() for name, t in state.items() if name.endswith('bias'))
     weights = {name: t.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else t
                for name, t in state.items()  # weights of linear layers are (in, out) there
-               if not name.endswith(('.attn.bias', '.attn.masked_bias'))  # masks of older versions
-               and (has_bias or not name.endswith('bias'))}
+               if has_bias or not name.endswith('bias')}
     args = {'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'block_size': c.n_positions,
             'vocab_size': c.vocab_size, 'bias': has_bias, 'dropout': c.resid_pdrop,
             'activation': HF_ACTIVATIONS[c.activation_function], 'tie_weights': c.tie_word_embeddings}

@@ -25,16 +25,17 @@ from model import GPT, GPTConfig
 from support.hub.huggingface import load_pretrained
 from support.machine.console import print0
 from support.machine import fsdp, hardware, runtime
-from support.machine.signals import StopRequest
+from support.machine.signals import Stopped, StopRequest
 from support.network import lora
 from support.network.diagnostics import Guard, measure, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
 from support.run import checkpoint, plan
+from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
 from support.network.scoring import mean_loss
-from support.run.start import check_data, check_settings, find_state
+from support.run.start import check_data, check_ranks, check_settings, find_state, restore
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
 from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
                                  read_windows)
@@ -143,6 +144,8 @@ ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * bat
 
 folder = data_dir or os.path.join('data', dataset)
 data = {split: open_split(folder, split) for split in ('train', 'val')}
+fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
+check_ranks(config, fingerprints, run)
 tokenizer, meta = read_tokenizer(folder), read_meta(folder)
 data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
 if meta:
@@ -150,11 +153,11 @@ if meta:
 
 # ---------------------------------------------------------------------------- model
 
+claim(config, run)
 state, is_resumed = find_state(config, run)  # of an earlier run, or None
 changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
 if state:
-    model = GPT(checkpoint.config_from_args(state['model_args'] | changes))
-    model.load_state_dict(state['model'])
+    model = checkpoint.build_model(state, changes)
 elif init_from in ('scratch', 'auto'):
     model = GPT(GPTConfig(vocab_size=data_vocab, **plan.architecture_of(config)))
 else:
@@ -162,7 +165,6 @@ else:
 window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
-fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_data(config, folder, data, window, model.config, meta, tokenizer, fingerprints, state, is_resumed)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
@@ -190,15 +192,12 @@ iter_num, best_val_loss = 0, math.inf
 meter, wandb_id = Meter(run), os.urandom(4).hex()
 guard = Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
 if is_resumed:
-    iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
-    meter.seconds, wandb_id = state.get('seconds', 0.0), state.get('wandb_id', wandb_id)
-    meter.tokens = state.get('n_tokens', iter_num * gradient_accumulation_steps * batch_size * window)
-    guard.load_state_dict(state.get('guard') or guard.state_dict())
-    print0(f'resuming at iteration {iter_num}')
+    iter_num, best_val_loss, wandb_id = restore(
+        state, meter, guard, gradient_accumulation_steps * batch_size * window, wandb_id)
     if not eval_only:
         if 'trained' in state:  # then state['model'] is their average, or has adapters merged in
             checkpoint.load_weights(model, state['trained'])
-        checkpoint.load_optimizer(opt, state['optimizer'])
+        checkpoint.load_optimizer(opt, state['optimizer'], getattr(model.transformer.wpe, 'weight', None))
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 first_iter = saved_iter = iter_num
@@ -246,11 +245,13 @@ def get_lr(it):
     return min_lr + share * (learning_rate - min_lr)
 
 
-def estimate_loss():
-    """Mean loss of each split, with the averaged weights if there are any."""
+def estimate_loss(watch=iter):
+    """Mean loss of each split, with the averaged weights if there are any. watch: see mean_loss."""
     with average.in_place():
-        return {split: mean_loss(model, run, tokens, window, batch_size, eval_iters)
-                for split, tokens in data.items()}
+        losses = {split: mean_loss(model, run, tokens, window, batch_size, eval_iters, watch)
+                  for split, tokens in data.items()}
+    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', style='bold')
+    return losses
 
 
 def update(iteration, lr, vitals=None):
@@ -293,15 +294,12 @@ def save(name, keep=None, with_optimizer=True):
         'model': weights,
         'optimizer': fsdp.full_optimizer_state(model, opt),
         'model_args': checkpoint.model_args(model.config),
-        'iter_num': iter_num,
-        'best_val_loss': best_val_loss,
+        'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config,
         'tokenizer': tokenizer.to_dict(),
-        'scaler': scaler.state_dict(),
+        'scaler': scaler.state_dict(), 'guard': guard.state_dict(),
         'data': fingerprints,
-        'seconds': meter.seconds,
-        'n_tokens': meter.tokens,
-        'guard': guard.state_dict(),
+        'seconds': meter.seconds, 'n_tokens': meter.tokens,
         'wandb_id': wandb_id,
     }
     if ema_decay or lora_rank:
@@ -327,8 +325,7 @@ def last_state():
 # ---------------------------------------------------------------------------- without training
 
 if eval_only:
-    losses = estimate_loss()
-    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', style='bold')
+    estimate_loss()
     run.stop()
     raise SystemExit
 
@@ -350,10 +347,9 @@ if dry_run:
 
 # ---------------------------------------------------------------------------- training loop
 
-if run.is_master:
-    if iter_num == 0 and (earlier := checkpoint.move_earlier_run(out_dir)):
-        print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
-    print0('to go on after a stop: the same command with --init_from=auto')
+if run.is_master and iter_num == 0 and (earlier := move_earlier_run(out_dir)):
+    print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
+print0('to go on after a stop: the same command with --init_from=auto')
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if run.is_master and wandb_log else None)
 log = RunLog(os.path.join(out_dir, 'log.jsonl') if run.is_master else None, iter_num, wandb)
@@ -362,7 +358,8 @@ drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, 
 progress, stop = Progress(max_iters), StopRequest(run)
 probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
 flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype)
-measuring = run.is_master or parallel == 'fsdp'  # all processes run a sharded model together
+is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
+measuring = run.is_master or not is_alone
 mfu, stopped = math.nan, False  # mfu in percent
 meter.begin_lap()
 
@@ -375,32 +372,34 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
     sampling = sample_interval and iter_num % sample_interval == 0
     vitals = None
     if evaluating or saving or sampling:
-        with meter.pause() as seconds:
-            guard.stop_if_not_finite(iter_num, last_state())
-            if evaluating:
-                losses = estimate_loss()
-                print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
-                       style='bold')
-                guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
-                log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
-                           'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
-                if measuring:
-                    vitals = measure(model, run, probe)
-                    log.write_later(iter_num, vitals)
-                if iter_num > first_iter:
-                    drawing.start()
-                best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
-                if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
-                    print0(f'saving checkpoint to {out_dir}')
-                    if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
-                        best_val_loss = best_before
-            if saving and save('latest.pt', keep='previous.pt'):
-                saved_iter = iter_num
-            if sampling and measuring:
-                with average.in_place():
-                    text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num,
-                                       seed + iter_num)
-                wandb.log_sample(iter_num, text)
+        try:
+            with meter.pause() as seconds:
+                guard.stop_if_not_finite(iter_num, last_state())
+                if evaluating:
+                    losses = estimate_loss(stop.watch)
+                    guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
+                    log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
+                               'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
+                    if measuring:
+                        with stop.alone(is_alone):
+                            vitals = measure(model, run, probe, stop.check if is_alone else None)
+                            log.write_later(iter_num, vitals)
+                    if iter_num > first_iter:
+                        drawing.start()
+                    best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
+                    if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
+                        print0(f'saving checkpoint to {out_dir}')
+                        if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
+                            best_val_loss = best_before
+                if saving and save('latest.pt', keep='previous.pt'):
+                    saved_iter = iter_num
+                if sampling and measuring:
+                    with stop.alone(is_alone), average.in_place():
+                        text = show_sample(model, tokenizer, data['val'][:1].tolist(), run, iter_num,
+                                           seed + iter_num, stop.watch)
+                        wandb.log_sample(iter_num, text)
+        except Stopped:  # in an evaluation or a sample, which doesn't count
+            continue
 
     loss, grad_norm = update(iter_num, lr, vitals)
 
@@ -427,4 +426,5 @@ if stopped:
 log.close()
 wandb.call('finish')
 drawing.close(patience=meter.seconds / 100)
+release(out_dir)
 run.stop()

@@ -84,10 +84,12 @@ def gpt2_folder(tmp_path):
 @pytest.fixture
 def train(tmp_path, char_data, monkeypatch, capsys):
     """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
+    from support.machine.signals import stop_signals
+
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
         argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args]
         monkeypatch.setattr(sys, 'argv', argv)
-        hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in stop_signals()}
         capsys.readouterr()
         script = {'__name__': '__main__', '__file__': str(ROOT / 'train.py')}
         try:

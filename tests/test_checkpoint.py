@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
-from support.run import checkpoint
+from support.run import checkpoint, folder
 
 STATE = {
     'model': {'transformer.wte.weight': torch.arange(6.0).view(2, 3), 'lm_head.weight': torch.ones(2, 3)},
@@ -222,11 +222,11 @@ def test_kept_file_is_the_one_before(tmp_path):
 def test_state_is_on_the_disk_before_it_takes_the_old_one_s_place(monkeypatch, tmp_path):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, 'fsync', lambda handle: (done.append('flushed'), fsync(handle)))
-    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(f'{a.name} to {b.name}'), replace(a, b)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(f'{a.suffix} to {b.name}'), replace(a, b)))
     for _ in range(2):
         done.clear()
         checkpoint.save(tmp_path / 'latest.pt', STATE, tmp_path / 'previous.pt')
-    assert done[:3] == ['flushed', 'latest.pt to previous.pt', 'latest.pt.part to latest.pt']
+    assert done[:3] == ['flushed', '.part to previous.pt', '.part to latest.pt']
     assert done[3:] == ['flushed'] * (os.name == 'posix')  # the folder
 
 
@@ -347,14 +347,14 @@ def test_damaged_file_is_set_aside_under_a_name_of_its_own(tmp_path):
 
 
 def test_earlier_run_is_moved_as_a_whole_in_place_of_an_even_earlier_one(tmp_path):
-    assert checkpoint.move_earlier_run(tmp_path / 'nowhere') is None
+    assert folder.move_earlier_run(tmp_path / 'nowhere') is None
     (tmp_path / 'log.jsonl').write_text('of a run that saved nothing')
-    assert checkpoint.move_earlier_run(tmp_path) is None and not (tmp_path / 'earlier').exists()
+    assert folder.move_earlier_run(tmp_path) is None and not (tmp_path / 'earlier').exists()
     for run, names in (('a', ['latest.pt', 'previous.pt', 'ckpt.pt', 'log.jsonl']),
                        ('b', ['ckpt.pt', 'log.jsonl'])):
         for name in [*names, 'notes.txt']:
             (tmp_path / name).write_text(run)
-        assert checkpoint.move_earlier_run(tmp_path) == tmp_path / 'earlier'
+        assert folder.move_earlier_run(tmp_path) == tmp_path / 'earlier'
         assert sorted(p.name for p in tmp_path.iterdir()) == ['earlier', 'notes.txt']
         assert {p.name: p.read_text() for p in (tmp_path / 'earlier').iterdir()} == dict.fromkeys(names, run)
 

@@ -123,3 +123,34 @@ def test_a_failed_push_is_one_line(save, run_script, tmp_path):
                       '--push=me/poems', env={'HF_HUB_OFFLINE': '1'}, ok=False)
     assert done.stderr.startswith('ValueError: ') and 'me/poems could not be uploaded' in done.stderr
     assert len(done.stderr.splitlines()) == 1 and (tmp_path / 'exported/model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('args, told', [
+    (['--export_dir=FOLDER/file'], 'is a file: name a folder'), (['--export_dir=FOLDER'], 'of another program'),
+    (['--push=no repository'], 'push=no repository is no name'), (['--push=a/b/c'], 'is no name'),
+    (['--push=me/--x'], 'is no name'),
+])
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(args, told, save, export, tmp_path):
+    save()
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'config.json').write_text('mine')
+    with pytest.raises(ValueError, match=told):
+        export(*(arg.replace('FOLDER', str(tmp_path)) for arg in args))
+    assert (tmp_path / 'config.json').read_text() == 'mine' and not (tmp_path / 'exported').exists()
+
+
+def test_an_export_of_ours_is_replaced_and_another_s_files_only_when_asked(save, export, tmp_path):
+    save()
+    export()
+    card = export() / 'README.md'
+    card.write_text('another\'s')
+    with pytest.raises(ValueError, match='--overwrite=True'):
+        export()
+    assert card.read_text() == 'another\'s' and 'A GPT with' in (export('--overwrite') / 'README.md').read_text()
+
+
+def test_names_are_escaped_in_the_model_card(save, export, tmp_path):
+    save()
+    name = 'a|b<i>\'*[x]`'
+    card = (export(f'--export_dir={tmp_path}/{name}') and tmp_path / name / 'README.md').read_text()
+    assert f'model={name!r}' in card and '# a\\|b\\<i\\>\'\\*\\[x\\]\\`' in card

@@ -1,5 +1,6 @@
 """huggingface.py: our functions as theirs and back."""
 
+import json
 import random
 
 import pytest
@@ -146,3 +147,58 @@ def test_their_characters_equal_ours(tmp_path):
     assert folder_tokenizer(tmp_path).itos == ours.itos
     with pytest.raises(Exception, match='Missing'):
         theirs('\u4e00')
+
+
+# ---------------------------------------------------------------------------- folders that aren't whole
+
+def spoil(folder, change):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / 'model.safetensors')
+    change(weights)
+    save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+
+
+C_FC = 'transformer.h.1.mlp.c_fc.weight'
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda w: w.pop(C_FC), f'missing: {C_FC}'),
+    (lambda w: w.update(extra=torch.ones(3)), 'unexpected: extra'),
+    (lambda w: w.update({C_FC: w[C_FC][:16].clone()}), f'mismatched: .*{C_FC}'),
+    (lambda w: w[C_FC].view(-1)[7].fill_(float('nan')), f'not finite: {C_FC}'),
+], ids=['missing', 'unexpected', 'shape', 'nan'])
+def test_weights_that_are_not_those_of_the_model_are_refused_by_name(gpt2_folder, change, told):
+    spoil(gpt2_folder, change)
+    with pytest.raises(ValueError, match=told) as caught:
+        GPT.from_pretrained(str(gpt2_folder))
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=told):
+        load_pretrained(str(gpt2_folder))
+
+
+def test_masks_that_older_versions_stored_are_no_weights(gpt2_folder):
+    before = GPT.from_pretrained(str(gpt2_folder)).state_dict()
+    spoil(gpt2_folder, lambda w: w.update({'transformer.h.0.attn.bias': torch.ones(1, 1, 64, 64),
+                                           'transformer.h.0.attn.masked_bias': torch.tensor(-1e4)}))
+    after = GPT.from_pretrained(str(gpt2_folder)).state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize('size', ['n_embd', 'n_layer', 'vocab_size', 'n_positions'])
+def test_a_config_that_asks_for_more_than_the_weights_have_is_refused_before_memory_is_taken(gpt2_folder,
+                                                                                            size):
+    config = json.loads((gpt2_folder / 'config.json').read_text())
+    (gpt2_folder / 'config.json').write_text(json.dumps(config | {size: 10**7}))
+    with pytest.raises(ValueError, match='config.json asks for'):
+        load_pretrained(str(gpt2_folder))
+
+
+@pytest.mark.parametrize('name, content', [
+    ('tokenizer.json', {'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1}, 'merges': []}}),
+    ('tokenizer.json', {'model': {'type': 'WordLevel', 'vocab': {'word': 0}}}), ('tokenizer.json', []),
+    ('vocab.json', {'a': 0, 'b': 1}), ('tokenizer.model', 'no JSON'),
+], ids=str)
+def test_a_tokenizer_of_the_folder_s_own_is_refused_not_replaced(name, content, tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f'{name} is neither GPT-2\'s tokenizer nor one of characters'):
+        folder_tokenizer(tmp_path)

@@ -80,9 +80,26 @@ def test_cuda_without_a_gpu_is_one_line_for_the_user(run_script):
 
 
 def test_nccl_between_cpu_processes_is_refused(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ValueError, match='backend=nccl needs CUDA devices.*--backend=gloo'):
         runtime.start(device='cpu', backend='nccl')
+
+
+@pytest.mark.parametrize('given, told', [
+    ({'RANK': '1'}, 'RANK=1: RANK must be below WORLD_SIZE, and neither is set without the other'),
+    ({'WORLD_SIZE': '2'}, 'WORLD_SIZE=2: RANK must'),
+    ({'RANK': '2', 'WORLD_SIZE': '2'}, 'RANK must be below'),
+    ({'RANK': 'one', 'WORLD_SIZE': '2'}, 'must be numbers'), ({'LOCAL_RANK': '-1'}, 'must be numbers'),
+])
+def test_ranks_of_no_job_are_one_line_for_the_user(given, told, monkeypatch, run_script):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        runtime.resolve('cpu')
+    if given.get('RANK') == 'one':
+        error = run_script('train.py', ok=False).stderr
+        assert error.startswith('ValueError: RANK=one') and error.count('\n') == 1
 
 
 def test_best_device_is_cuda_then_mps_then_cpu(monkeypatch):

@@ -16,7 +16,7 @@ from support.machine.runtime import Runtime
 
 @pytest.fixture
 def stop_request():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in signals.stop_signals()}
     yield signals.StopRequest(Runtime('cpu', 'float32', False, 'gloo'))
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():

@@ -6,12 +6,13 @@ Weights and tokenizers to and from Hugging Face's transformers.
     config, weights = to_transformers(args, weights)  # a GPT2Config or a LlamaConfig, and their state dict
 """
 
+import hashlib
 import json
 import traceback
 from pathlib import Path
 
 import model
-from support.machine.files import go_offline_if_cut_off, reason_of
+from support.machine.files import UNREADABLE, explain_failure, go_offline_if_cut_off, reason_of
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 ACTIVATIONS = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu2': 'relu2'}  # ours: theirs
@@ -49,23 +50,68 @@ def read_pretrained(model_type):
 def read_offline_too(read, model_type, *args):
     """read(model_type, *args), from the local cache if the hub can't be reached, its errors in one line."""
     go_offline_if_cut_off()
+    check_size(Path(model_type))
+    from safetensors import SafetensorError
     try:
         return read(model_type, *args)
-    except (OSError, ValueError, RuntimeError) as error:
-        if traceback.extract_tb(error.__traceback__)[-1].filename == model.__file__:
+    except (*UNREADABLE, SafetensorError) as error:
+        if isinstance(error, MemoryError) or (
+                traceback.extract_tb(error.__traceback__)[-1].filename == model.__file__
+                and isinstance(error, (ValueError, FileNotFoundError))):
             raise  # in one line already; the errors of transformers may have many
         raise FileNotFoundError(f'no GPT-2 weights in {model_type} ({reason_of(error)}); without a network, '
                                 'name a folder that holds them: --init_from=PATH') from None
 
 
-def folder_tokenizer(model_type):
-    """GPT-2's tokenizer, or for a folder into which export.py wrote characters, theirs."""
-    path = Path(model_type, 'tokenizer.json')
-    if path.is_file():
-        model = json.loads(path.read_text(encoding='utf-8')).get('model', {})
-        if model.get('type') == 'WordLevel':
-            return CharTokenizer({i: c for c, i in model['vocab'].items()})
+def check_size(folder):
+    """ValueError if a folder's config.json asks for more parameters than its weights' files have bytes:
+    transformers would take the memory first."""
+    if not Path(folder, 'config.json').is_file():
+        return
+    with explain_failure(f'no GPT-2 weights in {folder}'):
+        c = {'n_layer': 12, 'n_embd': 768, 'vocab_size': 50257, 'n_positions': 1024} | json.loads(
+            Path(folder, 'config.json').read_text(encoding='utf-8'))
+        if c.get('model_type', 'gpt2') != 'gpt2':
+            return
+        rows = [c[k] for k in ('vocab_size', 'n_positions')]
+        asked = c['n_embd'] * (sum(rows) + 12 * c['n_layer'] * c['n_embd']) + 500 * c['n_layer']  # names
+        if not all(isinstance(n, int) and n > 0 for n in (*rows, c['n_layer'], c['n_embd'])):
+            raise ValueError('config.json has sizes that are no numbers')
+        found = sum(p.stat().st_size for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.bin'))
+        if found and asked > found:
+            raise ValueError(f'config.json asks for {asked:,} bytes at least, the weights have {found:,}')
+
+
+# of a JSON list of GPT-2's tokens but <|endoftext|>, in the order of their ids
+GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
+
+
+def own_tokenizer(folder):
+    """The tokenizer in a folder: GPT-2's, or the characters that export.py wrote; None if it has none.
+    ValueError for any other, which isn't to be replaced by GPT-2's."""
+    path = next((p for p in (Path(folder, name) for name in TOKENIZER_FILES) if p.is_file()), None)
+    if path is None:
+        return None
+    with explain_failure(f'{path} is neither GPT-2\'s tokenizer nor one of characters'):
+        content = json.loads(path.read_text(encoding='utf-8'))
+        theirs = content if path.name == 'vocab.json' else content['model']
+        vocab = theirs if path.name == 'vocab.json' else theirs['vocab']
+        if path.name == 'tokenizer.json' and theirs['type'] == 'WordLevel':
+            if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < 65536
+                       for c, i in vocab.items()):
+                raise ValueError('its tokens are words')
+            return CharTokenizer({i: c for c, i in vocab.items()})
+        tokens = sorted((t for t in vocab if t != '<|endoftext|>'), key=vocab.get)
+        if hashlib.sha256(json.dumps(tokens).encode()).hexdigest() != GPT2_VOCAB_SHA256 \
+                or [vocab[t] for t in tokens] != [*range(len(tokens))]:
+            raise ValueError(f'a vocabulary of {len(vocab):,}')
     return GPT2Tokenizer()
+
+
+def folder_tokenizer(model_type):
+    """The folder's own tokenizer, else GPT-2's."""
+    return own_tokenizer(model_type) or GPT2Tokenizer()
 
 
 # ---------------------------------------------------------------------------- to transformers

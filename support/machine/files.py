@@ -1,5 +1,8 @@
-"""Files: replaced in one step, read as text, downloaded whole, and explained in one line if unreadable."""
+"""Files: replaced in one step, locked, read as text, downloaded whole, explained in a line if unreadable."""
 
+import contextlib
+import errno
+import glob
 import hashlib
 import http.client
 import os
@@ -7,6 +10,7 @@ import pickle
 import shutil
 import socket
 import struct
+import time
 import urllib.parse
 import urllib.request
 import zipfile
@@ -20,13 +24,15 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError
 
 
 @contextmanager
-def explain_failure(message, *more_errors):
+def explain_failure(message, *more_errors, passing=()):
     """Turn what an unreadable file raises in this block into a one-line ValueError: message (reason).
 
-    more_errors: types to catch besides UNREADABLE.
+    more_errors: types to catch besides UNREADABLE. passing: types that aren't the file's fault here.
     """
     try:
         yield
+    except passing:
+        raise
     except (*UNREADABLE, *more_errors) as error:
         raise ValueError(f'{message} ({reason_of(error)})') from None
 
@@ -42,22 +48,59 @@ def reason_of(error):
 def replacing(path, keep=None):
     """Yield a temporary path beside `path`, which at the end replaces `path` in one step.
 
-    The new content is on the disk before the old file goes, which is renamed to `keep` if that is given. If
-    anything fails, the temporary file is deleted and `path` stays as it was.
+    The new content is on the disk before the old file goes, which gets the name `keep` if that is given.
+    `path` exists all the time. If anything fails, the temporary file is deleted and `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.part')  # a killed process may leave one; the next overwrites it
+    # no other process writes to this name, so what is flushed and signed is what was written
+    temporary = path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.part')
+    remove_leftovers(path)
     try:
         yield temporary
         flush_to_disk(temporary, os.O_RDWR)
         if keep and path.exists():
-            os.replace(path, keep)
+            link(path, Path(keep))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == 'posix':  # the renaming is in the folder's own data; Windows can't open a folder
         flush_to_disk(path.parent, os.O_RDONLY)
+
+
+def link(path, name):
+    """Give a file a second name, in place of the file that has it; a copy where there are no hard links."""
+    temporary = name.with_name(f'{name.name}.{socket.gethostname()}-{os.getpid()}.part')
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except OSError:
+        name.unlink(missing_ok=True)  # makes room for the copy
+        shutil.copyfile(path, temporary)
+        flush_to_disk(temporary, os.O_RDWR)
+    os.replace(temporary, name)
+
+
+def remove_leftovers(path):
+    """Remove the temporary files that killed processes of this machine left beside `path`."""
+    host = socket.gethostname()
+    for left in path.parent.glob(f'{glob.escape(path.name)}.{glob.escape(host)}-*.part'):
+        pid = left.name.removesuffix('.part').rpartition('-')[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not is_running(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    """Whether a process of this machine is running; True if unknown."""
+    if os.name != 'posix':
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def flush_to_disk(path, mode):
@@ -66,6 +109,59 @@ def flush_to_disk(path, mode):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+LOCKS = {}  # {path: file}, open as long as the process lives or until `unlock`
+
+
+def lock(path):
+    """Hold a file alone until `unlock` or the process's end, however it ends. None if this process holds it
+    now, else the process that does, in words. Raises OSError if the file can't be written.
+
+    Record locks of POSIX hold on network file systems too, as far as these have locks at all; where there are
+    none, every process gets the lock. Children don't inherit them.
+    """
+    path = os.path.realpath(path)
+    while path not in LOCKS:
+        file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115, it must stay open
+        if not try_lock(file):
+            time.sleep(0.1)  # it may be about to write its name
+            file.seek(0)
+            holder = file.read() or 'another process'
+            file.close()
+            return holder
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {socket.gethostname()}')
+            file.flush()
+            LOCKS[path] = file
+        else:
+            file.close()  # its last holder has removed it
+    return None
+
+
+def try_lock(file):
+    """Whether this process has got a lock on an open file, or locks don't exist there."""
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            file.seek(1 << 30)  # beyond the text: other processes can't read a locked byte
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
+
+
+def unlock(path):
+    """Release a lock and remove its file; nothing if this process doesn't hold it."""
+    path = os.path.realpath(path)
+    if path in LOCKS:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        LOCKS.pop(path).close()
 
 
 def read_text(path):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from support.machine.console import print0
+from support.machine.console import flush, print0
 from support.machine.hardware import DTYPES, device_name, prefers_onednn, synchronize
 
 
@@ -94,6 +94,13 @@ class Runtime:
             return [value]
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.world_size)))
 
+    def gather_objects(self, value):
+        """Each process's value of any kind, in order of rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def moment(self):
         """A point in time on the device, for ms_between."""
         if self.device_type != 'cuda':
@@ -141,8 +148,7 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
 def resolve(device='auto', dtype='auto', compile='auto', backend='auto'):
     """What to run on, as a Runtime; torchrun's environment says which process this is. Makes the device the
     current one. Raises ValueError if this machine doesn't have what was asked for."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    rank, local_rank, world_size = read_ranks()
     device = best_device() if device == 'auto' else device
     device_type = check_device(device)
     if device == 'cuda' and world_size > 1:
@@ -163,6 +169,20 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto'):
     if world_size > 1 and backend == 'nccl' and device_type != 'cuda':
         raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
     return Runtime(device, dtype, compile, backend, rank, world_size)
+
+
+def read_ranks():
+    """RANK, LOCAL_RANK and WORLD_SIZE of the environment; 0, 0 and 1 without them."""
+    given = {k: os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE') if os.environ.get(k)}
+    told = ' '.join(f'{k}={v}' for k, v in given.items())
+    if not all(v.isascii() and v.isdigit() for v in given.values()):
+        raise ValueError(f'{told}: these environment variables must be numbers; torchrun sets them')
+    rank, local_rank, world_size = (int(given.get(k, d)) for k, d in
+                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if ('RANK' in given) != ('WORLD_SIZE' in given) or rank >= world_size:
+        raise ValueError(f'{told}: RANK must be below WORLD_SIZE, and neither is set without the other; '
+                         'start several processes by torchrun, or unset both for a single one')
+    return rank, local_rank, world_size
 
 
 def keep_freed_memory():
@@ -191,8 +211,7 @@ def restart_store(rank, world_size):
 
 def end_at_once():
     """Exit without Python's clean-up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(0)
 
 
@@ -200,11 +219,12 @@ def end_with_error(hook, rank, timeout):
     """An excepthook for one of several processes: says what a failed collective means, shows the error, and
     exits without the usual clean-up, which would wait for the others."""
     def show(kind, error, trace):
-        if re.search(r'timed? ?out|connection (closed|reset)|broken pipe|watchdog', str(error), re.I):
-            print(f'rank {rank}: another process has died, or has not answered for {timeout:g} s '
-                  '(dist_timeout)', file=sys.stderr)
-        hook(kind, error, trace)
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):  # standard error may be gone too
+            if re.search(r'timed? ?out|connection (closed|reset)|broken pipe|watchdog', str(error), re.I):
+                print(f'rank {rank}: another process has died, or has not answered for {timeout:g} s '
+                      '(dist_timeout)', file=sys.stderr)
+            hook(kind, error, trace)
+        flush()
         os._exit(1)
     return show
 

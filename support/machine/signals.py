@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT as a request to stop, on which all processes agree."""
+"""SIGTERM, SIGINT and SIGHUP as a request to stop, on which all processes agree."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -11,8 +12,12 @@ import torch
 import torch.distributed as dist
 
 
+class Stopped(Exception):
+    """Raised in work that a request to stop breaks off."""
+
+
 class StopRequest:
-    """A signal to any process makes all of them stop at the same iteration.
+    """A signal to any process makes all of them stop at the same place.
 
     A second signal ends the process at once. Within half a second it counts as the first, because launchers
     and terminals often deliver a signal twice.
@@ -26,21 +31,45 @@ class StopRequest:
         alarm = signal_socket()
         alarm.send(b'\0')
         signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = self.received or number
 
     def agreed(self):
-        """Whether to stop, the same answer on all processes. Call it once an iteration: the votes of several
-        processes are exchanged on the CPU meanwhile, and the next call returns their result."""
+        """Whether to stop, the same answer on all processes, which must call it equally often. The votes of
+        several processes are exchanged on the CPU meanwhile, and the next call returns their result."""
         if self.group is None:
             return self.received is not None
         result = self.close()
         self.votes = torch.tensor([self.received is not None], dtype=torch.int32)
         self.work = dist.all_reduce(self.votes, group=self.group, async_op=True)
         return result
+
+    def check(self, *_):
+        """Raise Stopped if it is agreed to stop."""
+        if self.agreed():
+            raise Stopped
+
+    def watch(self, batches):
+        """The batches; raises Stopped before the next one if it is agreed to stop."""
+        for batch in batches:
+            self.check()
+            yield batch
+
+    @contextlib.contextmanager
+    def alone(self, is_alone=True):
+        """Within a with statement that only this process enters, it asks no other, and Stopped ends no more
+        than the statement if there are others."""
+        group, self.group = self.group, None if is_alone else self.group
+        try:
+            yield
+        except Stopped:
+            if self.group is group:
+                raise
+        finally:
+            self.group = group
 
     def close(self):
         """Finish the last exchange of votes and return its result."""
@@ -49,6 +78,13 @@ class StopRequest:
         self.work.wait()
         self.work = None
         return bool(self.votes.item())
+
+
+def stop_signals():
+    """SIGINT, SIGTERM and, unless it is ignored, as under nohup, the SIGHUP of a closed terminal."""
+    hang_up = getattr(signal, 'SIGHUP', None)  # Windows has none
+    ignored = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, hang_up)
 
 
 @functools.cache
@@ -71,6 +107,7 @@ def end_at_second(numbers, _):
             first = None
         elif first is None:
             first, name = time.monotonic(), signal.Signals(number).name
-            os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
         elif time.monotonic() - first > 0.5:
             os._exit(128 + number)

@@ -91,12 +91,18 @@ class AttentionProbe:
 
 
 @torch.no_grad()
-def measure(model, run, x):
-    """A record without update_ratio, from one forward pass of x, an array (B, T), as in an evaluation."""
+def measure(model, run, x, check=None):
+    """A record without update_ratio, from one forward pass of x, an array (B, T), as in an evaluation.
+    check: called after each block; it may raise an exception, but not where the model is sharded."""
     blocks, rms = model.transformer.h, []
     probes = [AttentionProbe(block.attn.attend, model.config.attn_type) for block in blocks]
-    hooks = [block.register_forward_hook(lambda block, args, y: rms.append(mean_square(y)))
-             for block in blocks]
+
+    def look(block, args, y):
+        rms.append(mean_square(y))
+        if check:
+            check()
+
+    hooks = [block.register_forward_hook(look) for block in blocks]
     for block, probe in zip(blocks, probes):
         block.attn.attend = probe
     model.eval()

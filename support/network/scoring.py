@@ -33,7 +33,8 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     """Mean cross-entropy in nats of `n_batches` batches of windows spread evenly over a split (0: the whole
     split), shared among the processes.
 
-    watch: wraps the loop over the batches, as tqdm does. To save memory, give it a model with a lean loss.
+    watch: wraps the loop over the batches, as tqdm does, and may end it by an exception. To save memory, give
+    it a model with a lean loss.
     """
     was_training = model.training
     model.eval()
@@ -41,14 +42,16 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
     # pad with batches without targets: a sharded model needs all processes for each forward pass
     batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
-    for starts in watch(batches[run.rank::run.world_size]):
-        x, y = read_windows(tokens, starts, block_size)
-        with run.autocast():
-            _, loss = model(run.to_device(x), run.to_device(y))
-        if (y >= 0).any():
-            losses.append(loss)
-            counts.append(int((y >= 0).sum()))
-    model.train(was_training)
+    try:
+        for starts in watch(batches[run.rank::run.world_size]):
+            x, y = read_windows(tokens, starts, block_size)
+            with run.autocast():
+                _, loss = model(run.to_device(x), run.to_device(y))
+            if (y >= 0).any():
+                losses.append(loss)
+                counts.append(int((y >= 0).sum()))
+    finally:
+        model.train(was_training)
     total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
     loss_sum, n_targets = run.sum(total.item(), sum(counts))
     return loss_sum / n_targets

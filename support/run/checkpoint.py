@@ -14,11 +14,13 @@ A state is a zip archive, as torch.save writes it, with its SHA-256 as the archi
 readers ignore.
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import struct
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from configurator import KINDS, ON_BY_DEFAULT
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
-from support.machine.files import explain_failure, replacing
+from support.machine.files import explain_failure, reason_of, replacing
 from support.machine.pickles import STAND_INS
 from support.network.matmul import use_fast_products
 from support.network.quantize import build_int8
@@ -109,25 +111,71 @@ def load(path, verify=True):
     """A checkpoint as a dict of CPU tensors and plain values; no code in the file is run.
 
     The file is mapped: tensors take no memory until they are read. verify: compare the checksum, for the
-    first of several readers. Raises FileNotFoundError, or ValueError if it is damaged or no checkpoint.
+    first of several readers. Raises FileNotFoundError if it is missing or may not be read, ValueError if it
+    is damaged or no checkpoint, MemoryError, which says nothing about the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} is missing: train a model there first, or name another --out_dir')
-    with explain_failure(f'{path} is not a checkpoint, or a damaged one'):
-        if verify and is_damaged(path):
-            raise ValueError('its checksum is wrong')
-        with open(path, 'rb') as file:
-            is_archive = file.read(2) == b'PK'  # the format before torch 1.6 is none and can't be mapped
-        with torch.serialization.safe_globals(STAND_INS):
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
-        if not (isinstance(state, dict)
-                and all(isinstance(state.get(name), dict) for name in ('model', 'model_args'))
-                and all(isinstance(name, str) for name in state['model'])):
-            raise ValueError('it has no model and model_args')
+    try:
+        with explain_failure(f'{path} is not a checkpoint, or a damaged one', passing=(
+                MemoryError, PermissionError)):
+            if verify and is_damaged(path):
+                raise ValueError('its checksum is wrong')
+            state = read_archive(path)
+            check_state(state, os.path.getsize(path))
+    except MemoryError:
+        raise MemoryError(f'out of memory while {path} was read') from None
+    except PermissionError as error:
+        raise FileNotFoundError(f'{path} can\'t be read ({reason_of(error)})') from None
     state['model'] = clean_names(state['model'])
     if state['model_args'].get('vocab_size', 0) is None and 'transformer.wte.weight' in state['model']:
         state['model_args']['vocab_size'] = len(state['model']['transformer.wte.weight'])
     return state
+
+
+def read_archive(path):
+    """What torch.save wrote, with tensors that are mapped. Raises MemoryError where there is too little."""
+    with open(path, 'rb') as file:
+        is_archive = file.read(2) == b'PK'  # the format before torch 1.6 is none and can't be mapped
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError('it is compressed, which torch.save doesn\'t do')
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, 'errno', None) == errno.ENOMEM or 'allocate memory' in str(error):
+            raise MemoryError from None
+        raise
+
+
+def check_state(state, size):
+    """ValueError if a file's content, read from `size` bytes, is no state, or asks for more memory."""
+    if not (isinstance(state, dict)
+            and all(isinstance(state.get(name), dict) for name in ('model', 'model_args'))
+            and all(isinstance(name, str) and isinstance(t, torch.Tensor)
+                    for name, t in state['model'].items())):
+        raise ValueError('it has no model and model_args')
+    if not isinstance(state.get('iter_num', 0), int) or not 0 <= state.get('iter_num', 0) < 2**63:
+        raise ValueError(f'iter_num={state["iter_num"]} is no number of iterations')
+    for t in tensors_of(state):
+        if t.device.type != 'cpu' or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f'a tensor of {tuple(t.shape)} has fewer numbers in the file')
+    if sum(t.nbytes for t in state['model'].values()) > 2 * size:  # a tied matrix has two names
+        raise ValueError('its tensors share their memory')
+
+
+def tensors_of(state):
+    """The tensors in a tree of dicts, lists and tuples, each node once, however often it is referred to."""
+    seen, stack = set(), [state]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            stack.extend(item.values() if isinstance(item, dict) else item)
 
 
 def clean_names(weights):
@@ -154,7 +202,31 @@ def config_from_args(args):
         raise ValueError(f'the checkpoint has model settings that don\'t exist here: {", ".join(refused)}')
     if off:
         print0(f'ignoring model settings of the checkpoint that are off: {", ".join(map(str, off))}')
-    return GPTConfig(**{k: v for k, v in args.items() if k in known})
+    with explain_failure('the checkpoint\'s model_args are of no model'):
+        return GPTConfig(**{k: v for k, v in args.items() if k in known})
+
+
+def build_model(state, changes):
+    """The GPT of a state. changes: of its model_args. Raises ValueError as `checked_config` does."""
+    model = GPT(checked_config(state, changes))
+    model.load_state_dict(state['model'])
+    return model
+
+
+def checked_config(state, changes):
+    """The GPTConfig of a state. Raises ValueError, before memory is taken, unless the tensors are those that
+    model_args ask for."""
+    config, weights = config_from_args(state['model_args'] | changes), state['model']
+    if config.n_layer > len(weights):
+        raise ValueError(f'the checkpoint\'s model_args ask for {config.n_layer:,} layers, but it has only '
+                         f'{len(weights):,} tensors')
+    with torch.device('meta'), explain_failure('the checkpoint\'s model_args are of no model'):
+        asked = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if wrong := [name for name in asked | found if asked.get(name) != found.get(name)]:
+        raise ValueError(f'the checkpoint\'s model_args ask for {wrong[0]} of {asked.get(wrong[0], "no")} '
+                         f'numbers, it has {found.get(wrong[0], "none")}; {len(wrong)} tensors differ')
+    return config
 
 
 def tokenizer_of(state):
@@ -172,12 +244,10 @@ def load_model(init_from, out_dir, run, weights='full'):
     if init_from == 'resume':
         path = Path(out_dir, 'ckpt.pt')
         state = load(path)
-        config = config_from_args(state['model_args'] | {'dropout': 0.0})
         if weights == 'int8':
-            model = build_int8(config, tensors_in_turn(path))
+            model = build_int8(checked_config(state, {'dropout': 0.0}), tensors_in_turn(path))
         else:
-            model = GPT(config)
-            model.load_state_dict(state['model'])
+            model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
     else:
         state = {}
@@ -246,29 +316,16 @@ def set_aside(path):
     return path.rename(next(name for name in names if not name.exists()))
 
 
-def move_earlier_run(out_dir):
-    """Move an earlier run's checkpoints and log to `out_dir`/earlier, in place of the run that is there.
-    Returns that folder, or None if there are no checkpoints."""
-    found = [Path(out_dir, name) for name in RESUMABLE if Path(out_dir, name).is_file()]
-    if not found:
-        return None
-    earlier = Path(out_dir, 'earlier')
-    shutil.rmtree(earlier, ignore_errors=True)
-    earlier.mkdir()
-    for path in [*found, Path(out_dir, 'log.jsonl')]:
-        if path.is_file():
-            path.rename(earlier / path.name)
-    return earlier
-
-
 # ---------------------------------------------------------------------------- into model and optimizer
 
-def cut(saved, like):
-    """A copy of a saved tensor in the shape of the model's: cropped as the model was; if that is sharded, the
-    part that this process holds."""
-    if saved.dim() == 0:
-        return saved.clone()
-    saved = saved[tuple(map(slice, like.shape))]
+def cut(name, saved, like, crop=False):
+    """A copy of a saved tensor in the shape of the model's; if that is sharded, the part that this process
+    holds. crop: the model's may have fewer rows. ValueError for another shape or type."""
+    fits = saved.dtype == like.dtype and saved.dim() == like.dim() and saved.shape[1:] == like.shape[1:]
+    if not fits or saved.shape[:1] != like.shape[:1] and not (crop and len(saved) > len(like)):
+        raise ValueError(f'{name} is {tuple(saved.shape)}, {saved.dtype}, where {tuple(like.shape)}, '
+                         f'{like.dtype} is needed')
+    saved = saved[:len(like)] if saved.dim() else saved
     if hasattr(like, 'device_mesh'):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(saved, like.device_mesh, like.placements, src_data_rank=None)
@@ -276,18 +333,37 @@ def cut(saved, like):
 
 
 def load_weights(model, saved):
-    """Copy a saved state dict into a model."""
+    """Copy a saved state dict into a model, which may have been cropped. ValueError if it doesn't fit."""
     own = model.state_dict()
-    model.load_state_dict({name: cut(t, own[name]) for name, t in saved.items()})
+    with explain_failure('the trained weights of the checkpoint don\'t fit its model'):
+        model.load_state_dict({name: cut(name, t, own[name], crop=name == 'transformer.wpe.weight')
+                               for name, t in saved.items()})
 
 
-def load_optimizer(optimizer, saved):
+BUFFERS = ({'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}, set())  # AdamW's, Muon's, before the first
+
+
+def load_optimizer(optimizer, saved, cropped=None):
     """Give an optimizer the buffers of a saved state. It keeps its own settings: a resumed run takes weight
-    decay and betas from its config. Raises ValueError if the parameters don't match."""
-    groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
-              zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
-    params = dict(zip((i for group in groups for i in group['params']),
-                      (p for group in optimizer.param_groups for p in group['params']), strict=True))
-    state = {i: {name: cut(buffer, params[i]) if isinstance(buffer, torch.Tensor) else buffer
-                 for name, buffer in buffers.items()} for i, buffers in saved['state'].items()}
-    optimizer.load_state_dict({'state': state, 'param_groups': groups})
+    decay and betas from its config. cropped: the parameter that may have had more rows. Raises ValueError,
+    before a buffer is used, if the state doesn't fit the parameters."""
+    with explain_failure('the optimizer state of the checkpoint doesn\'t fit this run\'s parameters'):
+        groups = [own | {k: theirs[k] for k in ('params', 'step') if k in theirs} for own, theirs in
+                  zip(optimizer.state_dict()['param_groups'], saved['param_groups'], strict=True)]
+        params = {i: p for own, theirs in zip(optimizer.param_groups, groups, strict=True)
+                  for i, p in zip(theirs['params'], own['params'], strict=True)}
+        state = {i: fitting_buffers(i, buffers, params[i], params[i] is cropped)
+                 for i, buffers in saved['state'].items()}
+        optimizer.load_state_dict({'state': state, 'param_groups': groups})
+
+
+def fitting_buffers(number, buffers, param, crop):
+    """Copies of a parameter's buffers. ValueError if they aren't of its shape and type."""
+    if set(buffers) not in BUFFERS:
+        raise ValueError(f'parameter {number} has the buffers {", ".join(map(str, buffers))}')
+    found = {}
+    for name, buffer in buffers.items():
+        is_step = name == 'step'
+        value = torch.as_tensor(buffer, dtype=torch.float32) if is_step else buffer
+        found[name] = cut(f'{name} of parameter {number}', value, torch.zeros(()) if is_step else param, crop)
+    return found

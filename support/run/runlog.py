@@ -6,6 +6,7 @@ What a run reports: lines on standard output, in log.jsonl and to wandb; samples
     pandas.read_json('out/log.jsonl', lines=True)
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -47,8 +48,10 @@ class Meter:
         """Leave the time within it out. Yields the seconds so far."""
         self.run.synchronize()
         begin = time.perf_counter()
-        yield self.seconds + begin - self.clock
-        self.clock += time.perf_counter() - begin
+        try:
+            yield self.seconds + begin - self.clock
+        finally:
+            self.clock += time.perf_counter() - begin
 
     def begin_iteration(self):
         self.begin = self.run.moment()
@@ -98,18 +101,22 @@ class Progress:
         print0(', '.join(parts), live=True)
 
 
-def show_sample(model, tokenizer, prompt, run, iteration, seed):
+def show_sample(model, tokenizer, prompt, run, iteration, seed, watch=iter):
     """Print and return the model's continuation of `prompt`, token ids, within one window. It is drawn with
-    `seed` and leaves torch's generator, which dropout uses, as it is."""
+    `seed` and leaves torch's generator, which dropout uses, as it is. watch: wraps the loop over its tokens,
+    and may end it by an exception."""
     idx = torch.tensor([prompt], device=run.device)  # (1, T)
     length = min(200, model.config.block_size - len(prompt))
     # compiled for batches of one shape, the model would be compiled again for every length
     eager = torch.compiler.set_stance('force_eager') if run.compile else nullcontext()
     model.eval()
-    with eager, run.autocast():
-        ids = decoding.generate(model, idx, length, 0.8, 200, n_vocab=tokenizer.n_vocab, seeds=[seed])
-    model.train()
-    text = tokenizer.decode(ids[0].tolist())
+    try:
+        with eager, run.autocast(), contextlib.closing(decoding.stream(
+                model, idx, length, 0.8, 200, n_vocab=tokenizer.n_vocab, seeds=[seed])) as made:
+            ids = prompt + [token.item() for token in watch(made)]
+    finally:
+        model.train()
+    text = tokenizer.decode(ids)
     print0(f'sample at iteration {iteration}:\n{text}\n---------------', style='cyan')
     return text
 

@@ -1,8 +1,11 @@
 """How a run of train.py starts: its settings are checked, its state is found, its data must fit."""
 
+import math
 import os
 
+from support.hub.huggingface import own_tokenizer
 from support.machine.console import print0
+from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
 from support.network.lora import check_adapters
 from support.run import checkpoint
@@ -10,13 +13,16 @@ from support.text.tokens import SAMPLERS, check_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
            'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
-AT_LEAST = {
-    0: ('eval_iters', 'sample_interval', 'checkpoint_interval', 'plan_gpus', 'batch_ramp_iters', 'dropout',
-        'learning_rate', 'muon_lr', 'min_lr', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'weight_decay',
-        'grad_clip', 'beta1', 'beta2', 'ema_decay', 'lora_rank', 'dist_timeout', 'peak_flops'),
-    1: ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'),
+RANGES = {  # (least, first value that is too large): settings
+    (0, math.inf): ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'lora_alpha',
+                    'logit_softcap', 'peak_flops', 'dist_timeout'),
+    (0, 1): ('dropout', 'beta1', 'beta2', 'ema_decay'),
+    (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'plan_gpus', 'batch_ramp_iters',
+                 'max_iters', 'warmup_iters', 'lr_decay_iters', 'lora_rank', 'n_kv_head'),
+    (1, 2**63): ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
+                 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'),
+    (-2**63, 2**63): ('seed',),
 }
-BELOW_1 = ('dropout', 'beta1', 'beta2', 'ema_decay')
 
 
 def check_settings(config, run):
@@ -24,18 +30,37 @@ def check_settings(config, run):
     for name, known in CHOICES.items():
         if config[name] not in known:
             raise ValueError(f'{name}={config[name]} is not one of {", ".join(known)}')
-    for least, names in AT_LEAST.items():
+    for (least, end), names in RANGES.items():
         for name in names:
-            if not config[name] >= least:  # nan isn't
-                raise ValueError(f'{name}={config[name]} must be at least {least}')
-            if name in BELOW_1 and config[name] >= 1:
-                raise ValueError(f'{name}={config[name]} must be below 1')
-    if not -2**63 <= config['seed'] < 2**63:
-        raise ValueError(f'seed={config["seed"]} must fit into 64 bits')
+            if not least <= config[name] < end:  # nan isn't
+                raise ValueError(f'{name}={config[name]} must be {range_in_words(least, end)}')
+    if config['optimizer'] == 'muon' and config['learning_rate'] == 0:
+        raise ValueError('learning_rate=0 with optimizer=muon: muon_lr follows its schedule, so it must be '
+                         'above 0')
     check_parallel(config['parallel'], run, config['optimizer'], config['cpu_offload'])
     if config['gradient_accumulation_steps'] % run.world_size:
         raise ValueError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
                          f'all processes and must be a multiple of their number, {run.world_size}')
+
+
+def range_in_words(least, end):
+    if end == math.inf:
+        return f'at least {least} and finite'
+    return f'at least {least} and ' + ('fit into 64 bits' if end == 2**63 else f'below {end}')
+
+
+OWN_TO_A_RANK = ('device', 'data_dir')  # a node may keep its copy of the data where it likes
+
+
+def check_ranks(config, fingerprints, run):
+    """ValueError, on all processes, if they were started with different settings or data."""
+    own = {k: str(v) for k, v in config.items() if k not in OWN_TO_A_RANK} | {
+        f'SHA-256 of {split}': digest for split, digest in fingerprints.items()}
+    theirs = run.gather_objects(own)
+    for rank, other in enumerate(theirs):
+        if differing := [f'{k}={other.get(k)} instead of {theirs[0].get(k)}' for k in own | other
+                         if other.get(k) != theirs[0].get(k)]:
+            raise ValueError(f'rank {rank} was started otherwise than rank 0: {", ".join(differing)}')
 
 
 def find_state(config, run):
@@ -61,6 +86,9 @@ def check_data(config, folder, data, window, model_config, meta, tokenizer, fing
             raise ValueError(f'the checkpoint was trained with another tokenizer than that of {folder}')
         if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
             print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
+    elif (own := own_tokenizer(config['init_from'])) and own.to_dict() != tokenizer.to_dict():
+        raise ValueError(f'{config["init_from"]} has another tokenizer than {folder}: prepare the text with '
+                         'the model\'s')
     elif meta and meta['vocab_size'] != model_config.vocab_size:
         raise ValueError(f'{folder} holds characters, but {config["init_from"]} has a vocabulary of '
                          f'{model_config.vocab_size}: prepare the text as GPT-2 BPE (data/shakespeare does)')
@@ -70,3 +98,15 @@ def check_data(config, folder, data, window, model_config, meta, tokenizer, fing
     if is_resumed and not may_change and state.get('data', fingerprints) != fingerprints:
         raise ValueError(f'{folder} is not the data that {config["out_dir"]} was trained on: to resume on '
                          'other data, add --allow_changed_data=True')
+
+
+def restore(state, meter, guard, tokens_an_iteration, wandb_id):
+    """Give meter and guard what a state has of them; returns its iteration, best loss and wandb run."""
+    print0(f'resuming at iteration {state["iter_num"]}')
+    with explain_failure('the checkpoint has no progress that a run can resume'):
+        best = float(state['best_val_loss'])
+        meter.seconds = float(state.get('seconds', 0.0))
+        meter.tokens = int(state.get('n_tokens', state['iter_num'] * tokens_an_iteration))
+        guard.load_state_dict(state.get('guard') or guard.state_dict())
+    # nothing is less than nan, so no later model would be the best
+    return state['iter_num'], math.inf if math.isnan(best) else best, state.get('wandb_id', wandb_id)

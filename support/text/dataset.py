@@ -88,6 +88,8 @@ def read_info(data_dir):
                 and all(isinstance(text, str) for text in [*digests.values(), info.get('source', ''),
                                                            info.get('tokenizer', '')])):
             raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
+    if info.get('unfinished'):
+        raise ValueError(f'{data_dir}: the preparation of this data was broken off; prepare it again')
     sizes = {split: sum(path.stat().st_size for path in split_files(data_dir, split))
              for split in ('train', 'val') if split in counts}
     found = [split for split, size in sizes.items() if size]

@@ -9,6 +9,7 @@ documents at a time (tiktoken releases the GIL) into files of their own, joined 
 use doesn't grow with the corpus, and an interrupted run continues where it stopped.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,8 +68,14 @@ def write_tokens(path, chunks):
 
     Raises ValueError, and writes no file, if an id doesn't fit into uint16.
     """
+    with replacing(path) as temporary:
+        return write_ids(temporary, chunks)
+
+
+def write_ids(path, chunks):
+    """Like `write_tokens`, to a file that may be left half written."""
     count, largest, digest = 0, -1, hashlib.sha256()
-    with replacing(path) as temporary, open(temporary, 'wb') as file:
+    with open(path, 'wb') as file:
         for chunk in chunks:
             ids = np.asarray(chunk)
             if len(ids) == 0:
@@ -84,25 +91,42 @@ def write_tokens(path, chunks):
 
 
 def write_dataset(data_dir, splits, tokenizer, source):
-    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays."""
+    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays.
+
+    Until all tokens are written, the files that were there stay. From the first that is replaced to the last,
+    dataset.json says `unfinished`, so that tokens are never read with another tokenizer.
+    """
     data_dir = Path(data_dir)
-    written = {split: write_tokens(data_dir / f'{split}.bin', chunks) for split, chunks in splits.items()}
-    meta_path = data_dir / 'meta.pkl'
-    if isinstance(tokenizer, CharTokenizer):
-        meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
-        with replacing(meta_path) as temporary:
-            temporary.write_bytes(pickle.dumps(meta, protocol=4))
-    else:
-        meta_path.unlink(missing_ok=True)
-    info = {'tokens': {split: w['tokens'] for split, w in written.items()},
-            'largest_id': max(w['largest_id'] for w in written.values()),
-            'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab, 'source': str(source),
-            'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
-    with replacing(data_dir / 'dataset.json') as temporary:
-        temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
+    with contextlib.ExitStack() as stack:
+        temporary = {split: stack.enter_context(replacing(data_dir / f'{split}.bin')) for split in splits}
+        written = {split: write_ids(temporary[split], chunks) for split, chunks in splits.items()}
+        info = {'tokens': {split: w['tokens'] for split, w in written.items()},
+                'largest_id': max(w['largest_id'] for w in written.values()),
+                'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
+                'source': str(source),
+                'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
+        write_info(data_dir, {'unfinished': True})
+        write_meta(data_dir, tokenizer)
+    write_info(data_dir, info)
     for split, w in written.items():
         print(f'{split} has {w["tokens"]:,} tokens')
     print(f'vocabulary: {tokenizer.n_vocab:,} ({info["tokenizer"]}), written to {data_dir}')
+
+
+def write_info(data_dir, info):
+    with replacing(data_dir / 'dataset.json') as temporary:
+        temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
+
+
+def write_meta(data_dir, tokenizer):
+    """meta.pkl of characters; of another tokenizer, none."""
+    path = data_dir / 'meta.pkl'
+    if not isinstance(tokenizer, CharTokenizer):
+        path.unlink(missing_ok=True)
+        return
+    meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
+    with replacing(path) as temporary:
+        temporary.write_bytes(pickle.dumps(meta, protocol=4))
 
 
 def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1):

@@ -12,6 +12,7 @@ import numpy as np
 
 from support.machine.files import explain_failure
 from support.machine.pickles import read_pickle
+from support.text.dataset import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
@@ -139,9 +140,13 @@ def read_tokenizer(data_dir):
 
 def read_meta(data_dir):
     """meta.pkl as a dict with 'vocab_size' and 'itos', {id: string} or {} if the file has none; None if there
-    is no file. Raises ValueError if it is damaged."""
+    is no file. Raises ValueError if it is damaged, or missing where dataset.json says that the data is
+    characters."""
     path = Path(data_dir, 'meta.pkl')
     if not path.is_file():
+        if read_info(data_dir).get('tokenizer') == 'char':
+            raise ValueError(f'{path} is missing, but dataset.json says that the tokens are characters: '
+                             'prepare the data again, or delete dataset.json if it is not of this data')
         return None
     with explain_failure(f'{path} is not a character vocabulary'):
         meta = read_pickle(path.read_bytes())

@@ -15,6 +15,7 @@ A batch is a function, not state: the windows of iteration n depend only on (see
 import functools
 import hashlib
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,13 @@ def open_tokens(path):
     return tokens
 
 
+def check_length(tokens):
+    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
+    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
+        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
+                         'then resume')
+
+
 class Shards:
     """Several files read as one array of tokens, indexed by slices or by an array of positions. At most eight
     files are open at a time."""
@@ -89,6 +97,7 @@ class Shards:
             return np.concatenate([np.empty(0, np.uint16), *parts])
         tokens, shard = np.empty(at.shape, np.uint16), np.searchsorted(self.ends, at, side='right')
         for i in np.unique(shard).tolist():
+            check_length(self.open(i))
             tokens[shard == i] = self.open(i)[at[shard == i] - self.starts[i]]
         return tokens
 
@@ -153,8 +162,11 @@ def train_windows(seed, iteration, count, n_tokens, block_size):
 def epoch_windows(seed, first, count, n_tokens, block_size):
     """Starts of windows `first` to `first + count - 1` in a run that sees each once an epoch: (count,)."""
     n = windows_an_epoch(n_tokens, block_size)
-    return np.array([epoch_order(seed % 2**64, i // n, n_tokens, block_size)[i % n]
-                     for i in range(first, first + count)])
+    at, parts = np.arange(count) + first % n, []  # within the first epoch and the ones after it
+    for epoch in range(int(at[-1]) // n + 1 if count else 0):
+        within = at[at // n == epoch] % n
+        parts.append(epoch_order(seed % 2**64, first // n + epoch, n_tokens, block_size, within))
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def windows_an_epoch(n_tokens, block_size):
@@ -162,12 +174,45 @@ def windows_an_epoch(n_tokens, block_size):
     return max(1, (n_tokens - 1) // block_size - 1)
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n_tokens, block_size):
-    """Starts of an epoch's windows: side by side from a random offset, in random order."""
+LARGEST_TABLE = 1 << 24  # windows whose order is held in memory
+
+
+def epoch_order(seed, epoch, n_tokens, block_size, at):
+    """Starts of the windows at positions `at` of an epoch: they lie side by side from a random offset, in
+    random order."""
     n, generator = windows_an_epoch(n_tokens, block_size), np.random.default_rng((seed, epoch))
     offset = generator.integers(min(block_size, n_tokens - n * block_size))
-    return offset + block_size * generator.permutation(n)
+    if n <= LARGEST_TABLE:
+        return offset + block_size * epoch_table(seed, epoch, n_tokens, block_size)[at]
+    return offset + block_size * shuffled(at, n, generator.integers(2**64, size=6, dtype=np.uint64))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_table(seed, epoch, n_tokens, block_size):
+    """An epoch's random permutation of its windows."""
+    n, generator = windows_an_epoch(n_tokens, block_size), np.random.default_rng((seed, epoch))
+    generator.integers(min(block_size, n_tokens - n * block_size))  # the offset
+    return generator.permutation(n)
+
+
+def shuffled(at, n, keys):
+    """The numbers at positions `at`, below n, of a pseudorandom permutation of 0 to n - 1, without a table.
+
+    A Feistel network with a round for each key (Luby & Rackoff 1988) permutes the numbers of 2 b bits; one
+    that is n or more is permuted again until it isn't (Black & Rogaway 2002, "cycle walking").
+    """
+    bits = np.uint64(((n - 1).bit_length() + 1) // 2)
+    mask, x = np.uint64((1 << int(bits)) - 1), np.array(at, np.uint64)
+    todo = np.arange(len(x))
+    while len(todo):
+        left, right = x[todo] >> bits, x[todo] & mask
+        for key in keys:
+            h = (right + key) * np.uint64(0x9e3779b97f4a7c15)  # Fibonacci hashing, Knuth 6.4
+            h = (h ^ (h >> np.uint64(32))) * np.uint64(0xd6e8feb86659fd93)
+            left, right = right, left ^ ((h >> np.uint64(32)) & mask)
+        x[todo] = left << bits | right
+        todo = todo[x[todo] >= n]
+    return x.astype(np.int64)
 
 
 SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
@@ -185,6 +230,7 @@ def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
 
 def read_windows(tokens, starts, block_size):
     """x, y: (B, T) int64, y one token ahead of x and -1 past the end of the split."""
+    check_length(tokens)
     at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     return ids[:, :-1], np.where(at[:, 1:] < len(tokens), ids[:, 1:], -1)
