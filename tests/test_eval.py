@@ -170,7 +170,7 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
 
 
 @pytest.mark.parametrize('args, reason', [
-    (['--task=lambda'], 'task=lambda is not one of loss, lambada, hellaswag, lm_eval:NAME'),
+    (['--task=lambda'], 'task=lambda is not one of loss, int8, lambada, hellaswag, lm_eval:NAME'),
     (['--task=lambada', '--source=gone.jsonl'], 'gone.jsonl is missing'),
     (['--task=lambada', '--source=gone.parquet'], 'gone.parquet is missing'),
     (['--task=hellaswag', '--source={passages}'], 'not all with activity_label, ctx_a, ctx_b'),
