@@ -315,7 +315,7 @@ def compiled(kind, **options):
     ('checkpointing', ROTARY), ('fsdp', {'n_layer': 12}), ('fsdp checkpointing', {'n_layer': 12})], ids=str)
 def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(kind, options):
     """Under FSDP each block is compiled, and all blocks share the code. Probes and samples, here the
-    first that a model does, change nothing; of a whole model's outputs only the loss has a gradient, not the logits."""
+    first that a model does, change nothing. Of a whole model only the loss has a gradient, not the logits."""
     found = compiled(kind, **options)
     assert found['seen'] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert not found['breaks'] and not found['limit']
