@@ -1,6 +1,7 @@
 # make demo    train a small GPT on this machine and read what it writes
 # make test    run the tests
 # make lint    check the style
+# make gpu     test and measure a CUDA GPU; it continues where it stopped
 
 ifeq ($(OS),Windows_NT)
 BASE_PYTHON ?= python
@@ -10,7 +11,7 @@ BASE_PYTHON ?= python3
 PYTHON := .venv/bin/python
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: .venv/installed
 	$(PYTHON) data/stdlib_char/prepare.py
@@ -22,6 +23,10 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(PYTHON) -m ruff check .
+
+gpu: .venv/installed
+	$(PYTHON) data/shakespeare_char/prepare.py
+	$(PYTHON) scripts/gpu_report.py $(ARGS)
 
 clean:
 	rm -rf .venv

@@ -397,6 +397,7 @@ class OptionAttention(CausalSelfAttention):
         q, k = self.norm(q), self.norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = q.type_as(v), k.type_as(v)  # CUDA's autocast normalises in float32
         first_v = v if first_v is None else first_v
         if self.value_mix is not None:
             v = self.value_mix[0] * v + self.value_mix[1] * first_v

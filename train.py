@@ -128,12 +128,12 @@ if dry_run and plan_gpus:
 
 # ---------------------------------------------------------------------------- machine
 
-run = runtime.resolve(device, dtype, compile, backend)
+run = runtime.resolve(device, dtype, compile, backend, dist_timeout)
 check_settings(config, run)
 if run.world_size > 1:
     dist.init_process_group(run.backend, timeout=timedelta(seconds=dist_timeout),
                             **runtime.restart_store(run.rank, run.world_size))
-run.begin(seed, dist_timeout)
+run.begin(seed)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
 autocast = torch.autocast(run.device_type, hardware.DTYPES[run.dtype], enabled=run.dtype != 'float32')
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
@@ -215,7 +215,7 @@ if parallel == 'fsdp' and not cpu_offload:  # offloaded, whole gradients would t
     no_sync = partial(fsdp.no_sync, model)
 elif parallel == 'ddp' and run.world_size > 1:
     parallel_model = torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[run.device] if run.device_type == 'cuda' else None)
+        model, device_ids=[run.device] if run.device_type == 'cuda' else None, gradient_as_bucket_view=True)
     no_sync = parallel_model.no_sync
 
 

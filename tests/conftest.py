@@ -25,6 +25,11 @@ def fixed_seed():
     np.random.seed(0)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('cuda') and not torch.cuda.is_available():
+        pytest.skip('needs a CUDA GPU')
+
+
 @pytest.fixture
 def run_script():
     def run(script, *args, env=None, ok=True, launcher=(), cwd=ROOT):

@@ -183,7 +183,8 @@ def taped(monkeypatch):
 
 @pytest.mark.parametrize('config', [
     {}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residual': True},
-    {'pos_emb': 'alibi', 'n_head': 2}, {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5}])
+    {'pos_emb': 'alibi', 'n_head': 4, 'n_kv_head': 2},
+    {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5}])
 @pytest.mark.parametrize('options', [
     {'temperature': 0}, {'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.3, 'n_vocab': 60}])
 def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, config, options):
@@ -195,12 +196,15 @@ def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, conf
     assert len(taped) == 1
     made_of_numbers = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
     assert not any(f in made_of_numbers for f, *_ in taped[0].operations)  # a copy from or to the CPU
+    attention = [args[:2] for f, args, *_ in taped[0].operations if 'scaled_dot_product' in str(f)]
+    assert attention and all(q.shape[1] == k.shape[1] for q, k in attention)  # not grouped beside a mask
     monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
     assert torch.equal(out, generate(model, batch, 40, **options))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-@pytest.mark.parametrize('config', [{}, {'pos_emb': 'rope'}, {'pos_emb': 'alibi'}, {'ngram': 3}])
+@pytest.mark.cuda
+@pytest.mark.parametrize('config', [
+    {}, {'pos_emb': 'rope', 'n_kv_head': 1}, {'pos_emb': 'alibi', 'n_head': 4, 'n_kv_head': 2}, {'ngram': 3}])
 def test_a_cuda_graph_decodes_what_the_model_does(monkeypatch, config):
     model = tiny(block_size=32, **config).double().cuda()
     idx = tokens(3, 4).cuda()

@@ -67,11 +67,13 @@ def test_signal_is_seen_by_all_processes_one_call_later(monkeypatch):
         assert group == 'gloo' and async_op
         return SimpleNamespace(wait=lambda: exchanged.append(votes.item()))
 
-    monkeypatch.setattr(signals.dist, 'new_group', lambda backend: backend)
+    limits = []
+    monkeypatch.setattr(signals.dist, 'new_group', lambda backend, timeout: limits.append(timeout) or backend)
     monkeypatch.setattr(signals.dist, 'all_reduce', all_reduce)
     monkeypatch.setattr(signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(signal, 'set_wakeup_fd', lambda *_, **__: None)
-    request = signals.StopRequest(Runtime('cpu', 'float32', False, 'gloo', 0, 2))
+    request = signals.StopRequest(Runtime('cpu', 'float32', False, 'gloo', 0, 2, timeout=7))
+    assert [limit.total_seconds() for limit in limits] == [7]
     answers = [request.agreed(), request.agreed()]
     request.received = signal.SIGTERM
     answers += [request.agreed(), request.agreed()]

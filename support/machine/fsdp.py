@@ -45,6 +45,9 @@ def shard(model, run, cpu_offload=False):
     fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
     if run.backend == 'gloo':
         model.set_force_sum_reduction_for_comms(True)  # Gloo has no mean
+    for module in (*model.transformer.h, model):  # a first time in inference mode would leave tensors of it
+        module.unshard()
+        module.reshard()
     # Embeddings that an evaluation left gathered would be stale at the next one.
     model.register_forward_hook(lambda model, *_: None if torch.is_grad_enabled() else model.reshard())
     return model
@@ -55,7 +58,7 @@ def make_mesh(run, cpu_offload):
     tensors in the machine's memory."""
     if not dist.is_initialized():
         dist.init_process_group(run.backend, store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.new_group(backend=f'cpu:gloo,cuda:{run.backend}') if cpu_offload else dist.group.WORLD
+    group = run.new_group(f'cpu:gloo,cuda:{run.backend}') if cpu_offload else dist.group.WORLD
     return dist.DeviceMesh.from_group(group, run.device_type)
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Runtime:
     backend: str
     rank: int = 0
     world_size: int = 1
+    timeout: float = 600.0  # seconds that a process waits for the others
 
     @property
     def device_type(self):
@@ -62,9 +64,13 @@ class Runtime:
     def to_device(self, array):
         """A NumPy array on the device; on CUDA through pinned memory, without waiting."""
         x = torch.from_numpy(array)
-        if self.device_type == 'cuda':
-            return x.pin_memory().to(self.device, non_blocking=True)
+        if self.device_type == 'cuda':  # a view would be copied through memory that isn't pinned
+            return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
+
+    def new_group(self, backend):
+        """A group of all processes with a backend of its own."""
+        return dist.new_group(backend=backend, timeout=timedelta(seconds=self.timeout))
 
     def mean(self, x):
         """Average a tensor over all processes, in place, on the device."""
@@ -116,10 +122,10 @@ class Runtime:
         second.synchronize()
         return first.elapsed_time(second)
 
-    def begin(self, seed, timeout=600.0):
+    def begin(self, seed):
         """Set up PyTorch for this run, once its processes are connected, and print what `resolve` chose."""
         if self.world_size > 1:
-            sys.excepthook = end_with_error(sys.excepthook, self.rank, timeout)
+            sys.excepthook = end_with_error(sys.excepthook, self.rank, self.timeout)
         if self.device_type == 'cuda':
             # TF32 for what autocast leaves in float32: 10-bit mantissas, several times the rate
             torch.set_float32_matmul_precision('high')
@@ -145,7 +151,7 @@ def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337
     return run
 
 
-def resolve(device='auto', dtype='auto', compile='auto', backend='auto'):
+def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout=600.0):
     """What to run on, as a Runtime; torchrun's environment says which process this is. Makes the device the
     current one. Raises ValueError if this machine doesn't have what was asked for."""
     rank, local_rank, world_size = read_ranks()
@@ -168,7 +174,7 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto'):
         raise ValueError(f'backend={backend} is not one of auto, {", ".join(dist.Backend.backend_list)}')
     if world_size > 1 and backend == 'nccl' and device_type != 'cuda':
         raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
-    return Runtime(device, dtype, compile, backend, rank, world_size)
+    return Runtime(device, dtype, compile, backend, rank, world_size, timeout)
 
 
 def read_ranks():

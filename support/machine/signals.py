@@ -25,7 +25,7 @@ class StopRequest:
 
     def __init__(self, run):
         self.received = None  # the first signal
-        self.group = dist.new_group(backend='gloo') if run.world_size > 1 else None
+        self.group = run.new_group('gloo') if run.world_size > 1 else None
         self.votes = self.work = None
         # Python calls handlers in the main thread, which may be stuck in C: another thread gets signals too
         alarm = signal_socket()

@@ -10,6 +10,8 @@ B batch, T positions, V vocabulary, as in model.py.
 
 import codecs
 import math
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -108,7 +110,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
             cache.at = last
         fill(model(out.index_select(1, last), cache=cache)[0])
 
-    with fast_linears(model, len(out)):
+    with fast_linears(model, len(out)), folded_queries(model) if recording else nullcontext():
         for t in range(first, end):
             if t == first:  # the prompt, once for all its samples
                 logits, _ = model(idx[:, max(0, t - block_size):t], cache=cache)
@@ -136,6 +138,34 @@ def record(step):
     with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads may copy batches
         step()
     return graph.replay
+
+
+@contextmanager
+def folded_queries(model):
+    """Within a with statement, attend from one position without grouped queries: PyTorch's fused kernels take
+    a mask or grouped queries, not both."""
+    config = model.config
+    attentions = [block.attn for block in model.transformer.h if config.n_kv_head not in (0, config.n_head)]
+    before = [attention.attend for attention in attentions]
+    for attention in attentions:
+        attention.attend = partial(attend_folded, attention.attend)
+    try:
+        yield
+    finally:
+        for attention, attend in zip(attentions, before):
+            attention.attend = attend
+
+
+def attend_folded(attend, q, k, v, dropout=0.0, bias=None):
+    """attend(q, k, v, ...), where a single position's queries that share a key become positions of one head.
+    q: (B, nh, T, hs), k, v: (B, n_kv_head, keys, hs), bias: (T, keys), (nh, T, keys) -> (B, nh, T, hs)"""
+    if q.shape[2] > 1 or bias is None:
+        return attend(q, k, v, dropout, bias)
+    n_kv_head = k.shape[1]
+    if bias.dim() == 3:
+        bias = bias.unflatten(0, (n_kv_head, -1)).flatten(1, 2)  # (n_kv_head, nh / n_kv_head, keys)
+    y = attend(q.unflatten(1, (n_kv_head, -1)).flatten(2, 3), k, v, dropout, bias)
+    return y.flatten(1, 2)[:, :, None]
 
 
 def draw(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):

@@ -66,42 +66,67 @@ def linear_cross_entropy(x, w, targets, cap=0.0):
 class LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy`, a few rows at a time.
 
-    The forward pass computes each chunk's gradient, (softmax(x w^T) - onehot(target)) / count, while it holds
-    the chunk's softmax, so nothing is computed twice and the backward pass only scales.
+    The forward pass computes each chunk's gradient, softmax(x w^T) - onehot(target), while it holds the
+    chunk's softmax, so nothing is computed twice and the backward pass only scales. In 16 bits it divides by
+    the number of targets at the end, where a loss scale is there too: float16 would lose most of p / N.
     """
     CHUNK = 1 << 23  # logits in memory at a time
+    GPU_CHUNK = 1 << 26  # each chunk adds to all of the weights' gradient, which few rows don't pay for
 
     @staticmethod
     def forward(ctx, x, w, targets, with_grad, cap):
-        rows = max(1, LinearCrossEntropy.CHUNK // w.shape[0])
-        exact = torch.promote_types(x.dtype, torch.float32)  # sums stay exact under autocast
+        device, dtype = x.device.type, w.dtype  # of the products
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        rows = max(1, chunk_of(device) // w.shape[0])
+        exact = torch.promote_types(dtype, torch.float32)  # of sums
         kept = targets != -1
-        weight = kept.to(exact) / kept.sum()  # (N,)
+        share, count = kept.to(exact)[:, None], kept.sum()  # (N, 1)
+        if dtype == exact:
+            share, count = share / count, None
         loss = x.new_zeros((), dtype=exact)
         dx = torch.empty_like(x) if with_grad else None
         dw = torch.empty_like(w) if with_grad and ctx.needs_input_grad[1] else None  # w may be frozen
-        for i in range(0, len(x), rows):
-            at = slice(i, i + rows)
-            p = (x[at] @ w.T).to(exact)  # (rows, V): logits, then overwritten
-            capped = p.div_(cap).tanh_().mul_(cap) / cap if cap else None
-            target, share = targets[at].clamp(min=0)[:, None], weight[at, None]  # (rows, 1)
-            highest, wanted = p.amax(dim=-1, keepdim=True), p.gather(1, target)
-            total = p.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # of the softmax
-            loss += ((total.log() + highest - wanted) * share).sum()
-            if with_grad:
-                p.mul_(share / total).scatter_add_(1, target, -share)
-                if cap:
-                    p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
-                dx[at] = p @ w
-                if dw is not None and torch.is_autocast_enabled(x.device.type):
-                    (dw.add_ if i else dw.copy_)(p.T @ x[at])
+        with torch.autocast(device, enabled=False):
+            low_w = w.to(dtype)
+            for i in range(0, len(x), rows):
+                at = slice(i, i + rows)
+                low_x, target = x[at].to(dtype), targets[at].clamp(min=0)[:, None]  # (rows, C), (rows, 1)
+                logits = (low_x @ low_w.T).to(exact)
+                p, part = cross_entropy_gradient(logits, target, share[at], cap, with_grad)
+                loss += part
+                if with_grad:
+                    p = p.to(dtype)
+                    dx[at] = p @ low_w
+                if dw is not None and dtype == w.dtype:
+                    dw.addmm_(p.T, low_x, beta=1 if i else 0)
                 elif dw is not None:
-                    dw.addmm_(p.T, x[at], beta=1 if i else 0)  # in place, which autocast doesn't handle
-            del p  # before the next chunk
-        ctx.save_for_backward(dx, dw)
-        return loss
+                    (dw.add_ if i else dw.copy_)(p.T @ low_x)
+                del logits, p  # before the next chunk
+        ctx.save_for_backward(dx, dw, count)
+        return loss if count is None else loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
+        dx, dw, count = ctx.saved_tensors
+        grad = grad if count is None else grad / count
         return dx.mul_(grad), None if dw is None else dw.mul_(grad), None, None, None
+
+
+def chunk_of(device_type):
+    """Logits in memory at a time."""
+    return LinearCrossEntropy.GPU_CHUNK if device_type == 'cuda' else LinearCrossEntropy.CHUNK
+
+
+def cross_entropy_gradient(p, target, share, cap, with_grad):
+    """Turns logits p, (N, V), into the gradient for them, in place. target, share: (N, 1), the latter each
+    row's part of the sum. Returns the gradient, which is of no use without `with_grad`, and the loss, ()."""
+    capped = p.div_(cap).tanh_().mul_(cap) / cap if cap else None
+    highest, wanted = p.amax(dim=-1, keepdim=True), p.gather(1, target)
+    total = p.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # of the softmax
+    loss = ((total.log() + highest - wanted) * share).sum()
+    if with_grad:
+        p.mul_(share / total).scatter_add_(1, target, -share)
+        if cap:
+            p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
+    return p, loss

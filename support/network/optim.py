@@ -115,7 +115,8 @@ def share(x):
     part = -(-len(x) // world_size)
     padded = torch.cat([x, x.new_zeros(part * world_size - len(x), *x.shape[1:])])
     mine = newton_schulz(padded[dist.get_rank() * part:][:part])
-    dist.all_gather_into_tensor(padded, mine)
+    gather = dist.all_gather_single if hasattr(dist, 'all_gather_single') else dist.all_gather_into_tensor
+    gather(padded, mine)  # the second name is that of PyTorch before 2.13
     return padded[:len(x)]
 
 

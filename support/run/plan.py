@@ -18,7 +18,7 @@ import torch
 from model import GPT, GPTConfig
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
-from support.network.loss import LinearCrossEntropy, use_lean_loss
+from support.network.loss import chunk_of, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
@@ -37,7 +37,8 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, par
     to_see = sequences * c.block_size
     micro_steps = -(-sequences // (max(1, iterations) * batch_size * run.world_size))
     setup = Setup(run.world_size, batch_size, micro_steps, parallel == 'fsdp', activation_checkpointing,
-                  cpu_offload, DTYPES[run.dtype].itemsize, RESERVED if run.device_type == 'cuda' else 0)
+                  cpu_offload, DTYPES[run.dtype].itemsize, RESERVED if run.device_type == 'cuda' else 0,
+                  run.device_type)
     memory, there = memory_needed(model, setup), total_memory(run.device)
     disk, free = 4 * checkpoint_bytes(model), free_disk(out_dir)  # three files, and one being written
     rows = {
@@ -111,6 +112,7 @@ class Setup:
     offload: bool = False  # parameters and optimizer in the machine's memory
     dtype_size: int = 2  # bytes of a number in matrix products
     reserved: float = RESERVED
+    device_type: str = 'cuda'
 
 
 def memory_needed(model, setup):
@@ -122,10 +124,10 @@ def state_memory(model, setup):
     """Bytes on a device that don't depend on the batch, in float32: the parameters, and for each trained one
     a gradient and AdamW's two moments.
 
-    DDP adds its buckets for gradients, autocast copies of the matrices in 16 bits, and later micro-steps a
-    second gradient of the output layer. FSDP holds 1/n of the state, and gathered: the embeddings and their
-    gradient in float32, two blocks in 16 bits, a block's gradient in both types. Between micro-steps it holds
-    the sum of whole gradients too, unless they are offloaded.
+    Autocast adds copies of the matrices in 16 bits, later micro-steps a second gradient of the output layer
+    and, under DDP, its buckets, which otherwise are the gradients. FSDP holds 1/n of the state, and
+    gathered: the embeddings and their gradient in float32, two blocks in 16 bits, a block's gradient in both
+    types. Between micro-steps it holds the sum of whole gradients too, unless they are offloaded.
     """
     n, trained = model.get_num_params(non_embedding=False), n_trained(model)
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -133,7 +135,8 @@ def state_memory(model, setup):
     if not setup.sharded:
         head = model.lm_head.weight
         again = 4 * head.numel() if setup.micro_steps > 1 and head.requires_grad else 0
-        return 4 * n + 12 * trained + (4 * trained if setup.n_processes > 1 else 0) + low * blocks + again
+        buckets = 4 * trained if setup.n_processes > 1 and setup.micro_steps > 1 else 0
+        return 4 * n + 12 * trained + buckets + low * blocks + again
     block = blocks // model.config.n_layer
     gathered = 8 * (n - blocks) + (2 * setup.dtype_size + 4 + low) * block
     accumulated = 4 * n if setup.micro_steps > 1 and not setup.offload else 0
@@ -155,7 +158,7 @@ def activation_memory(model, setup):
     c, tokens = model.config, setup.batch_size * model.config.block_size
     block = block_activations(model, setup.dtype_size)
     blocks = c.n_layer * 4 * c.n_embd + block if setup.checkpointing else c.n_layer * block
-    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, LinearCrossEntropy.CHUNK)
+    head = 3 * 4 * c.n_embd * tokens + 3 * 4 * min(tokens * c.vocab_size, chunk_of(setup.device_type))
     return tokens * blocks + head
 
 

@@ -1,0 +1,312 @@
+"""
+Is this GPU set up well, and how fast is it? Runs the CUDA tests, then measures, the most telling first.
+
+    make gpu
+    python scripts/gpu_report.py --limit=540               # stop after nine minutes; the next call continues
+    python scripts/gpu_report.py --peer=../nanoGPT         # the same work in nanoGPT's files, side by side
+    python scripts/gpu_report.py --tiny=True --device=cpu  # a rehearsal, in tiny sizes
+
+Each result is a line of out_dir/results.jsonl as soon as it is there; what is in it isn't measured again.
+The end is a table in Markdown, out_dir/report.md. It needs no data but data/shakespeare_char for the parts on
+Shakespeare, and no network.
+"""
+
+import sys
+sys.path.insert(0, __file__.removesuffix('gpu_report.py') + '..')
+
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import torch
+
+from configurator import ROOT, configure
+from model import GPT, GPTConfig
+from support.machine import hardware, runtime
+from support.run import plan
+from support.text.tokenizer import PADDED_GPT2_VOCAB
+
+out_dir = 'out-gpu-report'
+peer = ''  # a checkout of nanoGPT to measure beside this repository; empty: none
+data_dir = ''  # a folder with Shakespeare by characters; empty: data/shakespeare_char
+limit = 0.0  # seconds for this call; 0: until all is measured
+patience = 300.0  # seconds that a single measurement may take
+tiny = False  # tiny sizes, to see that all of it runs
+device = 'auto'  # cuda, cuda:1, cpu
+only = ''  # a regular expression for the names of what to measure; empty: all
+
+configure(globals())
+
+SIZES = {'124M': (12, 12, 768, 8), '350M': (24, 16, 1024, 4), '774M': (36, 20, 1280, 2),
+         '1558M': (48, 25, 1600, 1)}  # layers, heads, channels, sequences of a micro-batch
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2']
+TARGET = 1.4697  # nats a character, nanoGPT's best validation loss of its Shakespeare config
+# train.py or bench.py, and the most memory that it held
+WITH_MEMORY = '''
+import runpy, sys
+sys.path.insert(0, '.')
+from support.machine import hardware
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+except SystemExit as stop:
+    if stop.code:
+        raise
+print('peak memory:', hardware.peak_memory(DEVICE))
+'''
+
+
+def check_device():
+    """The Runtime that the measurements will have, without its line of output."""
+    run = runtime.resolve(device)
+    if run.device_type != 'cuda' and not tiny:
+        raise ValueError(f'device={run.device} is no CUDA GPU; --tiny=True rehearses the report anywhere')
+    return run
+
+
+# ---------------------------------------------------------------------------- reading results
+
+def read_bench(output):
+    """bench.py's last line, of one kind of work."""
+    report = json.loads(output.splitlines()[-1])
+    r = report['rows'][0]
+    found = {'tokens_per_s': r['tokens_per_s'], 'ms': 1000 * r['median_s'],
+             'memory': report['peak_memory_bytes']}
+    if r['flops_per_s']:
+        peak = hardware.peak_flops(run.device, run.dtype)
+        found |= {'mfu': r['flops_per_s'] / peak if peak else None,
+                  'of_matmul': r['flops_per_s'] / report['measured_limits']['flops_per_s']}
+    return found
+
+
+def read_peer_bench(output):
+    """nanoGPT's bench.py, or ours: time per iteration and share of an A100's peak."""
+    ms = float(re.search(r'^time per iteration: ([\d.]+)ms', output, re.M)[1])
+    return {'tokens_per_s': BATCH * BLOCK / ms * 1000, 'ms': ms}
+
+
+def read_losses(output):
+    """The best of the evaluations that nanoGPT's train.py prints."""
+    found = [(float(loss), int(i)) for i, loss in re.findall(
+        r'^step (\d+): train loss [\d.]+, val loss ([\d.]+)', output, re.M)]
+    best, at = min(found)
+    return {'val_loss': best, 'at': at, 'target_at': first(i for loss, i in found if loss <= TARGET)}
+
+
+def read_run(output):
+    """The best of a run's evaluations, and when it reached the target; evaluations aren't in `training_s`."""
+    with open(os.path.join(folder, 'run', 'log.jsonl'), encoding='utf-8') as file:
+        found = [e for e in map(json.loads, file) if 'val_loss' in e]
+    best = min(found, key=lambda e: e['val_loss'])
+    reached = [e for e in found if e['val_loss'] <= TARGET]
+    return {'val_loss': best['val_loss'], 'at': best['iter'], 'training_s': found[-1]['seconds'],
+            'target_at': first(e['iter'] for e in reached), 'target_s': first(e['seconds'] for e in reached)}
+
+
+def first(values):
+    return next(iter(values), None)
+
+
+def read_tests(output):
+    return {'tests': output.strip().splitlines()[-1].strip('= ')}
+
+
+def read_memory(output):
+    return {'memory': int(re.search(r'^peak memory: (\d+)', output, re.M)[1])}
+
+
+# ---------------------------------------------------------------------------- what to measure
+
+def bench(*args):
+    return [sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}', *args,
+            *(TINY + ['--num_steps=2', '--decode_tokens=4'] if tiny else [])]
+
+
+def train(config, *args):
+    """A run on Shakespeare."""
+    small = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2', '--peak_flops=1e12']
+    return [sys.executable, 'train.py', f'config/{config}.py', f'--data_dir={shakespeare}', '--plot=False',
+            f'--out_dir={os.path.join(folder, "run")}', f'--device={run.device}', '--checkpoint_interval=0',
+            '--always_save_checkpoint=False', '--wandb_log=False', *args, *(small if tiny else [])]
+
+
+def offloaded(flags):
+    """A few iterations of a size whose state is in the machine's memory; a CPU can only shard it."""
+    return [sys.executable, '-c', WITH_MEMORY.replace('DEVICE', repr(run.device)), 'train.py',
+            '--dry_run=True', f'--data_dir={random_tokens()}', f'--out_dir={os.path.join(folder, "none")}',
+            '--plot=False',
+            '--parallel=fsdp', f'--cpu_offload={run.device_type == "cuda"}', f'--device={run.device}',
+            '--gradient_accumulation_steps=1', '--max_iters=3', '--activation_checkpointing=True',
+            '--peak_flops=1e12', *flags, *(TINY if tiny else [])]
+
+
+def random_tokens():
+    """A folder with splits of random tokens."""
+    path = os.path.join(folder, 'random')
+    os.makedirs(path, exist_ok=True)
+    for split, n in (('train', 1 << 20), ('val', 1 << 16)):
+        np.random.default_rng(1).integers(50257, size=n, dtype=np.uint16).tofile(
+            os.path.join(path, f'{split}.bin'))
+    return path
+
+
+def planned(n_layer, n_head, n_embd, batch, **how):
+    """Bytes that plan.py expects of a size, without what CUDA itself takes, which PyTorch doesn't count."""
+    if tiny:
+        n_layer, n_head, n_embd, batch = 2, 2, 32, 2
+    with torch.device('meta'):
+        model = GPT(GPTConfig(BLOCK, PADDED_GPT2_VOCAB, n_layer, n_head, n_embd, bias=False))
+    return plan.memory_needed(model, plan.Setup(1, batch, 1, reserved=0, device_type=run.device_type, **how))
+
+
+def speed_rows():
+    compiled = (True, False) if run.device_type == 'cuda' else (False,)
+    for flag in (f'--compile={c}' for c in compiled):
+        yield f'training 124M, {flag}', bench(f'--batch_size={BATCH}', flag), ROOT, read_bench, {}
+        if peer:
+            yield (f'nanoGPT: training 124M, {flag}', [
+                sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}', flag,
+                f'--dtype={run.dtype}', f'--batch_size={BATCH}', f'--block_size={BLOCK}'],
+                peer, read_peer_bench, {})
+    for n in (1, 64):
+        yield (f'decoding 124M, samples={n}', bench('--mode=decode', f'--decode_batch={n}'), ROOT, read_bench,
+               {})
+
+
+def shakespeare_rows():
+    for config in ('train_shakespeare_char', 'fast_shakespeare_char'):
+        yield config, train(config), ROOT, read_run, {}
+        if peer and config == 'train_shakespeare_char':
+            yield (f'nanoGPT: {config}', [
+                sys.executable, 'train.py', f'config/{config}.py', f'--device={run.device}',
+                f'--dataset={shakespeare}', f'--dtype={run.dtype}', f'--compile={run.compile}',
+                f'--out_dir={os.path.join(folder, "peer")}'], peer, read_losses, {})
+
+
+def attention_rows():
+    for block in (1024, 2048, 4096, 8192):
+        for kind in ('SM', 'GK'):
+            yield (f'{kind}, block_size={block}', bench(
+                f'--attn_type={kind}', f'--block_size={block}', f'--batch_size={8192 // block}'), ROOT,
+                read_bench, {})
+
+
+def size_rows():
+    names = 'n_layer', 'n_head', 'n_embd', 'batch_size'
+    for name, size in SIZES.items():
+        flags = [f'--{k}={v}' for k, v in zip(names, size)] + ['--compile=False']
+        for checkpointing in (False, True):
+            yield (f'{name}, checkpointing={checkpointing}', bench(
+                *flags, f'--activation_checkpointing={checkpointing}', '--num_steps=4'), ROOT, read_bench,
+                {'planned': planned(*size, checkpointing=checkpointing)})
+        yield (f'{name}, offloaded', offloaded(flags), ROOT, read_memory,
+               {'planned': planned(*size, checkpointing=True, sharded=True, offload=True)})
+
+
+def sweep_rows():
+    for flags in ('--muon_lr=0.01', '--muon_lr=0.04', '--dropout=0.2', '--dropout=0.4',
+                  '--max_iters=1000 --lr_decay_iters=1000', '--max_iters=2500 --lr_decay_iters=2500',
+                  '--ema_decay=0.99', '--seed=1338', '--seed=1339'):
+        yield (f'fast_shakespeare_char {flags}', train('fast_shakespeare_char', *flags.split()), ROOT,
+               read_run, {})
+
+
+def measurements():
+    """(name, command, folder to run it in, reader, what is known beforehand), in order of worth."""
+    tests = [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests']
+    yield 'CUDA tests', tests, ROOT, read_tests, {}
+    for rows in (speed_rows, shakespeare_rows, attention_rows, size_rows, sweep_rows):
+        yield from rows()
+
+
+def measure(command, where, reader, seconds):
+    """A command's results, or why there are none, as a dict. Ends it with all of its processes in time."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, encoding='utf-8', errors='replace', start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {'failed': f'took longer than {seconds:.0f} s', 'too_slow': True}
+    found = {'seconds': time.perf_counter() - began}
+    if process.returncode not in ((0, 5) if reader is read_tests else (0,)):  # 5: no test was chosen
+        last = output.strip().splitlines()[-1:] or ['no output']
+        return found | {'failed': f'status {process.returncode}: {last[0][:200]}'}
+    try:
+        return found | reader(output)
+    except (ValueError, LookupError, TypeError) as error:
+        return found | {'failed': f'its output could not be read ({type(error).__name__}: {error})'}
+
+
+# ---------------------------------------------------------------------------- the report
+
+def gigabytes(n):
+    return f'{n / 1e9:.2f} GB'
+
+
+COLUMNS = {  # title: key of results.jsonl, how to write it
+    'tokens/s': ('tokens_per_s', '{:,.0f}'.format),
+    'ms': ('ms', '{:.2f}'.format),
+    'share of the peak': ('mfu', '{:.1%}'.format),
+    'peak memory': ('memory', gigabytes),
+    'planned': ('planned', gigabytes),
+    'best loss': ('val_loss', '{:.4f}'.format),
+    'at': ('at', str),
+    f'{TARGET} at': ('target_at', str),
+    'after': ('target_s', '{:.0f} s'.format),
+    'whole process': ('seconds', '{:.0f} s'.format),
+}
+
+
+def table(rows):
+    """rows: the lines of results.jsonl -> Markdown"""
+    lines = [f'{about}\n', '| what | ' + ' | '.join(COLUMNS) + ' | |', '|---' * (len(COLUMNS) + 2) + '|']
+    for r in rows:
+        cells = [form(r[key]) if r.get(key) is not None else '' for key, form in COLUMNS.values()]
+        cells = [r['name'], *cells, r.get('tests') or r.get('failed') or '']
+        lines.append('| ' + ' | '.join(cell.replace('|', '/') for cell in cells) + ' |')
+    return '\n'.join(lines)
+
+
+run = check_device()
+folder = os.path.abspath(out_dir)
+shakespeare = os.path.abspath(data_dir) if data_dir else str(ROOT / 'data/shakespeare_char')
+BATCH, BLOCK = (2, 32) if tiny else (12, 1024)
+about = (f'{hardware.device_name(run.device)}, {run.dtype}, PyTorch {torch.__version__}, Python '
+         f'{platform.python_version()}, {platform.system()}' + (', tiny sizes' if tiny else ''))
+os.makedirs(folder, exist_ok=True)
+results, deadline = os.path.join(folder, 'results.jsonl'), time.monotonic() + (limit or math.inf)
+done = []
+if os.path.isfile(results):
+    with open(results, encoding='utf-8') as file:
+        lines = [line for line in file if line.endswith('\n')]  # a killed call may have left half a line
+    with open(results, 'w', encoding='utf-8') as file:
+        file.writelines(lines)
+    done = [r for r in map(json.loads, lines) if r['about'] == about]
+known = {r['name'] for r in done}
+left = [row for row in measurements() if row[0] not in known
+        and re.search(only, row[0])]
+for name, command, where, reader, beforehand in left:
+    seconds = min(patience, deadline - time.monotonic())
+    if seconds < 1:
+        break
+    found = measure(command, where, reader, seconds)
+    if found.pop('too_slow', False) and seconds < patience:
+        break  # it gets its whole time in the next call
+    done.append({'name': name, 'about': about} | beforehand | found)
+    with open(results, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(done[-1]) + '\n')
+    print(f'{name}: {found.get("failed") or ", ".join(f"{k} {v}" for k, v in found.items())}', flush=True)
+    with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as file:
+        file.write(table(done) + '\n')
+print(f'\n{table(done)}')
+if missing := len(known | {row[0] for row in left}) - len({r['name'] for r in done}):
+    print(f'\n{missing} measurements are left: the same command continues')
