@@ -274,27 +274,38 @@ def exact(folder, data, count):
                 replies += ranks.train(*case, f'--out_dir={out_dir}', '--init_from=resume')
                 wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
                 stops += 1
-                if wrong or stopped_at != min(21, step + n - 1):
+                in_evaluation = step % 6 == 0 or step == 20  # which is broken off
+                heard = step if n == 1 or in_evaluation else step + 1
+                if wrong or stopped_at != heard:
                     lost.append(f'{name} stopped at {step}: {stopped_at}, {wrong}')
                 shutil.rmtree(out_dir)
         ranks.close()
     return f'{stops} stops, {len(lost)} runs that differ from the uninterrupted one', lost
 
 
-def kill(folder, data, count):
+def parts_in(folder):
+    """Names of the checkpoints that are being written, or were when their process was killed."""
+    return [p.name for p in Path(folder).glob('*.pt.*.part')]
+
+
+def kill_5(folder, data, count):
+    """The same with a state every 5 iterations."""
+    return kill(folder, data, count, interval=5)
+
+
+def kill(folder, data, count, interval=1):
     """SIGKILL at random moments, most of them inside a save."""
-    args = [f'--data_dir={data}', '--n_embd=256', f'--max_iters={4 * count}', '--eval_interval=9',
-            '--eval_iters=1', '--checkpoint_interval=1', '--init_from=auto']
+    args = [f'--data_dir={data}', '--n_embd=256', f'--max_iters={4 * count * interval}', '--eval_interval=9',
+            '--eval_iters=1', f'--checkpoint_interval={interval}', '--init_from=auto']
     whole, out_dir = uninterrupted(folder / 'whole', args), folder / 'out0'
     kills, inside, finished, lost = 0, 0, 0, []
-    parts = ('latest.pt.part', 'ckpt.pt.part')
     while True:
         process = start([*args, f'--out_dir={out_dir}'])
         if kills < count:
             if random.random() < 0.8:  # inside a save: the n-th since the start
                 wait_for(process, 'iter ')
                 for writing in [True, False] * random.randint(0, 3) + [True]:
-                    while process.poll() is None and writing != any((out_dir / p).exists() for p in parts):
+                    while process.poll() is None and writing != bool(parts_in(out_dir)):
                         pass
                 time.sleep(random.uniform(0, 0.02))
             else:
@@ -303,7 +314,7 @@ def kill(folder, data, count):
         output = process.communicate()[0]
         if process.returncode == -signal.SIGKILL:
             kills += 1
-            inside += any((out_dir / p).exists() for p in parts)
+            inside += bool(parts_in(out_dir))
         elif process.returncode:
             lost.append(output[-500:])
         if process.returncode != -signal.SIGKILL:  # the run is done, or lost
@@ -359,12 +370,12 @@ def restart(folder, data, count, more=()):
         process = start([*args, f'--out_dir={out_dir}'], launcher)
         output = wait_for(process, 'iter ')
         time.sleep(random.uniform(0, 0.4))
-        ranks, part = ranks_under(process.pid), out_dir / 'latest.pt.part'
-        while i % 2 == 0 and process.poll() is None and not part.exists():
+        ranks = ranks_under(process.pid)
+        while i % 2 == 0 and process.poll() is None and not parts_in(out_dir):
             pass
         with contextlib.suppress(KeyError, OSError):
             os.kill(ranks[random.randrange(2)], signal.SIGKILL)
-        saving = part.exists()
+        saving = bool(parts_in(out_dir))
         output += process.communicate()[0]
         restarted = output.count('\ndevice: ') > 1
         wrong = differences(whole, out_dir) if process.returncode == 0 else [output[-1500:]]
@@ -629,10 +640,324 @@ def data_faults(folder, data, count):
             f'importing torch takes {torch_takes:.1f} s'), lost
 
 
+def pairs(folder, data, count):
+    """Two runs started in one folder, the second at a random moment: one is refused, nothing is mixed."""
+    def args(seed):
+        return [f'--data_dir={data}', '--max_iters=200', '--eval_interval=50', '--checkpoint_interval=3',
+                f'--seed={seed}', '--dropout=0.2']
+
+    whole = [uninterrupted(folder / f'whole{seed}', args(seed)) for seed in (1, 2)]
+    refused, mixed, lost = 0, 0, []
+    for i in range(count):
+        out_dir = folder / f'out{i}'
+        first = start([*args(1), f'--out_dir={out_dir}'])
+        time.sleep(random.uniform(0, 2))
+        second = start([*args(2), f'--out_dir={out_dir}'])
+        outputs = [process.communicate()[0] for process in (first, second)]
+        codes = [first.returncode, second.returncode]
+        if 1 in codes:
+            other = (first, second)[1 - codes.index(1)]
+            told = f'is in use by another run, process {other.pid} on {socket.gethostname()}'
+            refused += told in outputs[codes.index(1)]
+            wrong = [] if told in outputs[codes.index(1)] and sum(codes) == 1 else [str(outputs)[-1500:]]
+            wrong += differences(whole[codes.index(0)] if 0 in codes else whole[0], out_dir)
+        else:  # one after the other: the first one's files are in earlier/, whole
+            homes = [out_dir / 'earlier', out_dir]
+            wrong = min((differences(whole[0], a) + differences(whole[1], b)
+                         for a, b in (homes, homes[::-1]) if a.exists() and b.exists()),
+                        default=['no earlier run'], key=len)
+        mixed += bool(wrong)
+        lost += [f'{i}: {wrong}'] if wrong else []
+        shutil.rmtree(out_dir)
+    return (f'{count} pairs, {refused} refusals that name the other process, {count - refused} one after the '
+            f'other, {mixed} folders mixed or lost'), lost
+
+
+def kill_inside(command, ready, count, check, most):
+    """Kill a program `count` times within `most` seconds after it says `ready`, and check what is there."""
+    kills, lost = 0, []
+    while kills < count:
+        process = subprocess.Popen(command(kills), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, cwd=ROOT, env=os.environ | {'PYTHONUNBUFFERED': '1'})
+        wait_for(process, ready)
+        time.sleep(random.uniform(0, most))
+        process.kill()
+        output = process.communicate()[0]
+        kills += 1
+        lost += [f'{kills}: {wrong} {output[-500:]}' for wrong in check(kills)]
+    return kills, lost
+
+
+WRITER = """
+import sys
+sys.path.insert(0, '.')
+import random
+from support.text.prepare import write_text_dataset
+text = ' '.join(random.Random(int(sys.argv[2])).choices(['king', 'queen', 'crown'], k=300000))
+print('ready', flush=True)
+write_text_dataset(sys.argv[1], text, 'char', 'made by soak.py')
+"""
+
+
+def kill_prepare(folder, data, count):
+    """SIGKILL inside a preparation: the data is whole, or refused, and never another tokenizer's."""
+    from support.text.tokenizer import CharTokenizer, read_tokenizer
+    from support.text.tokens import fingerprint, open_split
+    target, found = folder / 'data', {'whole': 0, 'refused': 0}
+
+    def check(n):
+        wrong = []
+        try:
+            for split in ('train', 'val'):
+                fingerprint(target, split, open_split(target, split))
+            if not isinstance(read_tokenizer(target), CharTokenizer):
+                wrong = ['it opens as GPT-2\'s']
+            found['whole'] += 1
+        except (ValueError, FileNotFoundError):
+            found['refused'] += 1
+        if n % 2:  # the next one starts in an empty folder
+            shutil.rmtree(target, ignore_errors=True)
+        return wrong
+
+    kills, lost = kill_inside(lambda n: [sys.executable, '-c', WRITER, str(target), str(n)], 'ready', count,
+                              check, 0.3)
+    subprocess.run([sys.executable, '-c', WRITER, str(target), '0'], check=True, cwd=ROOT,
+                   stdout=subprocess.DEVNULL)
+    left = [p.name for p in target.glob('*.part')]
+    return (f'{kills} kills, {found["whole"]} folders whole, {found["refused"]} refused, {len(lost)} that '
+            f'open as another tokenizer\'s, {len(left)} files left over'), lost + left
+
+
+MOVER = """
+import os, sys, signal
+sys.path.insert(0, '.')
+from support.run import folder
+left, kinds = int(sys.argv[2]), ('rename', 'replace', 'mkdir', 'rmdir', 'unlink')
+def counted(real):
+    def call(*args, **kwargs):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return real(*args, **kwargs)
+    return call
+for kind in kinds:
+    setattr(os, kind, counted(getattr(os, kind)))
+folder.undo_half_move(sys.argv[1])
+folder.move_earlier_run(sys.argv[1])
+"""
+
+
+def kill_move(folder, data, count):
+    """SIGKILL before each of the steps of move_earlier_run: the run and the one before it are whole."""
+    from support.run.folder import FILES, undo_half_move
+    kills, lost, inside = 0, [], 0
+    for i in range(count):
+        out_dir = folder / f'out{i}'
+        for place, text in ((out_dir / 'earlier', 'old'), (out_dir, 'new')):
+            place.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                (place / name).write_text(text)
+        for step in (i % 12, random.randrange(12)):  # and once more, in what the first kill left
+            done = subprocess.run([sys.executable, '-c', MOVER, str(out_dir), str(step)], cwd=ROOT,
+                                  capture_output=True, text=True)
+            kills += done.returncode == -signal.SIGKILL
+        undo_half_move(out_dir)
+        now = {place: [(place / name).read_text() if (place / name).is_file() else None for name in FILES]
+               for place in (out_dir, out_dir / 'earlier')}
+        whole = [['new'] * 4 in now.values(), set(map(tuple, now.values())) <= {
+            ('new',) * 4, ('old',) * 4, (None,) * 4}]
+        inside += now[out_dir] == ['new'] * 4
+        lost += [] if all(whole) else [f'{i}: {now}']
+    return f'{kills} kills, {inside} moves undone, {len(lost)} runs lost', lost
+
+
+def kill_draw(folder, data, count):
+    """SIGKILL inside a drawing: the picture is the one before or the new one, and the run doesn't notice."""
+    run = uninterrupted(folder / 'run', [f'--data_dir={data}', '--max_iters=20', '--eval_interval=5'])
+    picture = run / 'loss.png'
+    command = [sys.executable, str(ROOT / 'plot.py'), str(run)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    size, inside, lost = picture.stat().st_size, 0, []
+    for i in range(count):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not [*run.glob('loss.png.*.part')]:
+            pass
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        inside += process.wait() == -signal.SIGKILL
+        content = picture.read_bytes()
+        if not content.startswith(b'\x89PNG') or b'IEND' not in content[-12:] or len(content) != size:
+            lost.append(f'{i}: {len(content)} bytes')
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    left = [p.name for p in run.glob('*.part')]
+    return (f'{count} drawings, {inside} killed inside, {len(lost)} pictures damaged, {len(left)} files left '
+            'over'), lost + left
+
+
+def output(folder, data, count):
+    """Standard output full, closed, or a pipe whose reader dies: no run ends, each has its states."""
+    args, ended, lost = [f'--data_dir={data}', '--max_iters=12', '--eval_interval=5'], 0, []
+    whole = uninterrupted(folder / 'whole', args)
+    for i in range(count):
+        out_dir, kind = folder / f'out{i}', ('full', 'closed', 'dead reader', 'both dead')[i % 4]
+        command = ' '.join([sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, *args,
+                            f'--out_dir={out_dir}'])
+        tail = {'full': '> /dev/full', 'closed': '>&-', 'dead reader': f'| head -n {random.randrange(30)} '
+                '> /dev/null', 'both dead': f'2>&1 | head -n {random.randrange(30)} > /dev/null'}[kind]
+        done = subprocess.run(['bash', '-o', 'pipefail', '-c', f'{command} {tail}'], cwd=ROOT, text=True,
+                              stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              env=os.environ | {'OMP_NUM_THREADS': '1'})
+        wrong = [f'status {done.returncode}: {done.stderr[-500:]}'] if done.returncode else \
+            differences(whole, out_dir)
+        ended += bool(wrong)
+        lost += [f'{kind}: {wrong}'] if wrong else []
+    return f'{count} runs whose output could not be written, {ended} ended', lost
+
+
+def hostile_states(state):
+    """{name: a checkpoint that asks for more than it has, or isn't one}, from a true one."""
+    args, weights = state['model_args'], state['model']
+    wte = weights['transformer.wte.weight']
+    deep, laughs = [], ['ha']
+    for _ in range(100_000):
+        deep = [deep]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+
+    def moments(change):
+        buffers = state['optimizer']['state']
+        return state | {'optimizer': state['optimizer'] | {
+            'state': {i: {k: change(t) if k != 'step' else t for k, t in b.items()}
+                      for i, b in buffers.items()}}}
+
+    sizes = {f'{k}={n}': state | {'model_args': args | {k: n}} for k in
+             ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size') for n in
+             (10**9, 10**18, 0, -1, 'x', None, 2.5)}
+    wide = wte[:1, :1].expand(10**6, 10**5)
+    return sizes | {
+        'expanded': state | {'model': weights | {'transformer.wte.weight': wide, 'lm_head.weight': wide},
+                             'model_args': args | {'vocab_size': 10**6, 'n_embd': 10**5}},
+        'meta': state | {'model': {k: t.to('meta') for k, t in weights.items()}},
+        'sparse': state | {'model': weights | {'lm_head.weight': wte.to_sparse()}},
+        'shorter moments': moments(lambda t: t.flatten()[:1].clone()),
+        'longer moments': moments(lambda t: torch.zeros(*t.shape, 2)),
+        'more rows': moments(lambda t: torch.cat((t, t))), 'bytes': moments(lambda t: t.byte()),
+        'no moments': moments(lambda t: None),
+        'wide moments': moments(lambda t: t.flatten()[0].clone().expand(t.shape)),
+        'no optimizer state': state | {'optimizer': {}}, 'nan': state | {'best_val_loss': float('nan')},
+        'text': state | {'best_val_loss': 'low'}, 'iteration': state | {'iter_num': 10**40},
+        'negative': state | {'iter_num': -5}, 'guard': state | {'guard': {'n_clipped': 'x'}},
+        'seconds': state | {'seconds': [1]}, 'tokenizer': state | {'tokenizer': {'kind': 'char', 'itos': 7}},
+        'settings': state | {'config': laughs}, 'deep': state | {'config': {'a': deep}},
+        'laughs': state | {'x': laughs}, 'names': state | {'model_args': {7: 8}},
+    }
+
+
+def measured(command):
+    """A program's status, standard error, seconds and peak memory in MB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, errors, time.perf_counter() - begin, usage.ru_maxrss / 1000
+
+
+def attack(cases, command, plain, count):
+    """Give `command(case)` each hostile case: it ends well or in one line, soon, in little memory."""
+    slowest, largest, refused, lost = 0.0, 0.0, 0, []
+    _, _, seconds, megabytes = measured(plain)
+    names = random.sample(sorted(cases), min(count, len(cases)))
+    for name in names:
+        status, errors, took, memory = measured(command(name))
+        slowest, largest = max(slowest, took - seconds), max(largest, memory - megabytes)
+        refused += status == 1 and len(errors.splitlines()) == 1
+        if status not in (0, 1) or status and len(errors.splitlines()) != 1 or took > seconds + 2 \
+                or memory > megabytes + 1000:
+            lost.append(f'{name}: status {status}, {took:.1f} s, {memory:.0f} MB, {errors[-700:]}')
+    return (f'{len(names)} tried, {refused} refused in one line, the others used, at most {slowest:.1f} s '
+            f'and {max(0, largest):.0f} MB more than a whole one'), lost
+
+
+def checkpoints(folder, data, count):
+    """Hostile checkpoints, resumed from and sampled."""
+    args = [f'--data_dir={data}', '--max_iters=4', '--eval_interval=4']
+    source = uninterrupted(folder / 'source', args)
+    state = checkpoint.load(source / 'latest.pt')
+    cases = hostile_states(state)
+
+    def command(name):
+        out_dir = folder / 'out'
+        shutil.rmtree(out_dir, ignore_errors=True)
+        out_dir.mkdir()
+        torch.save(cases[name], out_dir / 'ckpt.pt')
+        resume = [sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, *args, f'--out_dir={out_dir}',
+                  '--init_from=resume', '--max_iters=6']
+        sample = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={out_dir}', '--num_samples=1',
+                  '--max_new_tokens=5', '--device=cpu', '--start=king']
+        return random.choice((resume, resume, sample))
+
+    plain = [sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, *args, f'--out_dir={folder / "plain"}',
+             '--max_iters=6']
+    sys.setrecursionlimit(10**6)
+    return attack(cases, command, plain, count)
+
+
+def folders(folder, data, count):
+    """Hostile Hugging Face folders, sampled from."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+    source = folder / 'source'
+    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2,
+                               n_head=2)).save_pretrained(source)
+    config = json.loads((source / 'config.json').read_text())
+    weights = load_file(source / 'model.safetensors')
+    name = 'transformer.h.1.mlp.c_fc.weight'
+    sizes = ('n_layer', 'n_embd', 'vocab_size', 'n_positions', 'n_head')
+    configs = {f'{k}={n}': config | {k: n} for k in sizes for n in (10**9, 10**15, 0, -1, 'x', None, [])}
+    others = {
+        'list': [], 'type': config | {'model_type': 7}, 'activation': config | {'activation_function': 'x'},
+        'code': config | {'auto_map': {'AutoModelForCausalLM': 'evil.Model'}},
+    }
+    changes = {
+        'missing': lambda w: w.pop(name), 'more': lambda w: w.update(extra=torch.ones(2)),
+        'shape': lambda w: w.update({name: torch.ones(3, 3)}), 'nan': lambda w: w[name].fill_(float('nan')),
+        'none': lambda w: w.clear(),
+    }
+    contents = {'tokenizer.json': b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+                'vocab.json': b'{"a": 0}', 'model.safetensors': b'\xff' * 64, 'config.json': b'{',
+                'spiece.model': b'x'}
+
+    def command(case):
+        target = folder / 'out'
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        if case in configs | others:
+            (target / 'config.json').write_text(json.dumps((configs | others)[case]))
+        elif case in changes:
+            changed = {k: t.clone() for k, t in weights.items()}
+            changes[case](changed)
+            save_file(changed, target / 'model.safetensors', metadata={'format': 'pt'})
+        else:
+            (target / case).write_bytes(contents[case])
+        return sample(target)
+
+    def sample(target):
+        return [sys.executable, str(ROOT / 'sample.py'), f'--init_from={target}', '--num_samples=1',
+                '--max_new_tokens=5', '--device=cpu', '--start=king']
+
+    return attack({**configs, **others, **changes, **contents}, command, sample(source), count)
+
+
 FAULTS = {  # how often, where --count doesn't say
     'exact': (exact, 20), 'kill': (kill, 100), 'signal': (signals, 50), 'restart': (restart, 20),
     'fsdp_restart': (fsdp_restart, 20), 'node': (node, 5), 'flip': (flip, 1000), 'disk': (disk, 20),
     'nan': (nan, 1000), 'misspell': (misspell, 10**6), 'data': (data_faults, 100),
+    'pairs': (pairs, 200), 'kill_5': (kill_5, 60), 'kill_prepare': (kill_prepare, 20),
+    'kill_move': (kill_move, 20), 'kill_draw': (kill_draw, 20), 'output': (output, 20),
+    'checkpoints': (checkpoints, 50), 'folders': (folders, 50),
 }
 
 

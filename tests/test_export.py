@@ -126,7 +126,8 @@ def test_a_failed_push_is_one_line(save, run_script, tmp_path):
 
 
 @pytest.mark.parametrize('args, told', [
-    (['--export_dir=FOLDER/file'], 'is a file: name a folder'), (['--export_dir=FOLDER'], 'of another program'),
+    (['--export_dir=FOLDER/file'], 'is a file: name a folder'),
+    (['--export_dir=FOLDER'], 'of another program'),
     (['--push=no repository'], 'push=no repository is no name'), (['--push=a/b/c'], 'is no name'),
     (['--push=me/--x'], 'is no name'),
 ])
@@ -146,7 +147,8 @@ def test_an_export_of_ours_is_replaced_and_another_s_files_only_when_asked(save,
     card.write_text('another\'s')
     with pytest.raises(ValueError, match='--overwrite=True'):
         export()
-    assert card.read_text() == 'another\'s' and 'A GPT with' in (export('--overwrite') / 'README.md').read_text()
+    assert card.read_text() == 'another\'s'
+    assert 'A GPT with' in (export('--overwrite') / 'README.md').read_text()
 
 
 def test_names_are_escaped_in_the_model_card(save, export, tmp_path):

@@ -334,6 +334,9 @@ def test_a_run_is_not_resumed_on_data_of_another_tokenizer(train, tmp_path, char
     train('--max_iters=2')
     shutil.copytree(char_data, tmp_path / 'bpe')
     (tmp_path / 'bpe/meta.pkl').unlink()
+    with pytest.raises(ValueError, match='meta.pkl is missing, but dataset.json says .* are characters'):
+        train('--init_from=resume', data_dir=tmp_path / 'bpe')
+    (tmp_path / 'bpe/dataset.json').unlink()
     with pytest.raises(ValueError, match='another tokenizer'):
         train('--init_from=resume', data_dir=tmp_path / 'bpe')
 

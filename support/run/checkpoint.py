@@ -155,7 +155,8 @@ def check_state(state, size):
     if not (isinstance(state, dict)
             and all(isinstance(state.get(name), dict) for name in ('model', 'model_args'))
             and all(isinstance(name, str) and isinstance(t, torch.Tensor)
-                    for name, t in state['model'].items())):
+                    for name, t in state['model'].items())
+            and all(isinstance(name, str) for name in state['model_args'])):
         raise ValueError('it has no model and model_args')
     if not isinstance(state.get('iter_num', 0), int) or not 0 <= state.get('iter_num', 0) < 2**63:
         raise ValueError(f'iter_num={state["iter_num"]} is no number of iterations')
