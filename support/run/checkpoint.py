@@ -225,8 +225,8 @@ def load_model(init_from, out_dir, run):
         model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
     else:
-        state, model = {}, load_pretrained(init_from, {'dropout': 0.0})
         tokenizer = folder_tokenizer(init_from)
+        state, model = {}, load_pretrained(init_from, {'dropout': 0.0})
     return model.eval().to(run.device), tokenizer, state
 
 
