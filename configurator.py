@@ -119,7 +119,7 @@ def flush_or_drop():
 def is_broken(stream):
     """Whether nobody reads a stream any more, as where `| head` has ended."""
     try:
-        stream.flush()
+        print(file=stream, flush=True)  # what could not be written is no longer in the buffer
     except BrokenPipeError:
         return True
     except (OSError, ValueError, AttributeError):

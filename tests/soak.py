@@ -80,9 +80,9 @@ class Ranks:
 class Fault:
     """What goes wrong in one run, in a worker. Iterations are counted from 1, in this process's run.
 
-    kind: 'stop' (a SIGTERM), 'gradient', 'weight', 'moment' (one number becomes `value`), 'loss' (times
-    `value`), 'sum' (the loss alone, not its gradient), 'disk' (the file system has `leave` bytes from
-    iteration `at` to `until`). rank_of: None for all.
+    kind: 'stop' (a SIGTERM), 'evaluation' (the same, in one), 'gradient', 'weight', 'moment' (one number
+    becomes `value`), 'loss' (times `value`), 'sum' (the loss alone, not its gradient), 'disk' (the
+    file system has `leave` bytes from iteration `at` to `until`). rank_of: None for all.
     """
 
     def __init__(self, rank, kind=None, at=0, rank_of=None, value=0.0, leave=0, until=0, out_dir=None,
@@ -117,14 +117,16 @@ class Fault:
 
         def faulty_forward(module, *args, **kwargs):
             logits, loss = forward(module, *args, **kwargs)
-            if module.training and next(forwards) == self.at:
+            if self.kind == 'evaluation' and not module.training and next(forwards) == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            if self.kind != 'evaluation' and module.training and next(forwards) == self.at:
                 loss = loss * self.value if self.kind == 'loss' else loss + self.value
             return logits, loss
 
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(mock.patch.multiple(torch.nn.utils, clip_grad_norm_=faulty_clip))
             stack.enter_context(mock.patch.object(optim.AdamW, 'step', faulty_step))
-            if self.kind in ('loss', 'sum'):
+            if self.kind in ('loss', 'sum', 'evaluation'):
                 stack.enter_context(mock.patch.object(model.GPT, 'forward', faulty_forward))
             if self.lie:
                 stack.enter_context(mock.patch.object(shutil, 'disk_usage', lambda path: SimpleNamespace(

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -472,3 +473,52 @@ def test_optimizer_of_another_model_is_refused(n_groups, n_biases):
     saved['param_groups'] = (saved['param_groups'] + [{'params': []}])[:n_groups]
     with pytest.raises(ValueError):
         checkpoint.load_optimizer(adamw(0.1, (0.9, 0.95)), saved)
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda t: t[:1].clone(), 'exp_avg of parameter 0 is'), (lambda t: torch.cat((t, t)), 'is needed'),
+    (lambda t: t.double(), 'float64'), (lambda t: t.byte(), 'uint8'), (lambda t: None, 'doesn.t fit'),
+    (lambda t: t.unsqueeze(-1), 'is needed'),
+])
+def test_buffers_of_another_shape_or_type_are_refused_before_use(change, told):
+    new, saved = adamw(0.1, (0.9, 0.95)), adamw(0.1, (0.9, 0.95)).state_dict()
+    before = {p: dict(new.state[p]) for p in new.state}
+    saved['state'][0]['exp_avg'] = change(saved['state'][0]['exp_avg'])
+    with pytest.raises(ValueError, match=told):
+        checkpoint.load_optimizer(new, saved)
+    assert all(new.state[p][k] is t for p, buffers in before.items() for k, t in buffers.items())
+
+
+def test_buffers_of_a_cropped_parameter_are_cropped_and_no_others():
+    new, saved = adamw(0.1, (0.9, 0.95)), adamw(0.1, (0.9, 0.95)).state_dict()
+    for name in ('exp_avg', 'exp_avg_sq'):
+        saved['state'][0][name] = torch.arange(8.0).view(4, 2)
+    weight, bias = (group['params'][0] for group in new.param_groups)
+    for cropped in (None, bias):
+        with pytest.raises(ValueError, match='is needed'):
+            checkpoint.load_optimizer(new, saved, cropped)
+    checkpoint.load_optimizer(new, saved, weight)
+    assert torch.equal(new.state[weight]['exp_avg'], torch.arange(6.0).view(3, 2))
+
+
+@pytest.mark.parametrize('error', [MemoryError(), OSError(errno.ENOMEM, 'mmap'),
+                                   RuntimeError('DefaultCPUAllocator: can\'t allocate memory'),
+                                   PermissionError(13, 'no')], ids=repr)
+def test_a_machine_without_memory_or_rights_does_not_make_a_state_damaged(error, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / 'latest.pt', STATE)
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises((MemoryError, FileNotFoundError), match='latest.pt'):
+        checkpoint.find(tmp_path, CPU, must_exist=True)
+    assert [p.name for p in tmp_path.iterdir()] == ['latest.pt']
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', bytes(10**7))
+    with pytest.raises(ValueError, match='compressed'):
+        checkpoint.load(path)

@@ -1,11 +1,15 @@
 """support/machine/files.py: replacing files, reading text, downloads, and errors of unreadable files."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 from contextlib import contextmanager, suppress
@@ -13,8 +17,9 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-from support.machine.files import download, explain_failure, read_text, replacing
+from support.machine.files import download, explain_failure, lock, read_text, replacing, unlock
 
 
 def assert_one_line(error):
@@ -190,3 +195,63 @@ def test_server_that_is_not_there_is_told(direct, tmp_path):
     with pytest.raises(FileNotFoundError, match='--input=FILE'):
         download(f'http://127.0.0.1:{port}/input.txt', SHA256, tmp_path / 'input.txt')
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- one writer
+
+def test_file_is_never_absent_while_it_is_replaced(tmp_path, monkeypatch):
+    path, keep, seen = tmp_path / 'file', tmp_path / 'kept', []
+    path.write_text('old')
+    for name in ('replace', 'link', 'unlink'):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, **k: (seen.append(path.exists()), real(*a, **k)))
+    for linkable in (True, False):
+        if not linkable:
+            monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError(95, 'no hard links')))
+        with replacing(path, keep) as temporary:
+            temporary.write_text('new')
+        assert keep.read_text() == ('old' if linkable else 'new') and path.read_text() == 'new'
+    assert len(seen) > 3 and all(seen)
+
+
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    host = socket.gethostname()
+    left = [tmp_path / f'file.{host}-{dead.pid}.part', tmp_path / f'file.{host}-{os.getppid()}.part',
+            tmp_path / f'file.elsewhere-{dead.pid}.part']
+    for path in left:
+        path.write_text('half')
+    with replacing(tmp_path / 'file') as temporary:
+        temporary.write_text('new')
+    assert [path.exists() for path in left] == [False, True, True]
+
+
+HOLD = 'import sys; from support.machine.files import lock; print(lock(sys.argv[1]), flush=True); input()'
+
+
+def hold(path):
+    process = subprocess.Popen([sys.executable, '-c', HOLD, str(path)], stdin=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, cwd=ROOT)
+    return process, process.stdout.readline().strip()
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / 'lock'
+    first, answer = hold(path)
+    assert answer == 'None'
+    second, refusal = hold(path)
+    assert refusal == f'process {first.pid} on {socket.gethostname()}' == lock(path)
+    first.kill()
+    for process in (first, second):
+        process.communicate('')
+    assert path.exists() and lock(path) is None and lock(path) is None
+    unlock(path)
+    assert not path.exists()
+
+
+def test_a_lock_is_had_where_the_file_system_has_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    monkeypatch.setattr(fcntl, 'lockf', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'no locks')))
+    assert lock(tmp_path / 'lock') is None
+    unlock(tmp_path / 'lock')

@@ -95,9 +95,9 @@ def test_missing_weights_are_one_line_with_a_way_out(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='gone is neither one of gpt2, .* nor a folder') as caught:
         load_pretrained('gone')
     assert '\n' not in str(caught.value)
-    for config in ('{"model_type": "gpt2"}', 'no JSON'):
+    for config, kind in (('{"model_type": "gpt2"}', FileNotFoundError), ('no JSON', ValueError)):
         (tmp_path / 'config.json').write_text(config)
-        with pytest.raises(FileNotFoundError, match='no GPT-2 weights in .*--init_from=PATH') as caught:
+        with pytest.raises(kind, match='no GPT-2 weights in .*--init_from=PATH') as caught:
             load_pretrained(str(tmp_path))
         assert '\n' not in str(caught.value)
 

@@ -600,3 +600,29 @@ def test_hub_is_asked_for_both_splits(dataset, where, column, rows, documents, p
 @pytest.mark.parametrize('dataset', ['tinystories', 'wikitext', 'lambada', 'ptb'])
 def test_corpus_out_of_reach_is_one_line_that_names_local_files(dataset, bpe, prepare):
     assert_mistake(prepare(dataset, ok=False, **CUT_OFF), 'ValueError', 'can\'t load', '--source=PATH')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='SIGKILL')
+def test_killed_preparation_never_opens_as_another_tokenizer_s(tmp_path):
+    import soak
+    assert soak.kill_prepare(tmp_path, None, 3)[1] == []
+
+
+def test_failing_preparation_leaves_the_data_that_was_there(tmp_path):
+    write_text_dataset(tmp_path, 'abc' * 100, 'char', 'first')
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def chunks():
+        yield [0]
+        raise RuntimeError('killed')
+
+    with pytest.raises(RuntimeError):
+        preparation.write_dataset(tmp_path, {'train': [[1]], 'val': chunks()}, GPT2Tokenizer(), 'second')
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_character_data_without_its_characters_is_not_opened_as_gpt2_s(tmp_path):
+    write_text_dataset(tmp_path, 'abc' * 100, 'char', 'test')
+    (tmp_path / 'meta.pkl').unlink()
+    with pytest.raises(ValueError, match='meta.pkl is missing, but dataset.json says'):
+        read_tokenizer(tmp_path)

@@ -448,3 +448,139 @@ def test_processes_that_start_at_different_times_find_the_same_state(two_ranks, 
     assert [r.error for r in replies] == [None, None] and 'resuming at iteration 4' in replies[0].output
     assert checkpoint.load(tmp_path / 'latest.pt')['iter_num'] == 7
     assert (tmp_path / 'latest.pt.damaged1').read_bytes() == b'damaged'
+
+
+# ---------------------------------------------------------------------------- a second run, odd folders
+
+def test_two_runs_in_one_folder_are_never_mixed(char_data, tmp_path):
+    text, lost = soak.pairs(tmp_path, char_data, 1)
+    assert lost == [], text
+
+
+def test_second_run_is_refused_and_the_first_one_s_files_stay(char_data, tmp_path):
+    out_dir = tmp_path / 'out'
+    args = [f'--data_dir={char_data}', '--max_iters=100000', '--eval_interval=10000']
+    first = soak.start([*args, f'--out_dir={out_dir}'])
+    try:
+        soak.wait_for(first, 'iter 3:')
+        for more in ((), ('--init_from=auto',), ('--init_from=resume',)):
+            second = soak.start([*args, f'--out_dir={out_dir}', *more])
+            assert f'is in use by another run, process {first.pid} on ' in second.communicate()[0]
+            assert second.returncode == 1 and first.poll() is None
+        free = soak.start([*args, f'--out_dir={out_dir}', '--eval_only', '--eval_iters=1'])
+        assert free.communicate()[0] and free.returncode == 0
+    finally:
+        first.kill()
+        first.communicate()
+    assert (out_dir / 'run.lock').exists() and not (out_dir / 'earlier').exists()
+    process = soak.start([f'--data_dir={char_data}', '--max_iters=2', f'--out_dir={out_dir}'])
+    assert 'iter 2' in process.communicate()[0] and not (out_dir / 'run.lock').exists()
+
+
+@pytest.mark.parametrize('place', ['file', 'file/below', 'x' * 300, '/proc/nowhere', 'folder'])
+def test_folder_that_cannot_be_written_to_is_one_line(place, train, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'folder/log.jsonl').mkdir(parents=True)
+    with pytest.raises(ValueError, match='can.t be written to|is a folder, where') as error:
+        train('--max_iters=2', out_dir=tmp_path / place)
+    assert '\n' not in str(error.value)
+
+
+def test_killed_move_of_an_earlier_run_loses_nothing(tmp_path):
+    assert soak.kill_move(tmp_path, None, 2)[1] == []
+
+
+def test_output_that_cannot_be_written_ends_no_run(char_data, tmp_path):
+    assert soak.output(tmp_path, char_data, 4)[1] == []
+
+
+def test_hostile_checkpoints_are_refused_in_one_line_soon(char_data, tmp_path):
+    text, lost = soak.checkpoints(tmp_path, char_data, 4)
+    assert lost == [], text
+
+
+def test_hostile_folders_are_refused_in_one_line_soon(bpe, tmp_path):
+    text, lost = soak.folders(tmp_path, None, 2)
+    assert lost == [], text
+
+
+# ---------------------------------------------------------------------------- told to stop in an evaluation
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_evaluation_is_broken_off_on_all_processes_and_the_run_stays_exact(n, parallel, request, char_data,
+                                                                           tmp_path):
+    ranks = request.getfixturevalue('one_rank' if n == 1 else 'two_ranks')
+    args = [f'--data_dir={char_data}', '--max_iters=8', '--eval_interval=4', '--eval_iters=40',
+            '--sample_interval=4', f'--gradient_accumulation_steps={n}', f'--parallel={parallel}']
+    assert [r.error for r in ranks.train(*args, f'--out_dir={tmp_path / "whole"}')] == [None] * n
+    in_each = 80 // n + (n == 1 or parallel == 'fsdp')  # forward passes of an evaluation, and the measurement
+    replies = ranks.train(*args, f'--out_dir={tmp_path / "out"}', kind='evaluation', rank_of=n - 1,
+                          at=in_each + 30)
+    assert [r.error for r in replies] == [None] * n
+    assert 'stopped at iteration ' in replies[0].output and 'step 8' not in replies[0].output
+    replies = ranks.train(*args, f'--out_dir={tmp_path / "out"}', '--init_from=auto')
+    assert [r.error for r in replies] == [None] * n
+    assert soak.differences(tmp_path / 'whole', tmp_path / 'out') == []
+
+
+def test_sample_and_measurement_are_broken_off(train, tmp_path, monkeypatch):
+    from support.network import decoding, diagnostics
+    from support.run import runlog
+    real, tokens = decoding.stream, []
+
+    def stream(*args, **kwargs):
+        for token in real(*args, **kwargs):
+            tokens.append(token)
+            if len(tokens) == 3:
+                stop()
+            yield token
+
+    monkeypatch.setattr(runlog.decoding, 'stream', stream)
+    log = train('--max_iters=9', '--sample_interval=4', '--eval_interval=1000', '--block_size=32')['log']
+    assert len(tokens) == 3 and 'stopped at iteration 0' in log
+    monkeypatch.setattr(runlog.decoding, 'stream', real)
+    mean_square, blocks = diagnostics.mean_square, []
+
+    def look(y):
+        blocks.append(1)
+        if len(blocks) == 3:  # the first block of the second measurement
+            stop()
+        return mean_square(y)
+
+    monkeypatch.setattr(diagnostics, 'mean_square', look)
+    log = train('--max_iters=9', '--eval_interval=4', out_dir=tmp_path / 'b')['log']
+    assert len(blocks) == 3 and 'stopped at iteration 4' in log
+    assert checkpoint.load(tmp_path / 'b/latest.pt')['iter_num'] == 4
+
+
+# ---------------------------------------------------------------------------- processes that differ
+
+def test_processes_with_other_settings_or_data_are_refused(char_data, tmp_path):
+    other = shutil.copytree(char_data, tmp_path / 'data')
+    (other / 'dataset.json').unlink()
+    tokens = np.fromfile(other / 'train.bin', np.uint16)
+    tokens[7] = (tokens[7] + 1) % 2
+    tokens.tofile(other / 'train.bin')
+    for more, told in (('--learning_rate=0.5', 'learning_rate=0.5 instead of 0.001'),
+                       (f'--data_dir={other}', 'SHA-256 of train=')):
+        env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'OMP_NUM_THREADS': '1',
+                            'MASTER_PORT': str(soak.free_port())}
+        processes = [subprocess.Popen(
+            [sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, '--gradient_accumulation_steps=2',
+             f'--data_dir={char_data}', f'--out_dir={tmp_path / "out"}', *([more] if rank else [])],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(2)]
+        for process in processes:
+            error = process.communicate(timeout=60)[1]
+            assert f'rank 1 was started otherwise than rank 0: {told}' in error
+            assert process.returncode == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_no_best_loss_in_a_checkpoint_is_none(train, tmp_path):
+    train('--max_iters=2')
+    path = tmp_path / 'out/latest.pt'
+    checkpoint.save(path, checkpoint.load(path) | {'best_val_loss': float('nan')})
+    train('--max_iters=4', '--init_from=resume', '--always_save_checkpoint=False', '--eval_interval=4')
+    assert math.isfinite(checkpoint.load(tmp_path / 'out/ckpt.pt')['best_val_loss'])

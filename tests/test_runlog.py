@@ -503,3 +503,22 @@ def test_nothing_is_drawn_without_matplotlib(program, monkeypatch, capsys):
     drawing.start()
     drawing.close(patience=60)
     assert drawing.process is None and not drawn.exists() and capsys.readouterr().out == ''
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise OSError(28, 'No space left on device')
+
+
+@pytest.mark.parametrize('stream', [Broken(), None, 'closed'], ids=['full', 'none', 'closed'])
+def test_output_that_cannot_be_written_costs_its_lines_only(stream, monkeypatch, capsys):
+    if stream == 'closed':
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(console, 'has_failed', False)
+    monkeypatch.setattr(sys, 'stdout', stream)
+    for _ in range(3):
+        print0('a line')
+    keep_line()
+    console.flush()
+    assert capsys.readouterr().err.count('standard output can\'t be written') == (stream is not None)

@@ -332,3 +332,10 @@ def test_the_prompt_is_driven_as_by_a_user(trained, sample):
         user.process.kill()
         user.process.wait()
         os.close(user.master)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='bash')
+def test_reader_that_has_read_enough_ends_the_sampling_without_a_traceback(trained, tmp_path):
+    command = f'{sys.executable} {ROOT}/sample.py --out_dir={trained} --device=cpu --max_new_tokens=2000'
+    done = subprocess.run(['bash', '-c', f'{command} | head -n 1'], capture_output=True, text=True, cwd=ROOT)
+    assert 'Traceback' not in done.stderr and done.stderr.count('\n') <= 1 and done.stdout

@@ -79,3 +79,33 @@ def test_signal_is_seen_by_all_processes_one_call_later(monkeypatch):
     answers += [request.agreed(), request.agreed()]
     assert answers == [False, False, False, True] and exchanged == [0, 0, 1]
     assert request.close() is True and len(exchanged) == 4 and request.close() is False
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows has no SIGHUP')
+def test_closed_terminal_is_a_request_to_stop_but_not_under_nohup(stop_request):
+    signal.raise_signal(signal.SIGHUP)
+    assert stop_request.agreed()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signals.stop_signals() == (signal.SIGINT, signal.SIGTERM)
+
+
+def test_work_is_broken_off_at_the_next_batch(stop_request):
+    done = []
+    with pytest.raises(signals.Stopped):
+        for batch in stop_request.watch(range(9)):
+            done.append(batch)
+            if batch == 3:
+                signal.raise_signal(signal.SIGTERM)
+    assert done == [0, 1, 2, 3]
+
+
+def test_work_of_one_process_asks_no_other_and_ends_alone(stop_request, monkeypatch):
+    monkeypatch.setattr(signals.dist, 'all_reduce', None)  # nothing to call
+    stop_request.received, stop_request.group = signal.SIGTERM, 'others'
+    with stop_request.alone():
+        stop_request.check()
+        raise AssertionError
+    assert stop_request.group == 'others'
+    stop_request.group = None
+    with pytest.raises(signals.Stopped), stop_request.alone():
+        stop_request.check()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from support.text import tokens
 from support.text.prepare import write_dataset
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_meta, read_tokenizer
 from support.text.tokens import (
@@ -447,3 +448,47 @@ def test_batch_grows_from_one_micro_step_to_all(micro_steps, iterations):
     assert sizes == sorted(sizes) and sizes[iterations:] == [micro_steps] * 5
     assert abs(sizes[0] - micro_steps / (iterations + 1)) < 1
     assert [ramp.before(i) for i in range(len(sizes))] == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+# ---------------------------------------------------------------------------- faults
+
+def test_data_whose_preparation_was_broken_off_is_refused(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / 'train.bin')
+    (tmp_path / 'dataset.json').write_text('{"unfinished": true}')
+    with pytest.raises(ValueError, match='was broken off; prepare it again'):
+        tokens.open_split(tmp_path, 'train')
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'train_000.bin'])
+def test_file_cut_in_mid_run_is_an_error_not_a_bus_error(name, tmp_path):
+    np.arange(9000, dtype=np.uint16).tofile(tmp_path / name)
+    split = tokens.open_split(tmp_path, 'train')
+    tokens.read_windows(split, np.array([8000]), 16)
+    os.truncate(tmp_path / name, 100)
+    with pytest.raises(ValueError, match=f'{name} has become shorter since it was opened'):
+        tokens.read_windows(split, np.array([8000]), 16)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 64, 1000, 65537])
+def test_order_without_a_table_is_a_permutation(n):
+    keys = np.random.default_rng(n).integers(2**64, size=6, dtype=np.uint64)
+    order = tokens.shuffled(np.arange(n), n, keys)
+    assert (np.sort(order) == np.arange(n)).all()
+    if n > 100:
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1 and (np.diff(order) == 1).mean() < 0.02
+
+
+def test_epochs_are_whole_with_and_without_a_table(monkeypatch):
+    n = tokens.windows_an_epoch(10_000, 16)
+    with_table = tokens.epoch_windows(5, n - 3, n + 7, 10_000, 16)
+    assert (with_table[:3] == tokens.epoch_windows(5, n - 3, 3, 10_000, 16)).all()
+    monkeypatch.setattr(tokens, 'LARGEST_TABLE', 10)
+    for epoch in range(2):
+        starts = tokens.epoch_windows(5, epoch * n, n, 10_000, 16)
+        assert (np.diff(np.sort(starts)) == 16).all() and starts.max() + 17 <= 10_000
+    assert (tokens.epoch_windows(5, 0, n, 10_000, 16) != starts).any()
+
+
+def test_windows_of_a_vast_epoch_take_no_memory():
+    starts = tokens.epoch_windows(1, 10**10, 1000, 10**14, 1024)
+    assert len(set(starts.tolist())) == 1000 and starts.max() < 10**14

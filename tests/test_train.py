@@ -508,3 +508,21 @@ def test_accumulation_that_does_not_divide_is_refused(run_script, char_data, tmp
                       '--gradient_accumulation_steps=3', ok=False,
                       launcher=('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
     assert 'ValueError: gradient_accumulation_steps=3 counts over all processes' in done.stderr
+
+
+@pytest.mark.parametrize('setting, told', [
+    ('grad_clip=-1', 'at least 0 and finite'), ('weight_decay=-1', 'at least 0'), ('ema_decay=2', 'below 1'),
+    ('eval_iters=-1', 'at least 0'), ('beta1=2', 'below 1'), ('learning_rate=-1', 'at least 0'),
+    ('learning_rate=1e999', 'finite'), (f'seed={10**22}', '64 bits'), ('dropout=1', 'below 1'),
+    ('n_layer=0', 'at least 1'), ('lora_alpha=-1', 'at least 0'), ('batch_size=0', 'at least 1'),
+])
+def test_settings_that_cannot_be_meant_are_refused_with_their_range(setting, told, train, tmp_path):
+    with pytest.raises(ValueError, match=f'^{setting.split("=")[0]}=.* must be .*{told}'):
+        train(f'--{setting}')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_whole_number_written_as_a_float_is_one(train):
+    assert list(losses(train('--max_iters=2e0')['log'])) == [0, 1, 2]
+    with pytest.raises(ValueError, match='takes int'):
+        train('--max_iters=2.5')

@@ -50,11 +50,15 @@ def read_pretrained(model_type):
 def read_offline_too(read, model_type, *args):
     """read(model_type, *args), from the local cache if the hub can't be reached, its errors in one line."""
     go_offline_if_cut_off()
-    check_size(Path(model_type))
+    if Path(model_type, 'config.json').is_file():
+        check_size(Path(model_type))
+        from transformers import logging
+        logging.disable_progress_bar()  # it would stand before the one line of an error
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     try:
         return read(model_type, *args)
-    except (*UNREADABLE, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, MemoryError) or (
                 traceback.extract_tb(error.__traceback__)[-1].filename == model.__file__
                 and isinstance(error, (ValueError, FileNotFoundError))):
@@ -66,17 +70,15 @@ def read_offline_too(read, model_type, *args):
 def check_size(folder):
     """ValueError if a folder's config.json asks for more parameters than its weights' files have bytes:
     transformers would take the memory first."""
-    if not Path(folder, 'config.json').is_file():
-        return
-    with explain_failure(f'no GPT-2 weights in {folder}'):
-        c = {'n_layer': 12, 'n_embd': 768, 'vocab_size': 50257, 'n_positions': 1024} | json.loads(
-            Path(folder, 'config.json').read_text(encoding='utf-8'))
+    sizes = {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50257, 'n_positions': 1024}  # defaults
+    with explain_failure(f'no GPT-2 weights in {folder}; name a folder that holds them: --init_from=PATH'):
+        c = sizes | json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
         if c.get('model_type', 'gpt2') != 'gpt2':
             return
-        rows = [c[k] for k in ('vocab_size', 'n_positions')]
-        asked = c['n_embd'] * (sum(rows) + 12 * c['n_layer'] * c['n_embd']) + 500 * c['n_layer']  # names
-        if not all(isinstance(n, int) and n > 0 for n in (*rows, c['n_layer'], c['n_embd'])):
-            raise ValueError('config.json has sizes that are no numbers')
+        if wrong := [f'{k}={c[k]!r:.40}' for k in sizes if not isinstance(c[k], int) or c[k] < 1]:
+            raise ValueError(f'config.json has {", ".join(wrong)}')
+        weights = c['n_embd'] * (c['vocab_size'] + c['n_positions'] + 12 * c['n_layer'] * c['n_embd'])
+        asked = weights + 500 * c['n_layer']  # the names of a layer's tensors
         found = sum(p.stat().st_size for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.bin'))
         if found and asked > found:
             raise ValueError(f'config.json asks for {asked:,} bytes at least, the weights have {found:,}')

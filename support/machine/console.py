@@ -53,7 +53,7 @@ def write(text):
     except (OSError, ValueError) as error:  # ValueError: closed
         if not has_failed:
             with contextlib.suppress(OSError, ValueError):
-                print(f'standard output can\'t be written ({error}): the run goes on without it',
+                print(f'standard output can\'t be written ({error}), its lines are lost',
                       file=sys.stderr, flush=True)
         has_failed = True
 

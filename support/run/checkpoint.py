@@ -251,14 +251,13 @@ def load_model(init_from, out_dir, run, weights='full'):
             model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
     else:
-        state = {}
+        state, tokenizer = {}, folder_tokenizer(init_from)
         if weights == 'int8':
             args, named = read_pretrained(init_from)
             model = build_int8(GPTConfig(**args | {'dropout': 0.0}),
                                ((name, named.pop(name)) for name in [*named]))
         else:
             model = load_pretrained(init_from, {'dropout': 0.0})
-        tokenizer = folder_tokenizer(init_from)
     use_fast_products(model, run)
     return model.eval().to(run.device), tokenizer, state
 
