@@ -23,7 +23,7 @@ from configurator import configure
 from support.machine import runtime
 from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights
-from support.run.checkpoint import load_model
+from support.run.state import load_model
 from support.network.scoring import TASKS, mean_loss, read_items, score_texts
 from support.text.tokenizer import read_tokenizer
 from support.text.tokens import check_split, eval_windows, open_split, read_windows

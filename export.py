@@ -22,6 +22,7 @@ from configurator import configure
 from support.hub.huggingface import to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
 from support.run import checkpoint
+from support.run.state import config_from_args, model_args, tokenizer_of
 from support.text.tokenizer import GPT2_VOCAB
 from support.text.tokens import read_info
 
@@ -127,8 +128,8 @@ def model_card(state, args, kind, n_parameters, tokenizer):
 
 def write_folder(folder, state):
     """Write FILES; nothing if no architecture of transformers computes the model. Returns a summary."""
-    args = checkpoint.model_args(checkpoint.config_from_args(state['model_args']))
-    tokenizer = checkpoint.tokenizer_of(state)
+    args = model_args(config_from_args(state['model_args']))
+    tokenizer = tokenizer_of(state)
     tokenizer.encode('')  # raises ValueError if the tokens have no text
     config, weights = to_transformers(args, state['model'])
     from safetensors.torch import save_file  # here because transformers takes seconds to import

@@ -291,8 +291,7 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-def softcap(logits, cap):
-    """Logits between -cap and cap (Gemma 2, 2024, section 2)."""
+def softcap(logits, cap):  # Gemma 2, 2024, section 2
     return cap * torch.tanh(logits / cap)
 
 

@@ -28,7 +28,7 @@ from support.machine import runtime
 from support.machine.files import read_text
 from support.network.decoding import Text, stream
 from support.network.quantize import check_weights
-from support.run.checkpoint import load_model
+from support.run.state import load_model
 from support.run.prompt import Sampling, interact
 
 # ---------------------------------------------------------------------------- settings

@@ -23,19 +23,20 @@ import torch.distributed as dist
 from configurator import configure
 from model import GPT, GPTConfig
 from support.hub.huggingface import load_pretrained
-from support.machine.console import print0
 from support.machine import fsdp, hardware, runtime
+from support.machine.console import print0
 from support.machine.signals import Stopped, StopRequest
 from support.network import lora
 from support.network.diagnostics import Guard, measure, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
+from support.network.scoring import mean_loss
 from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
-from support.network.scoring import mean_loss
 from support.run.start import check_data, check_ranks, check_settings, find_state, restore
+from support.run.state import build_model, load_optimizer, load_weights, model_args
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
 from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
                                  read_windows)
@@ -153,11 +154,11 @@ if meta:
 
 # ---------------------------------------------------------------------------- model
 
-claim(config, run)
 state, is_resumed = find_state(config, run)  # of an earlier run, or None
+claim(config, run)
 changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
 if state:
-    model = checkpoint.build_model(state, changes)
+    model = build_model(state, changes)
 elif init_from in ('scratch', 'auto'):
     model = GPT(GPTConfig(vocab_size=data_vocab, **plan.architecture_of(config)))
 else:
@@ -196,8 +197,8 @@ if is_resumed:
         state, meter, guard, gradient_accumulation_steps * batch_size * window, wandb_id)
     if not eval_only:
         if 'trained' in state:  # then state['model'] is their average, or has adapters merged in
-            checkpoint.load_weights(model, state['trained'])
-        checkpoint.load_optimizer(opt, state['optimizer'], getattr(model.transformer.wpe, 'weight', None))
+            load_weights(model, state['trained'])
+        load_optimizer(opt, state['optimizer'], getattr(model.transformer.wpe, 'weight', None))
         scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
 del state
 first_iter = saved_iter = iter_num
@@ -265,8 +266,7 @@ def update(iteration, lr, vitals=None):
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
         for micro_step in range(n_micro):
             x, y = next(batches)
-            is_last = micro_step == n_micro - 1
-            with nullcontext() if is_last else no_sync():  # exchange gradients once an iteration
+            with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
                 with autocast:
                     micro_loss = parallel_model(x, y)[1] / n_micro
                 meter.begin_waiting()
@@ -293,7 +293,7 @@ def save(name, keep=None, with_optimizer=True):
     state = {
         'model': weights,
         'optimizer': fsdp.full_optimizer_state(model, opt),
-        'model_args': checkpoint.model_args(model.config),
+        'model_args': model_args(model.config),
         'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config,
         'tokenizer': tokenizer.to_dict(),

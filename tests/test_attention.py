@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache, softmax_attention
 from support.network.attention import attention, gaussian_attention, gaussian_exponent, weighted_attention
-from support.run.checkpoint import config_from_args, model_args
+from support.run.state import config_from_args, model_args
 
 TYPES = ['SM', 'GK', 'GKpoly-2', 'GKpoly-8', 'PA_gelu', 'PA_relu', 'PA_sigmoid', 'PA_square',
          'PA_relu-square', 'PA_silu']

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
 from support.run import checkpoint, folder
+from support.run.state import config_from_args, load_model, load_optimizer, model_args
 
 STATE = {
     'model': {'transformer.wte.weight': torch.arange(6.0).view(2, 3), 'lm_head.weight': torch.ones(2, 3)},
@@ -412,32 +413,32 @@ CPU = Runtime('cpu', 'float32', False, 'gloo')
 def test_model_of_a_checkpoint_is_the_saved_one_without_dropout(tmp_path):
     saved = GPT(GPTConfig(**TINY, dropout=0.3))
     checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'model': saved.state_dict(), 'iter_num': 7,
-                                                   'model_args': checkpoint.model_args(saved.config)})
-    model, tokenizer, state = checkpoint.load_model('resume', tmp_path, CPU)
+                                                   'model_args': model_args(saved.config)})
+    model, tokenizer, state = load_model('resume', tmp_path, CPU)
     assert_equal_trees(dict(model.state_dict()), dict(saved.state_dict()))
     assert not model.training and model.config.dropout == 0 and state['iter_num'] == 7
     assert tokenizer.to_dict() == STATE['tokenizer']
 
 
 def test_model_of_a_folder_has_no_state_and_gpt2_s_tokenizer(gpt2_folder):
-    model, tokenizer, state = checkpoint.load_model(str(gpt2_folder), 'nowhere', CPU)
+    model, tokenizer, state = load_model(str(gpt2_folder), 'nowhere', CPU)
     assert not model.training and model.config.dropout == 0 and state == {}
     assert tokenizer.to_dict() == {'kind': 'gpt2'} and model.config.vocab_size == 50257
 
 
 def test_model_of_a_missing_checkpoint_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match='ckpt.pt is missing: train a model there first'):
-        checkpoint.load_model('resume', tmp_path, CPU)
+        load_model('resume', tmp_path, CPU)
 
 
 @pytest.mark.parametrize('more, reason', [({'flux': 1}, "settings that don't exist here: flux"),
                                           ({'residual_scale': True}, 'here: residual_scale')])
 def test_model_settings_that_this_version_does_not_know_are_refused(more, reason, tmp_path):
-    args = checkpoint.model_args(GPTConfig(**TINY))
-    assert checkpoint.config_from_args(args) == GPTConfig(**TINY)
+    args = model_args(GPTConfig(**TINY))
+    assert config_from_args(args) == GPTConfig(**TINY)
     checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'model_args': args | more})
     with pytest.raises(ValueError, match=reason):
-        checkpoint.load_model('resume', tmp_path, CPU)
+        load_model('resume', tmp_path, CPU)
 
 
 # ---------------------------------------------------------------------------- the optimizer
@@ -459,7 +460,7 @@ def test_resumed_optimizer_keeps_its_settings_and_takes_the_saved_buffers(tmp_pa
     old, new = adamw(0.1, (0.9, 0.95)), adamw(0.3, (0.8, 0.99))
     checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'optimizer': old.state_dict()})
     saved = checkpoint.load(tmp_path / 'ckpt.pt')['optimizer']
-    checkpoint.load_optimizer(new, saved)
+    load_optimizer(new, saved)
     own = new.state[new.param_groups[0]['params'][0]]['exp_avg']
     assert own.data_ptr() != saved['state'][0]['exp_avg'].data_ptr()  # nothing of the file stays mapped
     assert [g['weight_decay'] for g in new.param_groups] == [0.3, 0.0]
@@ -472,7 +473,7 @@ def test_optimizer_of_another_model_is_refused(n_groups, n_biases):
     saved = adamw(0.1, (0.9, 0.95), n_biases).state_dict()
     saved['param_groups'] = (saved['param_groups'] + [{'params': []}])[:n_groups]
     with pytest.raises(ValueError):
-        checkpoint.load_optimizer(adamw(0.1, (0.9, 0.95)), saved)
+        load_optimizer(adamw(0.1, (0.9, 0.95)), saved)
 
 
 @pytest.mark.parametrize('change, told', [
@@ -485,7 +486,7 @@ def test_buffers_of_another_shape_or_type_are_refused_before_use(change, told):
     before = {p: dict(new.state[p]) for p in new.state}
     saved['state'][0]['exp_avg'] = change(saved['state'][0]['exp_avg'])
     with pytest.raises(ValueError, match=told):
-        checkpoint.load_optimizer(new, saved)
+        load_optimizer(new, saved)
     assert all(new.state[p][k] is t for p, buffers in before.items() for k, t in buffers.items())
 
 
@@ -496,8 +497,8 @@ def test_buffers_of_a_cropped_parameter_are_cropped_and_no_others():
     weight, bias = (group['params'][0] for group in new.param_groups)
     for cropped in (None, bias):
         with pytest.raises(ValueError, match='is needed'):
-            checkpoint.load_optimizer(new, saved, cropped)
-    checkpoint.load_optimizer(new, saved, weight)
+            load_optimizer(new, saved, cropped)
+    load_optimizer(new, saved, weight)
     assert torch.equal(new.state[weight]['exp_avg'], torch.arange(6.0).view(3, 2))
 
 

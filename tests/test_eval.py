@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from support.hub.huggingface import write_tokenizer
 from support.machine.runtime import Runtime
 from support.run import checkpoint
+from support.run.state import model_args
 from support.text.prepare import write_dataset, write_text_dataset
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 from support.text.tokens import open_split
@@ -136,7 +137,7 @@ def char_run(tmp_path):
     tokenizer = CharTokenizer.of_text(text)
     model = GPT(GPTConfig(**(TINY | {'vocab_size': tokenizer.n_vocab}))).eval()
     checkpoint.save(tmp_path / 'run/ckpt.pt', {
-        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
+        'model': model.state_dict(), 'model_args': model_args(model.config), 'iter_num': 7,
         'tokenizer': tokenizer.to_dict(), 'config': {'data_dir': str(tmp_path / 'data')}})
     return tmp_path / 'run', model
 

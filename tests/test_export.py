@@ -9,6 +9,7 @@ import torch
 from model import GPT, GPTConfig
 from support.network.decoding import generate as generate_fast
 from support.run import checkpoint
+from support.run.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
@@ -26,7 +27,7 @@ def save(tmp_path):
                 p.normal_(mean=float('ln_' in name), std=0.2)
             model.lm_head.weight[tokenizer.n_vocab:] *= 5  # padding that would win if it could
         checkpoint.save(tmp_path / 'run/ckpt.pt', {
-            'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 250,
+            'model': model.state_dict(), 'model_args': model_args(model.config), 'iter_num': 250,
             'best_val_loss': 1.5, 'tokenizer': tokenizer.to_dict(), 'data': {'train': '0a1b'},
             'config': {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}})
         return model

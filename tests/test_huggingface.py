@@ -9,7 +9,7 @@ from conftest import TINY
 
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained, to_transformers, write_tokenizer
-from support.run.checkpoint import model_args
+from support.run.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from support.network.loss import LinearCrossEntropy, lean_loss
-from support.run.checkpoint import config_from_args, model_args
+from support.run.state import config_from_args, model_args
 
 
 def tiny(**changes):

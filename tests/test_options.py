@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, alibi
 from support.network.decoding import generate
 from support.network.loss import checkpoint_activations, linear_cross_entropy, use_lean_loss
-from support.run.checkpoint import config_from_args, model_args
+from support.run.state import config_from_args, model_args
 
 OPTIONS = {
     'rope': {'pos_emb': 'rope'},

@@ -15,6 +15,7 @@ from support.network.decoding import generate
 from support.network.loss import lean_loss
 from support.network.quantize import Int8Linear, build_int8
 from support.run import checkpoint
+from support.run.state import load_model, model_args
 
 CPU = Runtime('cpu', 'float32', False, 'gloo')
 MODELS = [{}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'norm': 'rmsnorm'},
@@ -159,7 +160,7 @@ def test_generating_continues_as_the_dequantised_model_does(options):
 
 def save(folder, model):
     checkpoint.save(folder / 'ckpt.pt', {'model': model.state_dict(), 'iter_num': 5, 'tokenizer':
-                                         {'kind': 'gpt2'}, 'model_args': checkpoint.model_args(model.config)})
+                                         {'kind': 'gpt2'}, 'model_args': model_args(model.config)})
 
 
 @pytest.mark.parametrize('options', MODELS)
@@ -170,7 +171,7 @@ def test_checkpoint_read_in_turn_gives_the_model_quantised_whole(options, tmp_pa
     monkeypatch.setattr(checkpoint, 'MAPPED', 5000)
     monkeypatch.setattr(checkpoint, 'load', lambda *a, **k: maps.append(1) or load(*a, **k))
     monkeypatch.setattr(checkpoint, 'tokenizer_of', lambda state: None)
-    read, _, state = checkpoint.load_model('resume', tmp_path, CPU, 'int8')
+    read, _, state = load_model('resume', tmp_path, CPU, 'int8')
     assert len(maps) > 5 and state['iter_num'] == 5
     ours, theirs = read.state_dict(), int8.state_dict()
     assert {*ours} == {*theirs} and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -190,8 +191,8 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
 
 def test_folder_of_transformers_gives_its_gpt2_in_int8(gpt2_folder, monkeypatch):
     monkeypatch.setattr(checkpoint, 'folder_tokenizer', lambda folder: None)
-    full, _, _ = checkpoint.load_model(str(gpt2_folder), '', CPU)
-    read, _, state = checkpoint.load_model(str(gpt2_folder), '', CPU, 'int8')
+    full, _, _ = load_model(str(gpt2_folder), '', CPU)
+    read, _, state = load_model(str(gpt2_folder), '', CPU, 'int8')
     theirs = build_int8(full.config, full.state_dict().items()).state_dict()
     assert state == {} and read.config == full.config and not read.training
     assert all(torch.equal(t, theirs[name]) for name, t in read.state_dict().items())

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from support.network.decoding import Text, generate
 from support.run import checkpoint
 from support.run.prompt import Sampling, obey
+from support.run.state import config_from_args, model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 
 LINE = '---------------\n'
@@ -26,7 +27,7 @@ LINE = '---------------\n'
 
 def save(folder, model, tokenizer, **others):
     checkpoint.save(folder / 'ckpt.pt', {
-        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
+        'model': model.state_dict(), 'model_args': model_args(model.config),
         'tokenizer': tokenizer.to_dict(), **others})
 
 
@@ -132,7 +133,7 @@ def test_a_damaged_checkpoint_is_one_line(run_script, trained, tmp_path):
 
 def loaded(folder):
     state = torch.load(folder / 'ckpt.pt')
-    model = GPT(checkpoint.config_from_args(state['model_args'])).eval()
+    model = GPT(config_from_args(state['model_args'])).eval()
     model.load_state_dict(state['model'])
     return model, CharTokenizer(state['tokenizer']['itos'])
 

@@ -11,6 +11,7 @@ from test_checkpoint import CPU, Evil, assert_equal_trees
 
 from model import GPT, GPTConfig
 from support.run import checkpoint
+from support.run.state import config_from_args, load_model
 
 ARGS = TINY | {'bias': True, 'dropout': 0.0}
 
@@ -32,7 +33,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.'])
 def test_prefixes_before_names_are_dropped(prefix, saved):
     folder, model = saved(prefix=prefix)
-    loaded, _, _ = checkpoint.load_model('resume', folder, CPU)
+    loaded, _, _ = load_model('resume', folder, CPU)
     assert_equal_trees(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
@@ -55,17 +56,17 @@ def test_numpy_s_numbers_and_paths_are_read_as_plain_values(zip_archive, core, s
     assert state['config'] == expected
     assert [type(v) for v in state['config'].values()][:1] + [type(state['config']['count'])] == [float, int]
     assert (type(state['iter_num']), state['iter_num'], state['best_val_loss']) == (int, 4, 1.5)
-    assert checkpoint.config_from_args(state['model_args']).vocab_size == 64
+    assert config_from_args(state['model_args']).vocab_size == 64
 
 
 def test_vocabulary_that_is_not_stated_is_that_of_the_weights(saved):
     folder, model = saved({'vocab_size': None})
-    assert checkpoint.load_model('resume', folder, CPU)[0].config.vocab_size == 64
+    assert load_model('resume', folder, CPU)[0].config.vocab_size == 64
 
 
 def test_model_settings_that_are_off_are_dropped_with_one_line(saved, capsys):
     folder, _ = saved({'add_lora': False, 'lora_r': None, 'n_experts': 0, 'rope_kind': '', 'qk_norms': False})
-    checkpoint.load_model('resume', folder, CPU)
+    load_model('resume', folder, CPU)
     assert capsys.readouterr().out == ('ignoring model settings of the checkpoint that are off: add_lora, '
                                        'lora_r, n_experts, rope_kind, qk_norms\n')
 
@@ -77,7 +78,7 @@ def test_model_settings_that_are_off_are_dropped_with_one_line(saved, capsys):
 def test_other_model_settings_are_refused_by_name_all_at_once(model_args, names, saved):
     folder, _ = saved(model_args)
     with pytest.raises(ValueError, match=f"model settings that don't exist here: {names}$"):
-        checkpoint.load_model('resume', folder, CPU)
+        load_model('resume', folder, CPU)
 
 
 def test_a_run_resumes_from_such_a_checkpoint(saved, train):
