@@ -56,6 +56,9 @@ configure(globals())
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise ValueError(f'mode={mode} is not one of train, decode, data, all')
+for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_tokens'):
+    if globals()[name] < 1:
+        raise ValueError(f'{name}={globals()[name]} must be at least 1')
 
 # ---------------------------------------------------------------------------- data, model
 
