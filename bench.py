@@ -62,6 +62,9 @@ configure(globals())
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise ValueError(f'mode={mode} is not one of train, decode, data, all')
+for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_tokens'):
+    if globals()[name] < 1:
+        raise ValueError(f'{name}={globals()[name]} must be at least 1')
 
 check_weights(weights)
 if weights == 'int8' and mode != 'decode':

@@ -10,6 +10,13 @@ SIZES = ('--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch
 LINE = r'^time per iteration: \d+\.\d{4}ms, MFU: (\d+\.\d\d%)'
 
 
+@pytest.mark.parametrize('setting, told', [('num_steps=-1', 'at least 1'), ('decode_tokens=0', 'at least 1'),
+                                           (f'seed={10**22}', 'fit into 64 bits')])
+def test_settings_that_cannot_be_meant_are_refused(setting, told, run_here):
+    with pytest.raises(ValueError, match=told):
+        run_here('bench.py', '--real_data=False', '--device=cpu', f'--{setting}')
+
+
 @pytest.mark.parametrize('real', [True, False])
 def test_time_and_mfu_are_printed(run_script, char_data, real):
     done = run_script('bench.py', *SIZES, f'--data_dir={char_data}', f'--real_data={real}')

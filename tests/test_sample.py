@@ -108,6 +108,7 @@ def test_samples_of_gpt2(sample, gpt2_folder, bpe):
     (['--start=FILE:missing.txt'], 'missing.txt is missing'),
     (['--start='], 'gives no tokens'),
     (['--temperature=-1'], 'temperature must be at least 0'),
+    ([f'--seed={10**22}'], 'seed must fit into 64 bits'),
     (['--out_dir=nowhere'], 'ckpt.pt is missing'),
     (['--top_p=0'], 'top_p must lie in (0, 1]'),
     (['--stop=["a", ""]'], 'neither a string nor a list of strings'),

@@ -124,6 +124,8 @@ class Runtime:
 
     def begin(self, seed):
         """Set up PyTorch for this run, once its processes are connected, and print what `resolve` chose."""
+        if not -2**63 <= seed < 2**63:
+            raise ValueError(f'seed={seed} must fit into 64 bits')
         if self.world_size > 1:
             sys.excepthook = end_with_error(sys.excepthook, self.rank, self.timeout)
         if self.device_type == 'cuda':

@@ -34,6 +34,7 @@ class Sampling:
                 ('top_p', 0 < self.top_p <= 1, 'lie in (0, 1]'),
                 ('min_p', 0 <= self.min_p <= 1, 'lie in [0, 1]'),
                 ('repetition_penalty', self.repetition_penalty > 0, 'be above 0'),
+                ('seed', -2**63 <= self.seed < 2**63, 'fit into 64 bits'),
                 ('max_new_tokens', self.max_new_tokens >= 0, 'be at least 0')):
             if not holds:
                 raise ValueError(f'{name} must {allowed}, not {getattr(self, name)}')
