@@ -154,8 +154,8 @@ if meta:
 
 # ---------------------------------------------------------------------------- model
 
-state, is_resumed = find_state(config, run)  # of an earlier run, or None
 claim(config, run)
+state, is_resumed = find_state(config, run)  # of an earlier run, or None
 changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm') if config[k] != 'auto'}
 if state:
     model = build_model(state, changes)

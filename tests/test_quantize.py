@@ -168,9 +168,9 @@ def test_checkpoint_read_in_turn_gives_the_model_quantised_whole(options, tmp_pa
     full, int8 = models(**options)
     save(tmp_path, full)
     maps, load = [], checkpoint.load
-    monkeypatch.setattr(checkpoint, 'MAPPED', 5000)
+    monkeypatch.setattr('support.run.state.MAPPED', 5000)
     monkeypatch.setattr(checkpoint, 'load', lambda *a, **k: maps.append(1) or load(*a, **k))
-    monkeypatch.setattr(checkpoint, 'tokenizer_of', lambda state: None)
+    monkeypatch.setattr('support.run.state.tokenizer_of', lambda state: None)
     read, _, state = load_model('resume', tmp_path, CPU, 'int8')
     assert len(maps) > 5 and state['iter_num'] == 5
     ours, theirs = read.state_dict(), int8.state_dict()
@@ -190,7 +190,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
 
 
 def test_folder_of_transformers_gives_its_gpt2_in_int8(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'folder_tokenizer', lambda folder: None)
+    monkeypatch.setattr('support.run.state.folder_tokenizer', lambda folder: None)
     full, _, _ = load_model(str(gpt2_folder), '', CPU)
     read, _, state = load_model(str(gpt2_folder), '', CPU, 'int8')
     theirs = build_int8(full.config, full.state_dict().items()).state_dict()

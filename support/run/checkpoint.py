@@ -205,7 +205,7 @@ def find(out_dir, run, must_exist, dry_run=False):
         raise next(iter(damaged.values()), None) or FileNotFoundError(
             f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
     for bad, error in damaged.items():
-        print0(error if dry_run else f'{error}; set aside as {set_aside(bad)}')
+        print0(str(error) if dry_run else f'{error}; set aside as {set_aside(bad)}')
     path = run.broadcast(path and str(path))
     if path is None:
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import KINDS, ON_BY_DEFAULT
+from configurator import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
@@ -39,7 +39,8 @@ def config_from_args(args):
     known = {f.name for f in fields(GPTConfig)}
     unknown = {k: v for k, v in args.items() if k not in known}
     off = [k for k, v in unknown.items() if isinstance(v, KINDS) and not v and k not in ON_BY_DEFAULT]
-    if refused := [str(k) for k in unknown if k not in off]:
+    if refused := [f'{k} ({REMOVED})' if OTHER_NAMES.get(k) == REMOVED else str(k)
+                   for k in unknown if k not in off]:
         raise ValueError(f'the checkpoint has model settings that don\'t exist here: {", ".join(refused)}')
     if off:
         print0(f'ignoring model settings of the checkpoint that are off: {", ".join(map(str, off))}')

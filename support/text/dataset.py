@@ -82,7 +82,10 @@ def read_info(data_dir):
     with explain_failure(f'{path} is damaged; prepare the data again'):
         if path.stat().st_size > 1 << 20:
             raise ValueError('it has more than a megabyte')
-        info = json.loads(path.read_text(encoding='utf-8'))
+        text = path.read_text(encoding='utf-8')
+        if text.count('{') + text.count('[') > 100:
+            raise ValueError('it is nested too deeply')  # thousands of levels crash Python's parser
+        info = json.loads(text)
         counts, digests = info.get('tokens', {}), info.get('sha256', {})
         if not (all(isinstance(n, int) and 0 <= n < 1 << 63 for n in counts.values())
                 and all(isinstance(text, str) for text in [*digests.values(), info.get('source', ''),
