@@ -169,7 +169,7 @@ def test_checkpoint_read_in_turn_gives_the_model_quantised_whole(options, tmp_pa
     save(tmp_path, full)
     maps, load = [], checkpoint.load
     monkeypatch.setattr('support.run.state.MAPPED', 5000)
-    monkeypatch.setattr(checkpoint, 'load', lambda *a, **k: maps.append(1) or load(*a, **k))
+    monkeypatch.setattr('support.run.state.load', lambda *a, **k: maps.append(1) or load(*a, **k))
     monkeypatch.setattr('support.run.state.tokenizer_of', lambda state: None)
     read, _, state = load_model('resume', tmp_path, CPU, 'int8')
     assert len(maps) > 5 and state['iter_num'] == 5

@@ -391,7 +391,7 @@ def test_gradients_are_synchronised_in_the_last_micro_step_only(train, monkeypat
     class Recorder(torch.nn.Module):
         """In the place of DDP, with its interface."""
 
-        def __init__(self, module, device_ids):
+        def __init__(self, module, device_ids, gradient_as_bucket_view):
             super().__init__()
             self.module, self.held = module, False
 

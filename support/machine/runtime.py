@@ -135,9 +135,9 @@ class Runtime:
             keep_freed_memory()
         torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
         on_cpu = self.device_type == 'cpu' and self.dtype == 'float32'
-        print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, compile: '
-               f'{self.compile}, backend: {self.backend}, processes: {self.world_size}'
-               + (f', products: {"oneDNN" if prefers_onednn() else "default"}' if on_cpu else ''))
+        products = f'products: {"oneDNN" if prefers_onednn() else "default"}, ' if on_cpu else ''
+        print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, {products}compile: '
+               f'{self.compile}, backend: {self.backend}, processes: {self.world_size}')
 
     def stop(self):
         """Leave the other processes."""
