@@ -410,7 +410,7 @@ def test_gradients_are_synchronised_in_the_last_micro_step_only(train, monkeypat
     monkeypatch.setattr(torch.distributed, 'all_reduce', lambda tensor, **_: None)
     monkeypatch.setattr(torch.distributed, 'broadcast_object_list', lambda values: None)
     monkeypatch.setattr(torch.distributed, 'all_gather_object', lambda values, value: None)
-    monkeypatch.setattr(torch.distributed, 'new_group', lambda backend: None)
+    monkeypatch.setattr(torch.distributed, 'new_group', lambda backend, timeout: None)
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '2')
     train('--max_iters=1', '--gradient_accumulation_steps=6')
