@@ -90,6 +90,7 @@ def gpt2_folder(tmp_path):
 def train(tmp_path, char_data, monkeypatch, capsys):
     """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
     from support.machine.signals import stop_signals
+    from support.run.folder import release
 
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
         argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args]
@@ -103,6 +104,7 @@ def train(tmp_path, char_data, monkeypatch, capsys):
             if stop.code:  # None with eval_only and dry_run
                 raise
         finally:
+            release(out_dir)  # as the end of a process does
             sys.excepthook = hook
             signal.set_wakeup_fd(-1)
             for number, handler in handlers.items():

@@ -53,8 +53,7 @@ def replacing(path, keep=None):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no other process writes to this name, so what is flushed and signed is what was written
-    temporary = path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.part')
+    temporary = own_name(path)
     remove_leftovers(path)
     try:
         yield temporary
@@ -68,9 +67,14 @@ def replacing(path, keep=None):
         flush_to_disk(path.parent, os.O_RDONLY)
 
 
+def own_name(path):
+    """A name beside `path` that no other process writes to, so what is signed is what was written."""
+    return path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.part')
+
+
 def link(path, name):
     """Give a file a second name, in place of the file that has it; a copy where there are no hard links."""
-    temporary = name.with_name(f'{name.name}.{socket.gethostname()}-{os.getpid()}.part')
+    temporary = own_name(name)
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)

@@ -58,13 +58,7 @@ def save(path, state, keep=None):
 
 def size_of(state):
     """Bytes of a state's file, rounded up: each storage of tensors, counted once, and 1 KB more."""
-    storages, stack = {}, [state]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, (dict, list, tuple)):
-            stack.extend(item.values() if isinstance(item, dict) else item)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(state)}
     return sum(storages.values()) + 1024 * (len(storages) + 16)
 
 

@@ -9,7 +9,6 @@ from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
 from support.network.lora import check_adapters
 from support.run import checkpoint
-from support.run.folder import release
 from support.text.tokens import SAMPLERS, check_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
@@ -74,11 +73,7 @@ def find_state(config, run):
     elif init_from in ('resume', 'auto'):
         state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=config['dry_run'])
     is_resumed = state is not None and init_from != 'finetune'
-    try:
-        check_adapters(config, state, is_resumed)
-    except ValueError:
-        release(out_dir)  # leaves no empty folder behind
-        raise
+    check_adapters(config, state, is_resumed)
     return state, is_resumed
 
 
