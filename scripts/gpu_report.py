@@ -62,7 +62,7 @@ print('peak memory:', hardware.peak_memory(DEVICE))
 '''
 
 
-def check_device():
+def check_gpu():
     """The Runtime that the measurements will have, without its line of output."""
     run = runtime.resolve(device)
     if run.device_type != 'cuda' and not tiny:
@@ -276,7 +276,7 @@ def table(rows):
     return '\n'.join(lines)
 
 
-run = check_device()
+run = check_gpu()
 folder = os.path.abspath(out_dir)
 shakespeare = os.path.abspath(data_dir) if data_dir else str(ROOT / 'data/shakespeare_char')
 BATCH, BLOCK = (2, 32) if tiny else (12, 1024)

@@ -41,7 +41,7 @@ def test_imports_go_down_only(room):
         if other.parts[0] == 'support':
             assert FLOORS.index(other.parts[1]) <= floor, f'{room} imports {other}'
         else:
-            assert str(other) in ('model.py', 'configurator.py'), f'{room} imports {other}'
+            assert str(other) == 'model.py', f'{room} imports {other}'
 
 
 def test_imports_have_no_circles():

@@ -71,7 +71,7 @@ def find_state(config, run):
     elif config['eval_only'] and init_from == 'resume':
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
     elif init_from in ('resume', 'auto'):
-        state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=config['dry_run'])
+        state = checkpoint.load_newest(out_dir, run, init_from == 'resume', config['dry_run'])
     is_resumed = state is not None and init_from != 'finetune'
     check_adapters(config, state, is_resumed)
     return state, is_resumed
