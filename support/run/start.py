@@ -7,6 +7,7 @@ from support.hub.huggingface import own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
+from support.machine.hardware import keep_products, products
 from support.network.lora import check_adapters
 from support.run import checkpoint
 from support.text.tokens import SAMPLERS, check_split
@@ -74,6 +75,11 @@ def find_state(config, run):
         state = checkpoint.load_newest(out_dir, run, init_from == 'resume', config['dry_run'])
     is_resumed = state is not None and init_from != 'finetune'
     check_adapters(config, state, is_resumed)
+    if run.device_type == 'cpu':
+        if is_resumed and (earlier := state.get('config', {}).get('products', products())) != products():
+            keep_products(earlier)
+            print0(f'float32 products: {products()}, as before the stop')
+        config['products'] = products()
     return state, is_resumed
 
 
