@@ -5,8 +5,8 @@ Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
-Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean, the thick
-lines over noisy ones are medians, both of 50 parts of the run.
+Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean, the
+thick lines over noisy ones are medians, both of 50 parts of the run.
 """
 
 import importlib.util
