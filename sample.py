@@ -14,6 +14,8 @@ Text appears as it is generated. Sample i of a run (from 0) has the seed `seed +
 the last block_size, and each token takes longer, because nothing can be cached.
 """
 
+import support  # noqa: F401, first, as it says what this Python lacks
+
 import sys
 import time
 from contextlib import redirect_stdout

@@ -12,7 +12,8 @@ Shakespeare, and no network.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('gpu_report.py') + '..')
+sys.path.insert(0, __file__.rpartition('gpu_report.py')[0] + '..')
+import support  # noqa: F401, first, as it says what this Python lacks
 
 import json
 import math
@@ -308,5 +309,6 @@ for name, command, where, reader, beforehand in left:
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as file:
         file.write(table(done) + '\n')
 print(f'\n{table(done)}')
-if missing := len(known | {row[0] for row in left}) - len({r['name'] for r in done}):
+missing = len(known | {row[0] for row in left}) - len({r['name'] for r in done})
+if missing:
     print(f'\n{missing} measurements are left: the same command continues')
