@@ -11,7 +11,7 @@ Measure how fast this machine trains a model, generates from it, and reads its d
 Prints a table, then the same and a description of the machine as one line of JSON.
 """
 
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import configure  # first, as it says what this Python lacks
 
 import itertools
 import json
@@ -23,7 +23,6 @@ from contextlib import nullcontext
 
 import torch
 
-from configurator import configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.network.decoding import generate
@@ -142,7 +141,7 @@ def decode(_):
     model.train()
 
 
-def measure(function, n):
+def time_calls(function, n):
     """Seconds of each of n calls, after a warm-up; the device is idle before and after each."""
     for i in range(max(1, n // 2)):
         function(i)
@@ -167,7 +166,7 @@ def row(work, times, n_tokens, flops=None, n_bytes=None):
 def measure_training():
     profiler = torch.profiler.profile() if profile else nullcontext()
     with profiler:
-        times = measure(train_step, num_steps)
+        times = time_calls(train_step, num_steps)
     found = row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0))
     if profile:
         profiler.export_chrome_trace('bench_trace.json')
@@ -183,13 +182,13 @@ def measure_decoding():
     size = hardware.DTYPES[run.dtype].itemsize
     weight_size = 1 if weights == 'int8' else size
     n_bytes = decode_tokens * (weight_size * model.get_num_params() + size * cached)
-    return row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
+    return row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                n_bytes=n_bytes)
 
 
 def measure_reading():
     n_tokens = batch_size * block_size
-    return row('data', measure(get_batch, 10 * num_steps), n_tokens, n_bytes=2 * n_tokens)  # uint16
+    return row('data', time_calls(get_batch, 10 * num_steps), n_tokens, n_bytes=2 * n_tokens)  # uint16
 
 
 # ---------------------------------------------------------------------------- results

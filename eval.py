@@ -11,7 +11,7 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
 Prints a table, then the same as a line of JSON.
 """
 
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import configure  # first, as it says what this Python lacks
 
 import math
 import os
@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import configure
 from support.machine import runtime
 from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights

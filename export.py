@@ -11,7 +11,7 @@ The folder computes what the checkpoint does, as GPT-2's architecture or as Llam
 is refused. `--init_from=exported` reads a GPT-2 back, bit for bit.
 """
 
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import configure  # first, as it says what this Python lacks
 
 import json
 import re
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure
 from support.hub.huggingface import to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
 from support.run.checkpoint import load_trained

@@ -8,7 +8,7 @@ Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
 Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean.
 """
 
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import configure  # first, as it says what this Python lacks
 
 import importlib.util
 import itertools
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure
 from support.machine.files import replacing
 
 # ---------------------------------------------------------------------------- settings

@@ -10,7 +10,8 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import configure  # first, as it says what this Python lacks
+
 import itertools
 import math
 import os
@@ -21,14 +22,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from configurator import configure
-from model import GPT, GPTConfig
+from model import GPT
 from support.hub.huggingface import load_pretrained
 from support.machine import fsdp, hardware, runtime
 from support.machine.console import print0
 from support.machine.signals import Stopped, StopRequest
 from support.network import lora
-from support.network.diagnostics import Guard, measure, watch_update
+from support.network.diagnostics import Guard, measure_vitals, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
@@ -37,7 +37,7 @@ from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
 from support.run.start import check_data, check_ranks, check_settings, find_state, open_data, restore
-from support.run.state import build_model, load_optimizer, load_weights, model_args
+from support.run.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
 from support.text.tokens import SAMPLERS, BatchRamp, eval_windows, fingerprint, prefetch, read_windows
 
@@ -159,7 +159,7 @@ changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm')
 if state:
     model = build_model(state, changes)
 elif init_from in ('scratch', 'auto'):
-    model = GPT(GPTConfig(vocab_size=data_vocab, **plan.architecture_of(config)))
+    model = GPT(config_from_settings(config, data_vocab))
 else:
     model = load_pretrained(init_from, changes)
 window = min(block_size, model.config.block_size)  # tokens of a sequence
@@ -284,7 +284,7 @@ def update(iteration, lr, vitals=None):
     return loss, grad_norm
 
 
-def save(name, keep=None, with_optimizer=True):
+def save_state(name, keep=None, with_optimizer=True):
     """Write all that an exact resume needs to out_dir, on the first process; all call it. Returns False, on
     all, if the file could not be written: a full disk costs a warning, not the run."""
     with average.in_place():
@@ -381,16 +381,16 @@ while iter_num <= max_iters and not stop.agreed():
                                'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
                     if measuring:
                         with stop.alone(is_alone):
-                            vitals = measure(model, run, probe, stop.check if is_alone else None)
+                            vitals = measure_vitals(model, run, probe, stop.check if is_alone else None)
                             log.write_later(iter_num, vitals)
                     if iter_num > first_iter:
                         drawing.start()
                     best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
                     if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
                         print0(f'saving checkpoint to {out_dir}')
-                        if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
+                        if not save_state('ckpt.pt', with_optimizer=ckpt_with_optimizer):
                             best_val_loss = best_before
-                if saving and save('latest.pt', keep='previous.pt'):
+                if saving and save_state('latest.pt', keep='previous.pt'):
                     saved_iter = iter_num
                 if sampling and measuring:
                     with stop.alone(is_alone), average.in_place():
@@ -419,7 +419,7 @@ while iter_num <= max_iters and not stop.agreed():
 stop.close()
 stopped = iter_num <= max_iters
 guard.stop_if_not_finite(iter_num, last_state())
-if iter_num > saved_iter and (checkpoint_interval or stopped) and not save('latest.pt', keep='previous.pt'):
+if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state('latest.pt', 'previous.pt'):
     raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
 if stopped:
     print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')

@@ -10,7 +10,6 @@ a stopped study has completed are kept.
 
 import sys
 sys.path.insert(0, __file__.rpartition('attention_study.py')[0] + '..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 import json
 import os

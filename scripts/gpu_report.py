@@ -13,7 +13,7 @@ Shakespeare, and no network.
 
 import sys
 sys.path.insert(0, __file__.rpartition('gpu_report.py')[0] + '..')
-import support  # noqa: F401, first, as it says what this Python lacks
+from configurator import ROOT, configure  # first, as it says what this Python lacks
 
 import json
 import math
@@ -27,7 +27,6 @@ import time
 import numpy as np
 import torch
 
-from configurator import ROOT, configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.run import plan
@@ -63,7 +62,7 @@ print('peak memory:', hardware.peak_memory(DEVICE))
 '''
 
 
-def check_device():
+def check_gpu():
     """The Runtime that the measurements will have, without its line of output."""
     run = runtime.resolve(device)
     if run.device_type != 'cuda' and not tiny:
@@ -277,7 +276,7 @@ def table(rows):
     return '\n'.join(lines)
 
 
-run = check_device()
+run = check_gpu()
 folder = os.path.abspath(out_dir)
 shakespeare = os.path.abspath(data_dir) if data_dir else str(ROOT / 'data/shakespeare_char')
 BATCH, BLOCK = (2, 32) if tiny else (12, 1024)

@@ -548,7 +548,7 @@ def test_a_machine_without_memory_or_rights_does_not_make_a_state_damaged(error,
 
     monkeypatch.setattr(torch, 'load', load)
     with pytest.raises((MemoryError, FileNotFoundError), match='latest.pt'):
-        checkpoint.find(tmp_path, CPU, must_exist=True)
+        checkpoint.load_newest(tmp_path, CPU, must_exist=True)
     assert [p.name for p in tmp_path.iterdir()] == ['latest.pt']
 
 

@@ -31,7 +31,7 @@ def test_cpu_gets_float32_uncompiled_with_gloo(without_gpu, capsys):
     assert (run.device, run.dtype, run.compile, run.backend) == ('cpu', 'float32', False, 'gloo')
     assert (run.rank, run.world_size, run.is_master, run.device_type) == (0, 1, True, 'cpu')
     line = capsys.readouterr().out
-    assert re.fullmatch(r'device: cpu \(\d+ threads\), dtype: float32, products: (oneDNN|default), '
+    assert re.fullmatch(r'device: cpu \(\d+ threads\), dtype: float32, products: (onednn|default), '
                         r'compile: False, backend: gloo, processes: 1\n', line)
 
 

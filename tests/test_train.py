@@ -366,7 +366,7 @@ def test_run_named_as_a_gpt2_is_refused_with_the_ways_to_go_on_from_it(train, tm
 
 
 def test_dataset_is_looked_for_in_the_repository_too(train, char_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(support.text.dataset, 'REPOSITORY', tmp_path / 'repository')
+    monkeypatch.setattr(support.text.dataset, 'ROOT', tmp_path / 'repository')
     shutil.copytree(char_data, tmp_path / 'repository/data/words')
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
@@ -379,7 +379,7 @@ def test_dataset_is_looked_for_in_the_repository_too(train, char_data, tmp_path,
 
 def test_run_without_settings_names_small_data_first(train, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(support.text.dataset, 'REPOSITORY', tmp_path)
+    monkeypatch.setattr(support.text.dataset, 'ROOT', tmp_path)
     with pytest.raises(FileNotFoundError, match='^to begin small, .*train_shakespeare_char_cpu.py; .*90 GB'):
         train(data_dir='')
     with pytest.raises(FileNotFoundError, match='^data.words.train.bin is missing'):

@@ -11,7 +11,6 @@ here, half of which is freed at the end. An interrupted run continues where it s
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 from pathlib import Path
 

@@ -9,7 +9,6 @@ Writes 301,966 tokens to train.bin and 36,059 to val.bin.
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 from pathlib import Path
 

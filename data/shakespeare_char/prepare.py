@@ -9,7 +9,6 @@ Writes 1,003,854 tokens to train.bin and 111,540 to val.bin, with a vocabulary o
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 from pathlib import Path
 

@@ -10,7 +10,6 @@ validation. Another Python version gives another text.
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 import sysconfig
 from pathlib import Path

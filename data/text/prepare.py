@@ -12,7 +12,6 @@ fine-tuning GPT-2 needs tokenizer=gpt2. The text is held in memory: for many gig
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 from pathlib import Path
 

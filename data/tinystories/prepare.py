@@ -12,7 +12,6 @@ train... and valid... . In text files, lines of <|endoftext|> separate the stori
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 from pathlib import Path
 

@@ -12,7 +12,6 @@ val.bin; the test split is left for testing.
 
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
-import support  # noqa: F401, first, as it says what this Python lacks
 
 import re
 from pathlib import Path

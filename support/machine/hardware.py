@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+kept_products = ''  # see keep_products
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -128,28 +129,44 @@ class OneDNN:
         torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
 
 
-@functools.cache
 def prefers_onednn():
-    """Whether oneDNN multiplies float32 matrices faster here than the default library, and as exactly;
-    measured within milliseconds. FLOAT32_PRODUCTS=onednn or default overrules the choice."""
-    wanted = os.environ.get('FLOAT32_PRODUCTS', '')
+    """Whether float32 products on a CPU are oneDNN's: where they are exact and faster, or as `keep_products`
+    or, before it, FLOAT32_PRODUCTS=onednn or default in the environment says."""
+    wanted = os.environ.get('FLOAT32_PRODUCTS') or kept_products
     if wanted not in ('', 'onednn', 'default'):
         raise ValueError(f'FLOAT32_PRODUCTS={wanted} is not one of onednn, default')
-    if wanted == 'default' or not torch.backends.mkldnn.is_available():
-        return False
-    x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (768, 512))  # a small GPT's layer
+    is_exact, is_faster = measure_onednn()
+    return is_exact and (is_faster or wanted == 'onednn') and wanted != 'default'
+
+
+def products():
+    return 'onednn' if prefers_onednn() else 'default'
+
+
+def keep_products(library):
+    """Multiply by 'onednn' or 'default', as an earlier part of a run did or its first process does, for
+    libraries round differently. Empty: by the faster one of this process."""
+    global kept_products
+    kept_products = library
+
+
+@functools.cache
+def measure_onednn():
+    """Whether oneDNN multiplies float32 matrices as exactly as the default library, and whether faster, on a
+    small GPT's layer; a matter of milliseconds."""
+    if not torch.backends.mkldnn.is_available():
+        return False, False
+    x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (768, 512))
     exact = x.double() @ w.double().T
     contexts, errors, times = (nullcontext(), OneDNN()), [], [math.inf, math.inf]
     for context in contexts:
         with context:
             errors.append((x @ w.T - exact).abs().max().item())
-    if errors[1] > 4 * errors[0] or wanted == 'onednn':
-        return errors[1] <= 4 * errors[0]
     for _ in range(8):  # in turn, so that a busy machine slows both alike
         for i, context in enumerate(contexts):
             with context:
                 times[i] = min(times[i], best_time(lambda: x @ w.T, 'cpu', repeats=3))
-    return times[1] < 0.9 * times[0]
+    return errors[1] <= 4 * errors[0], times[1] < 0.9 * times[0]
 
 
 def measure_bandwidth(device):

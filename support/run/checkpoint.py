@@ -211,7 +211,7 @@ def run_folder(path):
     return folder if any(Path(folder, name).is_file() for name in RESUMABLE) else None
 
 
-def find(out_dir, run, must_exist, dry_run=False):
+def load_newest(out_dir, run, must_exist, dry_run=False):
     """The state to resume from, the same on all processes; if there is none, None or, with `must_exist`, an
     error. Damaged files are reported and, except in a dry run, renamed, so that nothing overwrites them."""
     path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
 from support.network.loss import chunk_of, use_lean_loss
 from support.network.matmul import use_fast_products
+from support.run.state import config_from_settings
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
@@ -192,15 +193,9 @@ STRATEGIES = {
 def scale_of(config):
     """`scale` for the settings of train.py."""
     with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture_of(config)))
+        model = GPT(config_from_settings(config, PADDED_GPT2_VOCAB))
     sequences = config['gradient_accumulation_steps'] * config['batch_size']
     return scale(model, config['plan_gpus'], config['plan_gpu'], sequences, config['max_iters'] + 1)
-
-
-def architecture_of(config):
-    """The settings of train.py that are fields of GPTConfig."""
-    names = [f.name for f in dataclasses.fields(GPTConfig)]
-    return {k: config[k] for k in names if config.get(k, 'auto') != 'auto'}
 
 
 def scale(model, n_gpus, gpu, sequences, iterations):

@@ -12,7 +12,7 @@ import re
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 
-from configurator import convert, nearest, parse
+from support.machine.settings import convert, nearest, parse
 
 
 @dataclass(frozen=True)

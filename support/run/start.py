@@ -7,9 +7,9 @@ from support.hub.huggingface import own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
+from support.machine.hardware import keep_products, products
 from support.network.lora import check_adapters
 from support.run import checkpoint
-from support.run.plan import architecture_of
 from support.text.dataset import find_dataset
 from support.text.tokens import SAMPLERS, check_split, open_split
 
@@ -87,13 +87,18 @@ def find_state(config, run):
     elif config['eval_only'] and init_from == 'resume':
         _, state = checkpoint.load_trained(out_dir)
     elif init_from in ('resume', 'auto'):
-        state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=config['dry_run'])
+        state = checkpoint.load_newest(out_dir, run, init_from == 'resume', config['dry_run'])
     elif folder := checkpoint.run_folder(init_from):
         raise ValueError(f'init_from={init_from} is a run, no GPT-2: --init_from=finetune '
                          f'--finetune_from={folder} starts from its model, --init_from=resume '
                          f'--out_dir={folder} goes on with it')
     is_resumed = state is not None and init_from != 'finetune'
     check_adapters(config, state, is_resumed)
+    if run.device_type == 'cpu':
+        if is_resumed and (earlier := state.get('config', {}).get('products', products())) != products():
+            keep_products(earlier)
+            print0(f'float32 products: {products()}, as before the stop')
+        config['products'] = products()
     return state, is_resumed
 
 
@@ -125,11 +130,11 @@ def check_data(config, folder, data, window, model_config, meta, tokenizer, fing
 def tell_overruled(config, model_config):
     """Print the settings of the architecture in whose place the model has a checkpoint's. block_size and
     dropout may be changed, and `init` has done its work."""
-    asked = architecture_of(config)
-    kept = {k: getattr(model_config, k) for k in asked if k not in ('block_size', 'dropout', 'init')}
-    kept['n_kv_head'] = kept['n_kv_head'] or model_config.n_head
-    asked['n_kv_head'] = asked['n_kv_head'] or asked['n_head']
-    if other := [f'{k}={v} (not {asked[k]})' for k, v in kept.items() if v != asked[k]]:
+    kept = {k: v for k, v in vars(model_config).items() if k not in ('block_size', 'dropout', 'init')}
+    asked = {k: config[k] for k in kept if config.get(k, 'auto') != 'auto'}
+    for settings in (kept, asked):
+        settings['n_kv_head'] = settings['n_kv_head'] or settings['n_head']
+    if other := [f'{k}={kept[k]} (not {v})' for k, v in asked.items() if v != kept[k]]:
         print0(f'as in the checkpoint: {", ".join(other)}')
 
 

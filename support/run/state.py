@@ -10,11 +10,11 @@ from dataclasses import asdict, fields
 
 import torch
 
-from configurator import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure
+from support.machine.settings import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from support.network.matmul import use_fast_products
 from support.network.quantize import build_int8
 from support.run.checkpoint import load, load_trained, run_folder
@@ -23,6 +23,12 @@ from support.text.tokenizer import read_tokenizer, tokenizer_from
 
 MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
 BUFFERS = ({'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}, set())  # AdamW's, Muon's, before the first
+
+
+def config_from_settings(settings, vocab_size):
+    """The GPTConfig that train.py's settings describe."""
+    names = [f.name for f in fields(GPTConfig) if settings.get(f.name, 'auto') != 'auto']
+    return GPTConfig(**{k: settings[k] for k in names}, vocab_size=vocab_size)
 
 
 def model_args(config):

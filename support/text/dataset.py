@@ -13,17 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from support.machine.console import print0
+from support.machine.console import ROOT, print0
 from support.machine.files import explain_failure
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 AS_UINT16 = 'write it with array.astype(numpy.uint16).tofile(path)'
 say_once = functools.cache(print0)
 
 
 def find_dataset(data_dir, dataset):
     """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the repository's."""
-    here, there = os.path.join('data', dataset), REPOSITORY / 'data' / dataset
+    here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
     if data_dir or not dataset or os.path.isdir(here) or not there.is_dir():
         return data_dir or here
     say_once(f'there is no {here} here: using {there}')
