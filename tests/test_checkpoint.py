@@ -459,6 +459,12 @@ def test_folder_without_a_whole_state_says_what_is_wrong_with_the_newest(tmp_pat
         load_model('resume', tmp_path, CPU)
 
 
+def test_folder_of_a_run_that_has_just_begun_names_the_one_before(tmp_path):
+    (tmp_path / 'earlier').mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(f'--out_dir={tmp_path / "earlier"}') + '$'):
+        load_model('resume', tmp_path, CPU)
+
+
 @pytest.mark.parametrize('named', ['', 'latest.pt'])
 def test_run_named_as_a_gpt2_is_refused_with_the_setting_for_runs(named, tmp_path):
     (tmp_path / 'latest.pt').write_bytes(b'a state')

@@ -202,6 +202,8 @@ def load_trained(out_dir):
             return found, state
         if damaged:
             raise next(iter(damaged.values()))
+        if (earlier := Path(out_dir, 'earlier')).is_dir():
+            raise FileNotFoundError(f'{path} is missing; the run before has its own: --out_dir={earlier}')
     return path, load(path)
 
 
