@@ -11,20 +11,20 @@ The folder computes what the checkpoint does, as GPT-2's architecture or as Llam
 is refused. `--init_from=exported` reads a GPT-2 back, bit for bit.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 
-from configurator import configure
 from support.hub.huggingface import to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
-from support.run import checkpoint
+from support.run.checkpoint import load_trained
 from support.run.state import config_from_args, model_args, tokenizer_of
+from support.text.dataset import find_dataset, read_info
 from support.text.tokenizer import GPT2_VOCAB
-from support.text.tokens import read_info
 
 # ---------------------------------------------------------------------------- settings
 
@@ -103,7 +103,7 @@ def losses_at(iteration):
 def model_card(state, args, kind, n_parameters, tokenizer):
     """README.md: how to use the model, and how it was trained."""
     settings = state.get('config', {})
-    data_dir = settings.get('data_dir') or os.path.join('data', settings.get('dataset', ''))
+    data_dir = find_dataset(settings.get('data_dir'), settings.get('dataset', ''))
     info, logged = read_info(data_dir), losses_at(state.get('iter_num'))
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
               'best validation so far': state.get('best_val_loss')}
@@ -161,7 +161,8 @@ def check_target(folder):
         encoding='utf-8', errors='replace'), re.M)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f'export_dir={folder} is a file: name a folder')
-    if not is_ours and not overwrite and (there := [name for name in FILES if (folder / name).exists()]):
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and not is_ours and not overwrite:
         raise ValueError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
                          'or add --overwrite=True')
     if push and not re.fullmatch(r'(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,94}(?<![.-])', push, re.A):
@@ -169,7 +170,7 @@ def check_target(folder):
 
 
 check_target(Path(export_dir))
-folder, state = Path(export_dir), checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+folder, (_, state) = Path(export_dir), load_trained(out_dir)
 print(f'wrote {folder}: {write_folder(folder, state)}, iteration {state.get("iter_num")}')
 
 # ---------------------------------------------------------------------------- the hub

@@ -1,13 +1,15 @@
 """
 Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
 
-    python plot.py out-a out-b                         # out-a/loss.png: both, on the same axes
+    python plot.py out-a out-b                         # out-a/comparison.png: both, on the same axes
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
 Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean, the
 thick lines over noisy ones are medians, both of 50 parts of the run.
 """
+
+from configurator import configure  # first, as it says what this Python lacks
 
 import importlib.util
 import itertools
@@ -20,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure
 from support.machine.files import replacing
 
 # ---------------------------------------------------------------------------- settings
 
-output = ''  # the PNG file; empty: loss.png in the first folder
+output = ''  # the PNG file; empty: in the first folder loss.png, or of several runs comparison.png
 health = False  # add what train.py measured inside the network
 terminal = False  # print a sketch of the loss
 low_priority = False  # let other processes go first
@@ -183,11 +184,12 @@ def finish(axis, title, unit, scale):
     axis.grid(alpha=0.3)
     points = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in axis.lines)])
     values = points[np.isfinite(points).all(axis=1), 1]
+    ratio = values.max() / values[values > 0].min() if (values > 0).any() else 1
     if len(values) == 0:
         axis.text(0.5, 0.5, 'not in the log', ha='center', transform=axis.transAxes)
     elif scale == 'linear':
         axis.set_ylim(0, values.max() * 1.05 or 1)
-    elif values.max() > 0 and (ratio := values.max() / values[values > 0].min()) > 1.5:
+    elif ratio > 1.5:
         axis.set_yscale('log')
         subs = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9) if ratio < 6 else
                 (1, 1.5, 2, 3, 4, 6, 8) if ratio < 20 else (1, 3))
@@ -218,7 +220,7 @@ def sketch(runs, width, height=16):
 runs = [read_run(folder) for folder in folders]
 if len({run['name'] for run in runs}) < len(runs):
     runs = [run | {'name': os.path.normpath(folder)} for run, folder in zip(runs, folders)]
-output = output or os.path.join(folders[0], 'loss.png')
+output = output or os.path.join(folders[0], 'comparison.png' if folders[1:] else 'loss.png')
 if terminal:
     print(sketch(runs, shutil.get_terminal_size().columns))
 if importlib.util.find_spec('matplotlib'):

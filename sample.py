@@ -14,6 +14,8 @@ Text appears as it is generated. Sample i of a run (from 0) has the seed `seed +
 the last block_size, and each token takes longer, because nothing can be cached.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import sys
 import time
 from contextlib import redirect_stdout
@@ -23,7 +25,6 @@ from json import dumps
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import configure
 from support.machine import runtime
 from support.machine.files import read_text
 from support.network.decoding import Text, stream

@@ -10,6 +10,8 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import itertools
 import math
 import os
@@ -20,7 +22,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from configurator import configure
 from model import GPT
 from support.hub.huggingface import load_pretrained
 from support.machine import fsdp, hardware, runtime
@@ -35,11 +36,10 @@ from support.network.scoring import mean_loss
 from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
-from support.run.start import check_data, check_ranks, check_settings, find_state, restore
+from support.run.start import check_data, check_ranks, check_settings, find_state, open_data, restore
 from support.run.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
-from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
-                                 read_windows)
+from support.text.tokens import SAMPLERS, BatchRamp, eval_windows, fingerprint, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -143,8 +143,7 @@ ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * bat
 
 # ---------------------------------------------------------------------------- data
 
-folder = data_dir or os.path.join('data', dataset)
-data = {split: open_split(folder, split) for split in ('train', 'val')}
+folder, data = open_data(config)
 fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_ranks(config, fingerprints, run)
 tokenizer, meta = read_tokenizer(folder), read_meta(folder)
@@ -178,7 +177,7 @@ if activation_checkpointing:
     checkpoint_activations(model)
 model = fsdp.shard(model, run, cpu_offload) if parallel == 'fsdp' else model.to(run.device)
 average = WeightAverage(model, ema_decay)
-print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+print0(plan.parameters_in_words(model))
 
 # ---------------------------------------------------------------------------- optimizer
 
@@ -347,8 +346,8 @@ if dry_run:
 
 # ---------------------------------------------------------------------------- training loop
 
-if run.is_master and iter_num == 0 and (earlier := move_earlier_run(out_dir)):
-    print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
+if run.is_master and iter_num == 0:
+    move_earlier_run(out_dir)
 print0('to go on after a stop: the same command with --init_from=auto')
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if run.is_master and wandb_log else None)
@@ -357,13 +356,13 @@ drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, 
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
 probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
-flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype)
+peak = hardware.Peak(run.device, run.dtype, peak_flops)
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
 measuring = run.is_master or not is_alone
-mfu, stopped = math.nan, False  # mfu in percent
+mfu = math.nan  # in percent
 meter.begin_lap()
 
-while iter_num <= max_iters and not (stopped := stop.agreed()):
+while iter_num <= max_iters and not stop.agreed():
     lr = get_lr(iter_num) if decay_lr else learning_rate
 
     # evaluation and saving, before the update; their time doesn't count
@@ -409,7 +408,7 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
         entry = {'iter': iter_num, 'loss': loss.item(), 'lr': lr, 'grad_norm': grad_norm.item(),
                  'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1)} | meter.lap()
         rate = entry['tokens_per_s'] / run.world_size / window  # sequences/s of a process
-        entry['mfu'] = mfu = 100 * model.estimate_mfu(rate, 1.0, flops_per_s)
+        entry['mfu'] = mfu = peak.percent(model.estimate_mfu(rate, 1.0, 1.0))
         progress.show(entry)
         log.write(entry)
         guard.n_clipped.zero_()
@@ -418,6 +417,7 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
+stopped = iter_num <= max_iters
 guard.stop_if_not_finite(iter_num, last_state())
 if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state('latest.pt', 'previous.pt'):
     raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')

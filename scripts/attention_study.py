@@ -10,7 +10,7 @@ differ from the first type's with the same seed. Runs that a stopped study has c
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('attention_study.py') + '..')
+sys.path.insert(0, __file__.rpartition('attention_study.py')[0] + '..')
 
 import json
 import os

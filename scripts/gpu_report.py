@@ -12,7 +12,8 @@ Shakespeare, and no network.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('gpu_report.py') + '..')
+sys.path.insert(0, __file__.rpartition('gpu_report.py')[0] + '..')
+from configurator import ROOT, configure  # first, as it says what this Python lacks
 
 import json
 import math
@@ -26,7 +27,6 @@ import time
 import numpy as np
 import torch
 
-from configurator import ROOT, configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.run import plan
@@ -309,5 +309,6 @@ for name, command, where, reader, beforehand in left:
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as file:
         file.write(table(done) + '\n')
 print(f'\n{table(done)}')
-if missing := len(known | {row[0] for row in left}) - len({r['name'] for r in done}):
+missing = len(known | {row[0] for row in left}) - len({r['name'] for r in done})
+if missing:
     print(f'\n{missing} measurements are left: the same command continues')

@@ -159,6 +159,16 @@ def all_commands(page):
     return found
 
 
+def test_demo_of_the_makefile_ends_with_how_to_go_on():
+    recipe = re.search(r'^demo:.*\n((?:\t.*\n)+)', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M)[1]
+    last = recipe.split('$(PYTHON) sample.py')[1]
+    commands = [shlex.split(line) for line in re.findall(r"@echo '    (python .*)'", last)]
+    assert '$(ACTIVATE)' in last
+    assert [command[1] for command in commands] == ['sample.py', 'data/text/prepare.py', 'train.py']
+    for _, script, *args in commands:
+        assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r'\]\((?!http)([^)]+)\)', page.read_text(encoding='utf-8')):

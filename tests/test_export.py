@@ -42,6 +42,15 @@ def export(run_here, tmp_path):
     return run
 
 
+def test_newest_state_is_exported_where_there_is_no_ckpt_pt(save, run_here, tmp_path):
+    save()
+    state = checkpoint.load(tmp_path / 'run/ckpt.pt') | {'optimizer': {}}
+    checkpoint.save(tmp_path / 'run/latest.pt', state)
+    (tmp_path / 'run/ckpt.pt').unlink()
+    log = run_here('export.py', f'--out_dir={tmp_path}/run', f'--export_dir={tmp_path}/exported')['log']
+    assert 'latest.pt, the state of iteration 250' in log and (tmp_path / 'exported/config.json').is_file()
+
+
 @pytest.mark.parametrize('changes', [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA], ids=str)
 @pytest.mark.parametrize('ours', [CHARS, GPT2Tokenizer()], ids=['char', 'gpt2'])
 def test_transformers_gives_the_same_logits_and_greedy_text(save, export, bpe, ours, changes):

@@ -71,11 +71,14 @@ def same(a, b):
 @pytest.mark.filterwarnings('error')
 def test_picture_is_in_the_first_folder(plot, tmp_path):
     a, b = write(tmp_path / 'a', entries()), write(tmp_path / ('a name of many words ' * 5), entries(last=10))
+    assert f'drawn to {a / "loss.png"}' in plot(a, pixels=True)['said']
+    own = (a / 'loss.png').read_bytes()
     said = plot(a, b, '--health', pixels=True)['said']
-    data = (a / 'loss.png').read_bytes()
+    data = (a / 'comparison.png').read_bytes()
     width, height = struct.unpack('>II', data[16:24])
     assert data.startswith(b'\x89PNG') and width == 1500 and height > 1000
-    assert f'drawn to {a / "loss.png"}' in said and not (b / 'loss.png').exists()
+    assert (a / 'loss.png').read_bytes() == own  # a comparison doesn't replace the run's own
+    assert f'drawn to {a / "comparison.png"}' in said and not list(b.glob('*.png'))
 
 
 def test_drawn_values_are_the_logged_ones(plot, tmp_path):

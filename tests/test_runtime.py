@@ -56,6 +56,7 @@ def test_cpu_is_called_a_cpu(device, capsys):
     ({'dtype': 'bf16'}, 'dtype=bf16 is not one of'),
     ({'compile': 'maybe'}, 'compile=maybe is not one of True, False, auto'),
     ({'device': 'tpu'}, 'device=tpu is not on this machine'),
+    ({'device': 'gpu'}, r'device=gpu is not on this machine, .*; GPUs are called cuda \(NVIDIA, AMD\)'),
     ({'device': 'cpu:7'}, 'device=cpu:7 is not on this machine'),
     ({'device': ''}, 'device= is not on this machine'),
     ({'device': 'cpu:'}, 'device=cpu: is not on this machine'),

@@ -12,7 +12,7 @@ text file of a local source is one document.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ here, half of which is freed at the end. An interrupted run continues where it s
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

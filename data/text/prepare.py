@@ -11,7 +11,7 @@ fine-tuning GPT-2 needs tokenizer=gpt2. The text is held in memory: for many gig
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

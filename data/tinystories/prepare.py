@@ -11,7 +11,7 @@ train... and valid... . In text files, lines of <|endoftext|> separate the stori
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

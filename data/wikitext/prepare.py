@@ -11,7 +11,7 @@ val.bin; the test split is left for testing.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import re
 from pathlib import Path

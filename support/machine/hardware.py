@@ -55,17 +55,36 @@ def device_name(device):
     return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
 
 
-def peak_flops(device, dtype):
-    """FLOP/s that the device can reach: looked up for a known GPU, measured with a matrix product elsewhere.
+def data_sheet_flops(device, dtype):
+    """FLOP/s of a known GPU by its data sheet, else None.
 
     The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that rate on data
-    centre GPUs and at other shares of it elsewhere, so that is measured too.
+    centre GPUs and at other shares of it elsewhere.
     """
     kinds = []
     if device.startswith('cuda') and dtype != 'float32':
         name = torch.cuda.get_device_name(device)
         kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
-    return GPUS[max(kinds, key=len)].flops if kinds else measure_matmul(device, dtype, 4096)
+    return GPUS[max(kinds, key=len)].flops if kinds else None
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can reach: by its data sheet, else measured with a matrix product."""
+    return data_sheet_flops(device, dtype) or measure_matmul(device, dtype, 4096)
+
+
+class Peak:
+    """The FLOP/s of which the MFU is a share: given, looked up, or measured, which a busy machine makes too
+    low. What a run reaches is possible, so it raises the peak; a given one stays as it is."""
+
+    def __init__(self, device, dtype, given=0.0):
+        self.flops, self.is_given = given or peak_flops(device, dtype), bool(given)
+
+    def percent(self, flops):
+        """The share that `flops` a second are, in percent."""
+        if not self.is_given:
+            self.flops = max(self.flops, flops)
+        return 100 * flops / self.flops
 
 
 def synchronize(device_type):

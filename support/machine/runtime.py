@@ -252,7 +252,8 @@ def check_device(device):
     index = device.partition(':')[2] if ':' in device else '0'
     if kind not in count or not index.isdigit() or int(index) >= count[kind]:
         here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
-        raise ValueError(f'device={device} is not on this machine, which has: {here}')
+        names = '' if kind in count else '; GPUs are called cuda (NVIDIA, AMD) or mps (Apple)'
+        raise ValueError(f'device={device} is not on this machine, which has: {here}{names}')
     return kind
 
 

@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 import tokenize
 import types
@@ -81,15 +82,16 @@ def configure(script, args=None, is_setting=is_own_setting):
     out = sys.stderr if wants_json else sys.stdout  # a program that reads JSON from stdout gets nothing else
     is_master = (os.environ.get('RANK') or '0') == '0'  # one voice under torchrun
     say = functools.partial(say_to, out) if is_master else lambda *_: None
-    for arg in args:
+    for before, arg, after in zip(['', *args], args, [*args[1:], '']):
         if not arg.startswith('--'):
-            apply_file(script, allowed, find_config(arg), say)
+            apply_file(script, allowed, find_config(arg, allowed, before), say)
             continue
         key, equals, text = arg[2:].partition('=')
         if key not in allowed:
             raise ValueError(unknown_key([key], allowed))
         if not equals and bool not in allowed[key]:
-            raise ValueError(f'--{key} needs a value: --{key}=...')
+            value = shlex.quote(after) if after and after[0] != '-' else '...'
+            raise ValueError(f'--{key} needs a value: --{key}={value}')
         script[key] = convert(key, parse(text) if equals else True, text, allowed[key])
         say(f'Overriding: {key} = {script[key]}')
     return {k: script[k] for k in names}
@@ -196,15 +198,29 @@ def can_be_ignored(key, value, allowed):
     return is_off and key not in ON_BY_DEFAULT and (key in OTHER_NAMES or not nearest(key, allowed))
 
 
-def find_config(name):
-    """The config's path: as given, or a bare name's `config/NAME.py`."""
-    choices = [Path(name), Path('config', f'{name}.py'), ROOT / 'config' / f'{name}.py']
-    for path in choices:
-        if os.path.isfile(path):  # unlike Path.is_file, False where a name is too long
+def find_config(name, allowed=(), before=''):
+    """The config's path: as given, or by its name in config/, here or in the repository. before: the argument
+    before it."""
+    file = name.removesuffix('.py') + '.py'
+    choices = [Path(name), Path('config', file), ROOT / 'config' / file]
+    for path in [*choices, Path(file), ROOT / file] if os.path.dirname(name) else choices:
+        if os.path.isfile(path) and path.suffix != '.pt':  # unlike Path.is_file, False for too long a name
             return path
+    raise FileNotFoundError(f'no config {name}{what_was_meant(name, allowed, before)}')
+
+
+def what_was_meant(name, allowed, before):
+    """What an argument that is no config may have been meant for."""
+    setting, folder = name.lstrip('-'), Path(name).parent if name.endswith('.pt') else Path(name)
+    if before.startswith('--') and '=' not in before and not name.endswith('.py'):
+        return f'; settings are written {before}={name}'
+    if setting.partition('=')[0] in allowed:
+        return f'; settings are written --{setting}'
+    if os.path.isdir(folder):
+        key = 'data_dir' if [*folder.glob('*.bin')] else 'out_dir'
+        return f'; {folder} is a folder: --{key}={folder}' if key in allowed else f'; {folder} is a folder'
     known = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
-    raise FileNotFoundError(f'no config {name}{nearest(Path(name).stem, known)}; '
-                            f'config/ has {", ".join(known)}; settings are written --key=value')
+    return nearest(Path(name).stem, known, 'config/{}.py') or '; settings are written --key=value'
 
 
 def unknown_key(keys, allowed):
@@ -221,9 +237,9 @@ def other_name(key, allowed):
     return f' ({ours})' if ours in (REMOVED, FROM_DATA) else ''
 
 
-def nearest(name, known):
+def nearest(name, known, shown='{}'):
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f' (did you mean {" or ".join(close)}?)' if close else ''
+    return f' (did you mean {" or ".join(map(shown.format, close))}?)' if close else ''
 
 
 def print_help(script, names):

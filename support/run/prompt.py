@@ -65,7 +65,7 @@ def interact(sampling, continue_text):
     while True:
         try:
             line = input('> ')
-            if line == '/quit':
+            if line.strip() == '/quit':
                 return
             if line.startswith('/'):
                 sampling, reply = obey(line, sampling)

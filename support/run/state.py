@@ -6,9 +6,7 @@ What a checkpoint's state holds, as a model, a tokenizer and an optimizer.
     load_optimizer(optimizer, state['optimizer'])
 """
 
-import os
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 
@@ -19,7 +17,8 @@ from support.machine.files import explain_failure
 from support.machine.settings import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from support.network.matmul import use_fast_products
 from support.network.quantize import build_int8
-from support.run.checkpoint import load
+from support.run.checkpoint import load, load_trained, run_folder
+from support.text.dataset import find_dataset
 from support.text.tokenizer import read_tokenizer, tokenizer_from
 
 MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
@@ -86,21 +85,22 @@ def tokenizer_of(state):
     if 'tokenizer' in state:
         return tokenizer_from(state['tokenizer'])
     config = state.get('config', {})
-    return read_tokenizer(config.get('data_dir') or os.path.join('data', config.get('dataset', '')))
+    return read_tokenizer(find_dataset(config.get('data_dir'), config.get('dataset', '')))
 
 
 def load_model(init_from, out_dir, run, weights='full'):
-    """model, tokenizer, state: of out_dir/ckpt.pt if init_from is 'resume', else of a GPT-2 by its name or
+    """model, tokenizer, state: of the run in out_dir if init_from is 'resume', else of a GPT-2 by its name or
     folder, whose state is {}. The model is on the run's device, in evaluation mode. weights: 'full', or
     'int8', which reads a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
     if init_from == 'resume':
-        path = Path(out_dir, 'ckpt.pt')
-        state = load(path)
+        path, state = load_trained(out_dir)
         if weights == 'int8':
             model = build_int8(checked_config(state, {'dropout': 0.0}), tensors_in_turn(path))
         else:
             model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
+    elif folder := run_folder(init_from):
+        raise ValueError(f'init_from={init_from} is a run, no GPT-2: --out_dir={folder} reads its model')
     else:
         state, tokenizer = {}, folder_tokenizer(init_from)
         if weights == 'int8':

@@ -7,16 +7,26 @@ The files of a dataset's folder: which make up a split, in which format, and wha
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from support.machine.console import print0
+from support.machine.console import ROOT, print0
 from support.machine.files import explain_failure
 
 AS_UINT16 = 'write it with array.astype(numpy.uint16).tofile(path)'
 say_once = functools.cache(print0)
+
+
+def find_dataset(data_dir, dataset):
+    """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the repository's."""
+    here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
+    if data_dir or not dataset or os.path.isdir(here) or not there.is_dir():
+        return data_dir or here
+    say_once(f'there is no {here} here: using {there}')
+    return str(there)
 
 
 def split_files(data_dir, split):

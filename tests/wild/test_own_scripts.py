@@ -107,7 +107,9 @@ def test_script_in_a_folder_of_its_own_takes_settings(folder):
     assert run('tools/count.py', '--n=5', cwd=folder).stdout.splitlines()[-1] == '5'
 
 
-def test_importing_configurator_does_nothing(folder):
+def test_importing_configurator_does_nothing(folder, tmp_path_factory):
     code = 'import sys\nhook = sys.excepthook\nimport configurator\nprint(sys.excepthook is hook)'
-    (folder / 'imports.py').write_text(code)
-    assert run('imports.py', '--no_such=3', 'none.py', cwd=folder).stdout == 'True\n'
+    elsewhere = tmp_path_factory.mktemp('elsewhere')  # a script beside ours is told what its Python lacks
+    (elsewhere / 'imports.py').write_text(code)
+    told = run('imports.py', '--no_such=3', 'none.py', cwd=elsewhere, PYTHONPATH=str(folder)).stdout
+    assert told == 'True\n'
