@@ -20,9 +20,10 @@ from configurator import configure
 from support.text.prepare import prepare_corpus
 
 source = 'cimec/lambada'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 text_column = 'text'
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first novels and passages; 0: all
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True)
+prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, subset=subset)

@@ -18,9 +18,10 @@ from configurator import configure
 from support.text.prepare import prepare_corpus
 
 source = 'Skylion007/openwebtext'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 text_column = 'text'
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first documents; 0: all
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit)
+prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, subset=subset)

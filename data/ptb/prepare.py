@@ -19,6 +19,7 @@ from configurator import configure
 from support.text.prepare import prepare_corpus
 
 source = 'ptb-text-only/ptb_text_only'  # a Hugging Face dataset, or a local folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 revision = 'refs/convert/parquet'  # on the hub, as `datasets` no longer runs scripts; empty: main
 text_column = 'sentence'
 num_proc = 0  # threads for encoding; 0: one per core
@@ -30,4 +31,4 @@ def whole(sentences):
 
 configure(globals())
 prepare_corpus(Path(__file__).parent, source, text_column, num_proc, own_splits=True, regroup=whole,
-               rows_are_lines=True, revision=revision or None)
+               rows_are_lines=True, revision=revision or None, subset=subset)

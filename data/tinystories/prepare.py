@@ -19,6 +19,7 @@ from configurator import configure
 from support.text.prepare import prepare_corpus
 
 source = 'roneneldan/TinyStories'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 text_column = 'text'
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first stories of each split; 0: all
@@ -37,4 +38,5 @@ def stories(lines):
 
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=stories)
+prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=stories,
+               subset=subset)

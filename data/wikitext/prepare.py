@@ -41,4 +41,4 @@ def articles(lines):
 
 configure(globals())
 prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=articles,
-               rows_are_lines=True, name=subset or None)
+               rows_are_lines=True, subset=subset)

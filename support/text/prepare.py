@@ -11,6 +11,7 @@ use doesn't grow with the corpus, and an interrupted run continues where it stop
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,15 +157,16 @@ PART = 2048  # documents
 
 
 def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_fraction=0.0005, seed=2357,
-                   own_splits=False, **how):
+                   own_splits=False, subset='', **how):
     """Encode every document of `source` as GPT-2 BPE, each followed by 50256, into folder/{train,val}.bin.
 
     source: a Hugging Face dataset id, or a local parquet, jsonl or text file, or a folder with such files; a
     text file is one document. num_proc: threads, 0 for all cores. limit: use only the first documents.
     own_splits: use the source's own validation split, if it is on the hub or a folder with files named
-    train... and val... or dev...; otherwise val_fraction of the shuffled documents. how: further arguments
-    of `load_documents`.
+    train... and val... or dev...; otherwise val_fraction of the shuffled documents. subset: a configuration
+    of a dataset on the hub. how: further arguments of `load_documents`.
     """
+    how |= {'name': subset} if subset else {}
     tokenizer = GPT2Tokenizer()
     tokenizer.bpe  # noqa: B018, fails before the long download if the BPE files are missing
     if own_splits and has_own_splits(source):
@@ -219,41 +222,65 @@ def format_of(source, files):
 def load_documents(source, text_column, limit, split=None, regroup=None, rows_are_lines=False, **hub):
     """The documents as a datasets.Dataset. Raises ValueError if the source can't be read or has no text.
 
-    split: 'train' or 'validation'; None takes the hub's training split, or all local files. regroup: a
-    function from lines to documents, for text files, and for a table's rows if rows_are_lines. hub: further
-    arguments of datasets.load_dataset, for sources on the hub.
+    split: 'train' or 'validation'; None takes the hub's training split, or all local files. limit: take only
+    the first documents, and download no more than them; 0: all. regroup: a function from lines to documents,
+    for text files, and for a table's rows if rows_are_lines. hub: further arguments of datasets.load_dataset,
+    for sources on the hub.
     """
     go_offline_if_cut_off()
     import datasets
     files = files_of(source, split)
     kind = format_of(source, files)
-    with explain_failure(f'can\'t load {source}; local parquet, jsonl or text files will do: --source=PATH',
-                         datasets.exceptions.DatasetGenerationError):
-        if kind:
-            how = {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True}
-            documents = datasets.load_dataset(kind, data_files=[str(f) for f in files], split='train',
-                                              **(how if kind == 'text' else {}))
-        else:
-            documents = datasets.load_dataset(source, split=split or 'train', **hub)
-    if kind == 'text' and text_column != 'text':
-        documents = documents.rename_column('text', text_column)
-    if text_column not in documents.column_names:
-        raise ValueError(f'{source} has no column {text_column}, only {", ".join(documents.column_names)}: '
-                         'name one with --text_column')
-    if documents.features[text_column].dtype not in ('string', 'large_string') \
-            or documents.data.column(text_column).null_count:
+    joins = regroup if kind == 'text' or rows_are_lines else None
+    explained = partial(explain_failure, f'can\'t load {source}; local parquet, jsonl or text files will do: '
+                        '--source=PATH', datasets.exceptions.DatasetGenerationError)
+    if kind:
+        hub = {'data_files': [str(f) for f in files]}
+        hub |= {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True} \
+            if kind == 'text' else {}
+    with explained():
+        rows, key = load_rows(kind or source, 'train' if kind else split or 'train', limit, **hub)
+        if kind == 'text' and text_column != 'text':
+            rows = rows.rename_column('text', text_column)
+        names = rows.column_names or [*next(iter(rows), {text_column: ''})]  # a stream may not know them yet
+    check_text(source, rows, text_column, names)
+    if key or joins:
+        how = {'text_column': text_column, 'limit': limit, 'regroup': joins}
+        key = key and datasets.fingerprint.Hasher.hash((key, how))
+        with explained():
+            rows = datasets.Dataset.from_generator(first_documents, gen_kwargs={'rows': rows, **how},
+                                                   fingerprint=key)
+        check_text(source, rows, text_column, rows.column_names or [text_column])
+    return rows.select(range(min(limit or len(rows), len(rows))))
+
+
+def load_rows(where, split, limit, **how):
+    """A datasets.Dataset and None; with a limit a stream of rows, which downloads what is read of it, and
+    what tells it from others."""
+    import datasets
+    if not limit or where not in FORMATS.values() and datasets.config.HF_HUB_OFFLINE:  # no streams in caches
+        return datasets.load_dataset(where, split=split, **how), None
+    builder = datasets.load_dataset_builder(where, **how)
+    return builder.as_streaming_dataset(split), (builder.config_id, builder.hash, split)
+
+
+def check_text(source, rows, text_column, names):
+    """ValueError unless the rows, of these columns, have strings in one; rows may be a stream."""
+    if text_column not in names:
+        raise ValueError(f'{source} has no column {text_column}, only {", ".join(names)}: name one with '
+                         '--text_column')
+    kind = rows.features[text_column].dtype if rows.features else 'string'
+    has_gaps = hasattr(rows, 'data') and rows.data.column(text_column).null_count
+    if kind not in ('string', 'large_string') or has_gaps:
         raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
                          '--text_column')
-    if regroup and (kind == 'text' or rows_are_lines):
-        documents = datasets.Dataset.from_generator(regrouped, gen_kwargs={
-            'rows': documents, 'text_column': text_column, 'regroup': regroup})
-    return documents.select(range(min(limit or len(documents), len(documents))))
 
 
-def regrouped(rows, text_column, regroup):
-    """The rows of a new dataset, one for each document."""
-    lines = (line for batch in rows.iter(PART) for line in batch[text_column])
-    return ({text_column: document} for document in regroup(lines))
+def first_documents(rows, text_column, limit, regroup):
+    """The rows of a new dataset: the first `limit` documents, or all with 0."""
+    texts = (text for batch in rows.iter(min(PART, limit or PART)) for text in batch[text_column])
+    documents = regroup(texts) if regroup else texts
+    return ({text_column: document} for document in itertools.islice(documents, limit or None))
 
 
 def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):
