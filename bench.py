@@ -31,7 +31,7 @@ from support.network.matmul import use_fast_products
 from support.network.optim import configure_optimizer
 from support.network.quantize import build_int8, check_weights
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
-from support.text.tokens import check_split, open_split, prefetch, read_windows, train_windows
+from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -110,7 +110,7 @@ print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 # ---------------------------------------------------------------------------- the work
 
 def get_batch(iteration):
-    starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
+    starts = choose_windows(tokens, 'random', seed, iteration, batch_size, block_size)
     return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
 
 

@@ -91,7 +91,7 @@ def loss_of_split(model):
     with lean_loss(model):
         loss = mean_loss(model, run, tokens, *windows, watch=partial(tqdm, desc=path, disable=None))
     token_bytes, n_targets, n_bytes = tokenizer.token_bytes(), 0, 0
-    for starts in eval_windows(len(tokens), *windows):
+    for starts in eval_windows(tokens, *windows):
         _, y = read_windows(tokens, starts, block_size)
         n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + token_bytes[y[y >= 0]].sum()
     found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}

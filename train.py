@@ -38,8 +38,8 @@ from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sam
 from support.run.start import check_data, check_ranks, check_settings, find_state, restore
 from support.run.state import build_model, load_optimizer, load_weights, model_args
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
-from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
-                                 read_windows)
+from support.text.tokens import (BatchRamp, choose_windows, eval_windows, fingerprint, open_split, prefetch,
+                                 read_windows, target_share)
 
 # ---------------------------------------------------------------------------- settings
 
@@ -223,12 +223,12 @@ elif parallel == 'ddp' and run.world_size > 1:
 # ---------------------------------------------------------------------------- what the loop calls
 
 def get_batch(iteration, micro_step):
-    """x, y: (B, T), this process's part of the iteration's global batch."""
+    """x, y: (B, T), this process's part of the iteration's global batch, and its weight in the loss."""
     at = ramp.before(iteration) * sequences if sampler == 'epoch' else iteration
-    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), window)
+    starts = choose_windows(data['train'], sampler, seed, at, ramp.at(iteration) * sequences, window)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], window)
-    return run.to_device(x), run.to_device(y)
+    return run.to_device(x), run.to_device(y), target_share(data['train'], starts, first, batch_size, window)
 
 
 def get_lr(it):
@@ -265,10 +265,10 @@ def update(iteration, lr, vitals=None):
     meter.begin_iteration()
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
         for micro_step in range(n_micro):
-            x, y = next(batches)
+            x, y, share = next(batches)
             with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
                 with autocast:
-                    micro_loss = parallel_model(x, y)[1] / n_micro
+                    micro_loss = parallel_model(x, y)[1] * share / n_micro
                 meter.begin_waiting()
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -296,7 +296,7 @@ def save(name, keep=None, with_optimizer=True):
         'model_args': model_args(model.config),
         'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config,
-        'tokenizer': tokenizer.to_dict(),
+        'tokenizer': tokenizer.to_dict(), 'chat': getattr(data['train'], 'template', None),
         'scaler': scaler.state_dict(), 'guard': guard.state_dict(),
         'data': fingerprints,
         'seconds': meter.seconds, 'n_tokens': meter.tokens,
@@ -339,7 +339,7 @@ if dry_run:
     for i in range(iter_num, min(end, iter_num + 12)):
         loss, _ = update(i, get_lr(i))
         print0(f'iter {i}: loss {loss.item():.4f}, time {meter.lap()["ms"]:.2f}ms')
-    n_batches = sum(len(eval_windows(len(v), window, batch_size, eval_iters)) for v in data.values())
+    n_batches = sum(len(eval_windows(v, window, batch_size, eval_iters)) for v in data.values())
     print0('time    ' + plan.time_needed(meter.times, range(iter_num, end), eval_interval,
                                          n_batches / run.world_size, micro_steps))
     run.stop()
@@ -356,7 +356,7 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if run.is_master else None, iter
 drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
-probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
+probe, _ = read_windows(data['val'], eval_windows(data['val'], window, batch_size, 1)[0], window)
 flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype)
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
 measuring = run.is_master or not is_alone

@@ -39,7 +39,7 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     was_training = model.training
     model.eval()
     losses, counts = [torch.zeros((), device=run.device)], [0]
-    batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
+    batches = eval_windows(tokens, block_size, batch_size, n_batches)
     # pad with batches without targets: a sharded model needs all processes for each forward pass
     batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
     try:

@@ -7,6 +7,7 @@ The files of a dataset's folder: which make up a split, in which format, and wha
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def width_of(tokens):
     if abs(low - high).sum() < len(tokens) / 2 and np.count_nonzero(high) > 8:  # bytes of one distribution
         return 8
     return 32 if tokens[1::2].max() < 16 <= 256 <= tokens[::2].max() else 16
+
+
+def check_length(tokens):
+    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
+    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
+        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
+                         'then resume')
 
 
 def read_info(data_dir):
