@@ -23,42 +23,29 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.machine.files import download, explain_failure, go_offline_if_cut_off, read_text, replacing
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.machine.files import explain_failure, go_offline_if_cut_off, replacing
+from support.text.bpe import BPETokenizer, check_vocab_size, train_bpe
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+from support.text.tokens import pieces
 
-TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
-                    'data/tinyshakespeare/input.txt',
-                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # sha256
+# ---------------------------------------------------------------------------- tokenizers
 
-
-# ---------------------------------------------------------------------------- texts
-
-def tiny_shakespeare(folder):
-    """Path of folder/input.txt, downloaded unless it exists."""
-    path = Path(folder, 'input.txt')
-    download(*TINY_SHAKESPEARE, path)
-    return path
+SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
 
 
-def read_texts(paths):
-    """The text of files, and of folders in sorted order, as one string in which every file ends its line.
-
-    In a folder, files that are not text are skipped and counted; named themselves, they raise ValueError.
-    """
-    texts, skipped = [], []
-    for path in map(Path, paths):
-        for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
-            try:
-                text = read_text(file)
-            except ValueError:
-                if file == path:
-                    raise
-                skipped.append(file)
-            else:
-                texts.append(text if text.endswith('\n') else text + '\n')
-    if skipped:
-        print(f'skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}')
-    return ''.join(texts)
+def check_tokenizer_name(name, vocab_size, known):
+    """The tokenizer that a setting names if it exists already, None for those that are made of the text: char
+    and bpe. known: the names that the caller takes besides paths. Raises ValueError for any other."""
+    if name not in known and not Path(name).exists():
+        raise ValueError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
+                         'tokenizer.json or of a folder with one')
+    if name in known:
+        if name == 'bpe':
+            check_vocab_size(vocab_size)
+        return GPT2Tokenizer() if name == 'gpt2' else None
+    if (tokenizer := load_tokenizer(name)) is None:
+        raise ValueError(f'tokenizer={name} has no tokenizer.json')
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------- datasets
@@ -69,12 +56,13 @@ def write_tokens(path, chunks):
     Raises ValueError, and writes no file, if an id doesn't fit into uint16.
     """
     with replacing(path) as temporary:
-        return write_ids(temporary, chunks)
+        return write_ids(temporary, chunks)[0]
 
 
 def write_ids(path, chunks):
-    """Like `write_tokens`, to a file that may be left half written."""
-    count, largest, digest = 0, -1, hashlib.sha256()
+    """Like `write_tokens`, to a file that may be left half written. Returns how often each id occurs, too, as
+    (65536,) int64."""
+    counts, digest = np.zeros(1 << 16, np.int64), hashlib.sha256()
     with open(path, 'wb') as file:
         for chunk in chunks:
             ids = np.asarray(chunk)
@@ -83,11 +71,12 @@ def write_ids(path, chunks):
             if ids.min() < 0 or ids.max() > 65535:
                 bad = ids.min() if ids.min() < 0 else ids.max()
                 raise ValueError(f'token id {bad} doesn\'t fit into uint16, 0 to 65535')
-            count, largest = count + len(ids), max(largest, int(ids.max()))
+            counts += np.bincount(ids, minlength=1 << 16)
             data = ids.astype(np.uint16).tobytes()
             digest.update(data)
             file.write(data)
-    return {'tokens': count, 'largest_id': largest, 'sha256': digest.hexdigest()}
+    largest = int(np.flatnonzero(counts).max(initial=-1))
+    return {'tokens': int(counts.sum()), 'largest_id': largest, 'sha256': digest.hexdigest()}, counts
 
 
 def write_dataset(data_dir, splits, tokenizer, source):
@@ -100,17 +89,30 @@ def write_dataset(data_dir, splits, tokenizer, source):
     with contextlib.ExitStack() as stack:
         temporary = {split: stack.enter_context(replacing(data_dir / f'{split}.bin')) for split in splits}
         written = {split: write_ids(temporary[split], chunks) for split, chunks in splits.items()}
-        info = {'tokens': {split: w['tokens'] for split, w in written.items()},
-                'largest_id': max(w['largest_id'] for w in written.values()),
+        info = {'tokens': {split: w['tokens'] for split, (w, _) in written.items()},
+                'largest_id': max(w['largest_id'] for w, _ in written.values()),
                 'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
                 'source': str(source),
-                'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
+                'sha256': {f'{split}.bin': w['sha256'] for split, (w, _) in written.items()}}
         write_info(data_dir, {'unfinished': True})
-        write_meta(data_dir, tokenizer)
+        info['sha256'] |= write_vocabulary(data_dir, tokenizer)
     write_info(data_dir, info)
-    for split, w in written.items():
-        print(f'{split} has {w["tokens"]:,} tokens')
+    print_sizes({split: counts for split, (_, counts) in written.items()}, tokenizer)
     print(f'vocabulary: {tokenizer.n_vocab:,} ({info["tokenizer"]}), written to {data_dir}')
+
+
+def print_sizes(counts, tokenizer):
+    """Tell how much text is in each split. counts: {split: how often each id occurs, (65536,)}."""
+    texts, n_bytes = tokenizer.token_texts(), tokenizer.token_bytes()
+    n_chars = np.array([sum(b >> 6 != 0b10 for b in text) for text in texts])  # bytes that begin a character
+    total = sum(c[:len(texts)] for c in counts.values())
+    for split, c in counts.items():
+        c, n = c[:len(texts)], max(1, c.sum())
+        print(f'{split} has {c.sum():,} tokens of {c @ n_chars:,} characters '
+              f'({c @ n_bytes / n:.2f} bytes, {c @ n_chars / n:.2f} characters a token)')
+    if isinstance(tokenizer, GPT2Tokenizer) and total.sum() > total @ n_chars:
+        print(f'GPT-2\'s encoding takes {total.sum() / max(1, total @ n_chars):.2f} tokens a character of '
+              'this text; to train from scratch, --tokenizer=bpe makes an encoding that fits it')
 
 
 def write_info(data_dir, info):
@@ -118,33 +120,54 @@ def write_info(data_dir, info):
         temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
 
 
-def write_meta(data_dir, tokenizer):
-    """meta.pkl of characters; of another tokenizer, none."""
-    path = data_dir / 'meta.pkl'
-    if not isinstance(tokenizer, CharTokenizer):
-        path.unlink(missing_ok=True)
-        return
-    meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(meta, protocol=4))
+def write_vocabulary(data_dir, tokenizer):
+    """tokenizer.json of a tokenizer of its own, meta.pkl, with the characters if they are the tokens; of
+    GPT-2's, neither. Returns {tokenizer.json: its SHA-256}, if there is one."""
+    meta, own = {'vocab_size': tokenizer.n_vocab}, data_dir / 'tokenizer.json'
+    digests = {}
+    if isinstance(tokenizer, CharTokenizer):
+        meta |= {'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
+    if isinstance(tokenizer, BPETokenizer):
+        with replacing(own) as temporary:
+            temporary.write_bytes(tokenizer.json.encode())
+        digests = {own.name: hashlib.sha256(tokenizer.json.encode()).hexdigest()}
+    else:
+        own.unlink(missing_ok=True)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        (data_dir / 'meta.pkl').unlink(missing_ok=True)
+    else:
+        with replacing(data_dir / 'meta.pkl') as temporary:
+            temporary.write_bytes(pickle.dumps(meta, protocol=4))
+    return digests
 
 
-def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1):
+def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096):
     """Write a text as a dataset, with the last val_fraction of its characters for validation.
 
-    tokenizer: 'char' (a vocabulary of the text's characters) or 'gpt2'.
+    tokenizer: 'char' (a vocabulary of the text's characters), 'gpt2', 'bpe' (trained on the training part, of
+    vocab_size entries), or a tokenizer.json or a folder with one.
     """
-    if tokenizer not in ('char', 'gpt2'):
-        raise ValueError(f'tokenizer={tokenizer} is not one of char, gpt2')
+    coder = check_tokenizer_name(tokenizer, vocab_size, ('char', 'gpt2', 'bpe'))
+    cut = check_cut(len(text), val_fraction, source)
+    print(f'{source}: {len(text):,} characters')
+    if tokenizer == 'char':
+        coder = CharTokenizer.of_text(text)
+    elif tokenizer == 'bpe':
+        if cut > SAMPLE:
+            print(f'the tokenizer is trained on {SAMPLE:,} characters, spread over the training part')
+        coder = train_bpe(pieces(text[:cut], SAMPLE), vocab_size)
+    encode = coder.encode if isinstance(coder, CharTokenizer) else coder.encode_array
+    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+
+
+def check_cut(n, val_fraction, source):
+    """The number of a text's n characters for training. ValueError if there is nothing to split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
-        raise ValueError(f'{source} has {len(text):,} characters, too few to split')
-    coder = CharTokenizer.of_text(text) if tokenizer == 'char' else GPT2Tokenizer()
-    print(f'{source}: {len(text):,} characters')
-    encode = coder.encode if tokenizer == 'char' else coder.encode_array
-    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+    cut = int(n * (1 - val_fraction))
+    if not 0 < cut < n:
+        raise ValueError(f'{source} has {n:,} characters, too few to split')
+    return cut
 
 
 # ---------------------------------------------------------------------------- corpora of documents
