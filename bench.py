@@ -30,7 +30,7 @@ from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import configure_optimizer
 from support.network.quantize import build_int8, check_weights
-from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
+from support.text.tokenizer import PADDED_GPT2_VOCAB, read_vocabulary
 from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
@@ -82,8 +82,7 @@ def load_tokens():
         tokens = open_split(folder, 'train')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; or measure on random tokens: --real_data=False') from None
-    meta = read_meta(folder)
-    vocab_size = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
+    _, vocab_size, _ = read_vocabulary(folder)
     check_split(tokens, os.path.join(folder, 'train.bin'), block_size, vocab_size)
     return tokens, vocab_size
 

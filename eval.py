@@ -25,7 +25,7 @@ from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights
 from support.run.state import load_model
 from support.network.scoring import TASKS, mean_loss, read_items, score_texts
-from support.text.tokenizer import read_tokenizer
+from support.text.tokenizer import is_same_tokenizer, read_tokenizer
 from support.text.tokens import check_split, eval_windows, open_split, read_windows
 
 # ---------------------------------------------------------------------------- settings
@@ -83,7 +83,7 @@ def data_folder():
 def loss_of_split(model):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
     folder, block_size = data_folder(), model.config.block_size
-    if read_tokenizer(folder).to_dict() != tokenizer.to_dict():
+    if not is_same_tokenizer(read_tokenizer(folder).to_dict(), tokenizer.to_dict()):
         raise ValueError(f'{folder} was prepared with another tokenizer than the model\'s')
     tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
     check_split(tokens, path, block_size, model.config.vocab_size)

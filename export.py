@@ -23,7 +23,6 @@ from support.hub.huggingface import to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
 from support.run import checkpoint
 from support.run.state import config_from_args, model_args, tokenizer_of
-from support.text.tokenizer import GPT2_VOCAB
 from support.text.tokens import read_info
 
 # ---------------------------------------------------------------------------- settings
@@ -113,12 +112,14 @@ def model_card(state, args, kind, n_parameters, tokenizer):
             **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
             **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
     name = push or Path(export_dir).resolve().name
-    has_characters = tokenizer.to_dict()['kind'] == 'char'
+    prompt, token = {
+        'char': lambda: ('\n' if '\n' in tokenizer.stoi else 'The', f'{len(tokenizer.stoi)} characters'),
+        'bpe': lambda: ('\n', f'{tokenizer.n_vocab:,} byte pairs of its own'),
+        'gpt2': lambda: ('The', 'GPT-2\'s byte pairs')}[tokenizer.to_dict()['kind']]()
     return CARD.format(
         name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=kind,
         iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
-        prompt='\n' if has_characters and '\n' in tokenizer.stoi else 'The',
-        token=f'one of {len(tokenizer.stoi)} characters' if has_characters else 'one of GPT-2\'s byte pairs',
+        prompt=prompt, token=f'one of {token}',
         losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
         data=table('data', {k: v for k, v in data.items() if v}), model=table('architecture', args),
         training=table('setting', {k: v for k, v in settings.items() if k not in UNPUBLISHED}))
@@ -135,8 +136,7 @@ def write_folder(folder, state):
     from safetensors.torch import save_file  # here because transformers takes seconds to import
     from transformers import GenerationConfig
 
-    end = GPT2_VOCAB - 1 if tokenizer.to_dict()['kind'] == 'gpt2' else None
-    config.bos_token_id = config.eos_token_id = end
+    end = config.bos_token_id = config.eos_token_id = tokenizer.end
     padding = list(range(tokenizer.n_vocab, args['vocab_size'])) or None  # ids that stand for no token
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / 'model.safetensors') as temporary:

@@ -37,7 +37,7 @@ from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
 from support.run.start import check_data, check_ranks, check_settings, find_state, restore
 from support.run.state import build_model, load_optimizer, load_weights, model_args
-from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
+from support.text.tokenizer import read_vocabulary
 from support.text.tokens import (BatchRamp, choose_windows, eval_windows, fingerprint, open_split, prefetch,
                                  read_windows, target_share)
 
@@ -147,10 +147,9 @@ folder = data_dir or os.path.join('data', dataset)
 data = {split: open_split(folder, split) for split in ('train', 'val')}
 fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_ranks(config, fingerprints, run)
-tokenizer, meta = read_tokenizer(folder), read_meta(folder)
-data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
-if meta:
-    print0(f'found vocab_size = {data_vocab} (inside {os.path.join(folder, "meta.pkl")})')
+tokenizer, data_vocab, named_in = read_vocabulary(folder)
+if named_in:
+    print0(f'found vocab_size = {data_vocab} (inside {named_in})')
 
 # ---------------------------------------------------------------------------- model
 
@@ -166,7 +165,7 @@ else:
 window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
-check_data(config, folder, data, window, model.config, meta, tokenizer, fingerprints, state, is_resumed)
+check_data(config, folder, data, window, model.config, data_vocab, tokenizer, fingerprints, state, is_resumed)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:

@@ -3,12 +3,13 @@
 import math
 import os
 
-from support.hub.huggingface import own_tokenizer
+from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
 from support.network.lora import check_adapters
 from support.run import checkpoint
+from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer
 from support.text.tokens import SAMPLERS, check_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
@@ -77,27 +78,38 @@ def find_state(config, run):
     return state, is_resumed
 
 
-def check_data(config, folder, data, window, model_config, meta, tokenizer, fingerprints, state, is_resumed):
+def check_data(config, folder, data, window, model_config, vocab_size, tokenizer, fingerprints, state,
+               is_resumed):
     """ValueError for data that the model or the run can't continue on; tells a change of attention."""
     if config['sample_interval']:
         tokenizer.decode([])  # raises an error if the tokens have no text
     if state:
-        if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
+        if not is_same_tokenizer(state.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
             raise ValueError(f'the checkpoint was trained with another tokenizer than that of {folder}')
         if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
             print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
-    elif (own := own_tokenizer(config['init_from'])) and own.to_dict() != tokenizer.to_dict():
-        raise ValueError(f'{config["init_from"]} has another tokenizer than {folder}: prepare the text with '
-                         'the model\'s')
-    elif meta and meta['vocab_size'] != model_config.vocab_size:
-        raise ValueError(f'{folder} holds characters, but {config["init_from"]} has a vocabulary of '
-                         f'{model_config.vocab_size}: prepare the text as GPT-2 BPE (data/shakespeare does)')
+    elif config['init_from'] not in ('scratch', 'auto'):
+        check_tokenizer(config['init_from'], folder, tokenizer, vocab_size, model_config.vocab_size)
     for split, tokens in data.items():
         check_split(tokens, os.path.join(folder, f'{split}.bin'), window, model_config.vocab_size)
     may_change = config['eval_only'] or config['allow_changed_data']
     if is_resumed and not may_change and state.get('data', fingerprints) != fingerprints:
         raise ValueError(f'{folder} is not the data that {config["out_dir"]} was trained on: to resume on '
                          'other data, add --allow_changed_data=True')
+
+
+def check_tokenizer(init_from, folder, tokenizer, vocab_size, model_vocab_size):
+    """ValueError if the data in `folder` isn't of the tokenizer of a model from transformers."""
+    own, kind = own_tokenizer(init_from), tokenizer.to_dict()['kind']
+    theirs = own or folder_tokenizer(init_from)
+    if own or kind != 'none' != theirs.to_dict()['kind']:
+        fits = is_same_tokenizer(theirs.to_dict(), tokenizer.to_dict())
+    else:
+        fits = kind == 'gpt2' or vocab_size == model_vocab_size
+    if not fits:
+        how = 'gpt2' if isinstance(theirs, GPT2Tokenizer) else init_from
+        raise ValueError(f'{init_from} has another tokenizer than {folder}: prepare the text with '
+                         f'--tokenizer={how}')
 
 
 def restore(state, meter, guard, tokens_an_iteration, wandb_id):

@@ -15,10 +15,10 @@ import json
 import numpy as np
 
 from support.machine.files import explain_failure, read_text
+from support.text.bpe import END
 from support.text.masks import BEGIN, READ, TARGET
 
 ROLES = ('system', 'user', 'assistant')
-END = '<|endoftext|>'
 MARKERS = {role: f'<|{role}|>' for role in ROLES}  # tokens
 PLAIN = {role: f'{role.capitalize()}:\n' for role in ROLES}  # text
 SHAREGPT = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}

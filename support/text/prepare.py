@@ -11,56 +11,41 @@ use doesn't grow with the corpus, and an interrupted run continues where it stop
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pickle
-import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from support.machine.files import download, explain_failure, go_offline_if_cut_off, read_text, replacing
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.machine.files import replacing
+from support.text.bpe import BPETokenizer, check_vocab_size, train_bpe
+from support.text.documents import has_own_splits, load_documents
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+from support.text.tokens import pieces
 
-TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
-                    'data/tinyshakespeare/input.txt',
-                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # sha256
+# ---------------------------------------------------------------------------- tokenizers
 
-
-# ---------------------------------------------------------------------------- texts
-
-def tiny_shakespeare(folder):
-    """Path of folder/input.txt, downloaded unless it exists."""
-    path = Path(folder, 'input.txt')
-    download(*TINY_SHAKESPEARE, path)
-    return path
+SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
 
 
-def read_texts(paths):
-    """The text of files, and of folders in sorted order, as one string in which every file ends its line.
-
-    In a folder, files that are not text are skipped and counted; named themselves, they raise ValueError.
-    """
-    texts, skipped = [], []
-    for path in map(Path, paths):
-        for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
-            try:
-                text = read_text(file)
-            except ValueError:
-                if file == path:
-                    raise
-                skipped.append(file)
-            else:
-                texts.append(text if text.endswith('\n') else text + '\n')
-    if skipped:
-        print(f'skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}')
-    return ''.join(texts)
+def check_tokenizer_name(name, vocab_size, known):
+    """The tokenizer that a setting names if it exists already, None for those that are made of the text: char
+    and bpe. known: the names that the caller takes besides paths. Raises ValueError for any other."""
+    if name not in known and not Path(name).exists():
+        raise ValueError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
+                         'tokenizer.json or of a folder with one')
+    if name in known:
+        if name == 'bpe':
+            check_vocab_size(vocab_size)
+        return GPT2Tokenizer() if name == 'gpt2' else None
+    if (tokenizer := load_tokenizer(name)) is None:
+        raise ValueError(f'tokenizer={name} has no tokenizer.json')
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------- datasets
@@ -71,12 +56,13 @@ def write_tokens(path, chunks):
     Raises ValueError, and writes no file, if an id doesn't fit into uint16.
     """
     with replacing(path) as temporary:
-        return write_ids(temporary, chunks)
+        return write_ids(temporary, chunks)[0]
 
 
 def write_ids(path, chunks):
-    """Like `write_tokens`, to a file that may be left half written."""
-    count, largest, digest = 0, -1, hashlib.sha256()
+    """Like `write_tokens`, to a file that may be left half written. Returns how often each id occurs, too, as
+    (65536,) int64."""
+    counts, digest = np.zeros(1 << 16, np.int64), hashlib.sha256()
     with open(path, 'wb') as file:
         for chunk in chunks:
             ids = np.asarray(chunk)
@@ -85,15 +71,17 @@ def write_ids(path, chunks):
             if ids.min() < 0 or ids.max() > 65535:
                 bad = ids.min() if ids.min() < 0 else ids.max()
                 raise ValueError(f'token id {bad} doesn\'t fit into uint16, 0 to 65535')
-            count, largest = count + len(ids), max(largest, int(ids.max()))
+            counts += np.bincount(ids, minlength=1 << 16)
             data = ids.astype(np.uint16).tobytes()
             digest.update(data)
             file.write(data)
-    return {'tokens': count, 'largest_id': largest, 'sha256': digest.hexdigest()}
+    largest = int(np.flatnonzero(counts).max(initial=-1))
+    return {'tokens': int(counts.sum()), 'largest_id': largest, 'sha256': digest.hexdigest()}, counts
 
 
-def write_dataset(data_dir, splits, tokenizer, source):
-    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays.
+def write_dataset(data_dir, splits, tokenizer, source, masks=None, template=None):
+    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays. Of
+    conversations, masks: {split: (N,) uint8}, and template: of `template_for`.
 
     Until all tokens are written, the files that were there stay. From the first that is replaced to the last,
     dataset.json says `unfinished`, so that tokens are never read with another tokenizer.
@@ -102,17 +90,36 @@ def write_dataset(data_dir, splits, tokenizer, source):
     with contextlib.ExitStack() as stack:
         temporary = {split: stack.enter_context(replacing(data_dir / f'{split}.bin')) for split in splits}
         written = {split: write_ids(temporary[split], chunks) for split, chunks in splits.items()}
-        info = {'tokens': {split: w['tokens'] for split, w in written.items()},
-                'largest_id': max(w['largest_id'] for w in written.values()),
+        info = {'tokens': {split: w['tokens'] for split, (w, _) in written.items()},
+                'largest_id': max(w['largest_id'] for w, _ in written.values()),
                 'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
                 'source': str(source),
-                'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
+                'sha256': {f'{split}.bin': w['sha256'] for split, (w, _) in written.items()}}
+        for split, mask in (masks or {}).items():
+            mask.tofile(stack.enter_context(replacing(data_dir / f'{split}.mask')))
+            info['sha256'][f'{split}.mask'] = hashlib.sha256(mask).hexdigest()
+        info |= {'chat': template} if template else {}
         write_info(data_dir, {'unfinished': True})
-        write_meta(data_dir, tokenizer)
+        for split in splits if masks is None else ():
+            (data_dir / f'{split}.mask').unlink(missing_ok=True)  # of what was here before
+        info['sha256'] |= write_vocabulary(data_dir, tokenizer)
     write_info(data_dir, info)
-    for split, w in written.items():
-        print(f'{split} has {w["tokens"]:,} tokens')
+    print_sizes({split: counts for split, (_, counts) in written.items()}, tokenizer)
     print(f'vocabulary: {tokenizer.n_vocab:,} ({info["tokenizer"]}), written to {data_dir}')
+
+
+def print_sizes(counts, tokenizer):
+    """Tell how much text is in each split. counts: {split: how often each id occurs, (65536,)}."""
+    texts, n_bytes = tokenizer.token_texts(), tokenizer.token_bytes()
+    n_chars = np.array([sum(b >> 6 != 0b10 for b in text) for text in texts])  # bytes that begin a character
+    total = sum(c[:len(texts)] for c in counts.values())
+    for split, c in counts.items():
+        c, n = c[:len(texts)], max(1, c.sum())
+        print(f'{split} has {c.sum():,} tokens of {c @ n_chars:,} characters '
+              f'({c @ n_bytes / n:.2f} bytes, {c @ n_chars / n:.2f} characters a token)')
+    if isinstance(tokenizer, GPT2Tokenizer) and total.sum() > total @ n_chars:
+        print(f'GPT-2\'s encoding takes {total.sum() / max(1, total @ n_chars):.2f} tokens a character of '
+              'this text; to train from scratch, --tokenizer=bpe makes an encoding that fits it')
 
 
 def write_info(data_dir, info):
@@ -120,39 +127,58 @@ def write_info(data_dir, info):
         temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
 
 
-def write_meta(data_dir, tokenizer):
-    """meta.pkl of characters; of another tokenizer, none."""
-    path = data_dir / 'meta.pkl'
-    if not isinstance(tokenizer, CharTokenizer):
-        path.unlink(missing_ok=True)
-        return
-    meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(meta, protocol=4))
+def write_vocabulary(data_dir, tokenizer):
+    """tokenizer.json of a tokenizer of its own, meta.pkl, with the characters if they are the tokens; of
+    GPT-2's, neither. Returns {tokenizer.json: its SHA-256}, if there is one."""
+    meta, own = {'vocab_size': tokenizer.n_vocab}, data_dir / 'tokenizer.json'
+    digests = {}
+    if isinstance(tokenizer, CharTokenizer):
+        meta |= {'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
+    if isinstance(tokenizer, BPETokenizer):
+        with replacing(own) as temporary:
+            temporary.write_bytes(tokenizer.json.encode())
+        digests = {own.name: hashlib.sha256(tokenizer.json.encode()).hexdigest()}
+    else:
+        own.unlink(missing_ok=True)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        (data_dir / 'meta.pkl').unlink(missing_ok=True)
+    else:
+        with replacing(data_dir / 'meta.pkl') as temporary:
+            temporary.write_bytes(pickle.dumps(meta, protocol=4))
+    return digests
 
 
-def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1):
+def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096):
     """Write a text as a dataset, with the last val_fraction of its characters for validation.
 
-    tokenizer: 'char' (a vocabulary of the text's characters) or 'gpt2'.
+    tokenizer: 'char' (a vocabulary of the text's characters), 'gpt2', 'bpe' (trained on the training part, of
+    vocab_size entries), or a tokenizer.json or a folder with one.
     """
-    if tokenizer not in ('char', 'gpt2'):
-        raise ValueError(f'tokenizer={tokenizer} is not one of char, gpt2')
+    coder = check_tokenizer_name(tokenizer, vocab_size, ('char', 'gpt2', 'bpe'))
+    cut = check_cut(len(text), val_fraction, source)
+    print(f'{source}: {len(text):,} characters')
+    if tokenizer == 'char':
+        coder = CharTokenizer.of_text(text)
+    elif tokenizer == 'bpe':
+        if cut > SAMPLE:
+            print(f'the tokenizer is trained on {SAMPLE:,} characters, spread over the training part')
+        coder = train_bpe(pieces(text[:cut], SAMPLE), vocab_size)
+    encode = coder.encode if isinstance(coder, CharTokenizer) else coder.encode_array
+    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+
+
+def check_cut(n, val_fraction, source, unit='characters'):
+    """How many of n characters (or other units) are for training. ValueError if there is nothing to split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
-        raise ValueError(f'{source} has {len(text):,} characters, too few to split')
-    coder = CharTokenizer.of_text(text) if tokenizer == 'char' else GPT2Tokenizer()
-    print(f'{source}: {len(text):,} characters')
-    encode = coder.encode if tokenizer == 'char' else coder.encode_array
-    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+    cut = int(n * (1 - val_fraction))
+    if not 0 < cut < n:
+        raise ValueError(f'{source} has {n:,} {unit}, too few to split')
+    return cut
 
 
 # ---------------------------------------------------------------------------- corpora of documents
 
-FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.raw': 'text'}
-SPLIT_NAMES = {'train': r'(?<![a-z])train', 'validation': r'(?<![a-z])(val|dev)'}  # in the paths of files
 PART = 2048  # documents
 
 
@@ -190,97 +216,6 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
     chunks = {'train': encode('train', 'train'), 'val': encode('val', 'test')}
     write_dataset(folder, chunks, tokenizer, source)
     shutil.rmtree(parts)
-
-
-def has_own_splits(source):
-    path = Path(source)
-    return not path.exists() or path.is_dir() and all(files_of(source, name) for name in SPLIT_NAMES)
-
-
-def files_of(source, split=None):
-    """Files with documents in a local source, sorted; split: only those with its name in their path."""
-    path = Path(source)
-    files = sorted(p for p in path.rglob('*') if p.suffix in FORMATS) if path.is_dir() else [path]
-    return [f for f in files
-            if not split or re.search(SPLIT_NAMES[split], f.relative_to(path).as_posix().lower())]
-
-
-def format_of(source, files):
-    """The format of local files, None for a source on the hub. Raises ValueError if formats are mixed."""
-    if not Path(source).exists():
-        if Path(source).suffix in FORMATS or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', source):
-            raise ValueError(f'{source} doesn\'t exist; a dataset on the hub is named like owner/name')
-        return None
-    kinds = sorted({p.suffix for p in files})
-    if len(kinds) > 1:
-        raise ValueError(f'{source} mixes {", ".join(kinds)} files: name a file, or a folder with one kind')
-    if not kinds or kinds[0] not in FORMATS:
-        raise ValueError(f'{source} has no {", ".join(FORMATS)} files')
-    return FORMATS[kinds[0]]
-
-
-def load_documents(source, text_column, limit, split=None, regroup=None, rows_are_lines=False, **hub):
-    """The documents as a datasets.Dataset. Raises ValueError if the source can't be read or has no text.
-
-    split: 'train' or 'validation'; None takes the hub's training split, or all local files. limit: take only
-    the first documents, and download no more than them; 0: all. regroup: a function from lines to documents,
-    for text files, and for a table's rows if rows_are_lines. hub: further arguments of datasets.load_dataset,
-    for sources on the hub.
-    """
-    go_offline_if_cut_off()
-    import datasets
-    files = files_of(source, split)
-    kind = format_of(source, files)
-    joins = regroup if kind == 'text' or rows_are_lines else None
-    explained = partial(explain_failure, f'can\'t load {source}; local parquet, jsonl or text files will do: '
-                        '--source=PATH', datasets.exceptions.DatasetGenerationError)
-    if kind:
-        hub = {'data_files': [str(f) for f in files]}
-        hub |= {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True} \
-            if kind == 'text' else {}
-    with explained():
-        rows, key = load_rows(kind or source, 'train' if kind else split or 'train', limit, **hub)
-        if kind == 'text' and text_column != 'text':
-            rows = rows.rename_column('text', text_column)
-        names = rows.column_names or [*next(iter(rows), {text_column: ''})]  # a stream may not know them yet
-    check_text(source, rows, text_column, names)
-    if key or joins:
-        how = {'text_column': text_column, 'limit': limit, 'regroup': joins}
-        key = key and datasets.fingerprint.Hasher.hash((key, how))
-        with explained():
-            rows = datasets.Dataset.from_generator(first_documents, gen_kwargs={'rows': rows, **how},
-                                                   fingerprint=key)
-        check_text(source, rows, text_column, rows.column_names or [text_column])
-    return rows.select(range(min(limit or len(rows), len(rows))))
-
-
-def load_rows(where, split, limit, **how):
-    """A datasets.Dataset and None; with a limit a stream of rows, which downloads what is read of it, and
-    what tells it from others."""
-    import datasets
-    if not limit or where not in FORMATS.values() and datasets.config.HF_HUB_OFFLINE:  # no streams in caches
-        return datasets.load_dataset(where, split=split, **how), None
-    builder = datasets.load_dataset_builder(where, **how)
-    return builder.as_streaming_dataset(split), (builder.config_id, builder.hash, split)
-
-
-def check_text(source, rows, text_column, names):
-    """ValueError unless the rows, of these columns, have strings in one; rows may be a stream."""
-    if text_column not in names:
-        raise ValueError(f'{source} has no column {text_column}, only {", ".join(names)}: name one with '
-                         '--text_column')
-    kind = rows.features[text_column].dtype if rows.features else 'string'
-    has_gaps = hasattr(rows, 'data') and rows.data.column(text_column).null_count
-    if kind not in ('string', 'large_string') or has_gaps:
-        raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
-                         '--text_column')
-
-
-def first_documents(rows, text_column, limit, regroup):
-    """The rows of a new dataset: the first `limit` documents, or all with 0."""
-    texts = (text for batch in rows.iter(min(PART, limit or PART)) for text in batch[text_column])
-    documents = regroup(texts) if regroup else texts
-    return ({text_column: document} for document in itertools.islice(documents, limit or None))
 
 
 def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):
