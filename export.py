@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from support.hub.huggingface import to_transformers, write_tokenizer
+from support.hub.huggingface import add_chat_template, to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
 from support.run import checkpoint
 from support.run.state import config_from_args, model_args, tokenizer_of
@@ -146,6 +146,8 @@ def write_folder(folder, state):
     GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=padding,
                      max_length=args['block_size']).save_pretrained(folder)
     write_tokenizer(folder, tokenizer, args['block_size'])
+    if state.get('chat'):
+        add_chat_template(folder, state['chat'])
     n_parameters = sum(v.numel() for k, v in state['model'].items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
     card = model_card(state, args, KINDS[config.model_type], n_parameters, tokenizer)

@@ -38,8 +38,8 @@ from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sam
 from support.run.start import check_data, check_ranks, check_settings, find_state, restore
 from support.run.state import build_model, load_optimizer, load_weights, model_args
 from support.text.tokenizer import read_vocabulary
-from support.text.tokens import (BatchRamp, choose_windows, eval_windows, fingerprint, open_split, prefetch,
-                                 read_windows, target_share)
+from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_windows, fingerprint,
+                                 open_split, prefetch, read_windows, target_share)
 
 # ---------------------------------------------------------------------------- settings
 
@@ -330,7 +330,7 @@ if eval_only:
 
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
 end = max(iter_num, max_iters + 1)
-print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+print0(plan.describe(model, run, {k: epoch_length(v, window) for k, v in data.items()}, end - iter_num,
                      (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir, parallel,
                      activation_checkpointing, cpu_offload))
 if dry_run:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import model
 from support.machine.files import UNREADABLE, explain_failure, go_offline_if_cut_off, reason_of
+from support.text.chat import check_template, jinja
 from support.text.tokenizer import (GPT2_VOCAB, PADDED_GPT2_VOCAB, GPT2Tokenizer, NoTokenizer,
                                     load_tokenizer)
 
@@ -197,3 +198,11 @@ def write_tokenizer(folder, tokenizer, block_size):
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
                 'clean_up_tokenization_spaces': False, **special}
     Path(folder, 'tokenizer_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+
+
+def add_chat_template(folder, template):
+    """Write a template of `template_for` into a folder's tokenizer_config.json, so that the pipelines of
+    transformers take messages."""
+    path, text = Path(folder, 'tokenizer_config.json'), jinja(check_template(template))
+    settings = json.loads(path.read_text(encoding='utf-8')) | {'chat_template': text}
+    path.write_text(json.dumps(settings, indent=2), encoding='utf-8')

@@ -222,6 +222,11 @@ def shuffled(at, n, keys):
     return x.astype(np.int64)
 
 
+def epoch_length(tokens, block_size):
+    """Positions in an epoch: the split's tokens; of conversations, those of all windows."""
+    return len(tokens.windows(block_size)) * block_size if isinstance(tokens, Conversations) else len(tokens)
+
+
 SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
 
 
