@@ -24,9 +24,9 @@ from support.machine import runtime
 from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights
 from support.run.state import load_model
-from support.network.scoring import TASKS, mean_loss, read_items, score_texts
+from support.network.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
 from support.text.tokenizer import is_same_tokenizer, read_tokenizer
-from support.text.tokens import check_split, eval_windows, open_split, read_windows
+from support.text.tokens import check_split, open_split
 
 # ---------------------------------------------------------------------------- settings
 
@@ -90,10 +90,7 @@ def loss_of_split(model):
     windows = (block_size, batch_size, -(-limit // batch_size))
     with lean_loss(model):
         loss = mean_loss(model, run, tokens, *windows, watch=partial(tqdm, desc=path, disable=None))
-    token_bytes, n_targets, n_bytes = tokenizer.token_bytes(), 0, 0
-    for starts in eval_windows(tokens, *windows):
-        _, y = read_windows(tokens, starts, block_size)
-        n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + token_bytes[y[y >= 0]].sum()
+    n_targets, n_bytes = count_targets(run, tokens, tokenizer.token_bytes(), *windows)
     found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 

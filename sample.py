@@ -71,7 +71,7 @@ if interactive and json:
     raise ValueError('interactive and json exclude each other: choose one')
 texts = [read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start]
 if prompts is not None:
-    texts = [line for line in read_text(prompts).replace('\r\n', '\n').split('\n') if line]
+    texts = [line for line in read_text(prompts).split('\n') if line]
     if not texts:
         raise ValueError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):

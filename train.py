@@ -31,13 +31,12 @@ from support.network.diagnostics import Guard, measure, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
-from support.network.scoring import mean_loss
+from support.network.scoring import BitsPerByte, mean_loss
 from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
-from support.run.start import check_data, check_ranks, check_settings, find_state, restore
+from support.run.start import check_data, check_ranks, check_settings, find_state, find_vocabulary, restore
 from support.run.state import build_model, load_optimizer, load_weights, model_args
-from support.text.tokenizer import read_vocabulary
 from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_windows, fingerprint,
                                  open_split, prefetch, read_windows, target_share)
 
@@ -147,9 +146,7 @@ folder = data_dir or os.path.join('data', dataset)
 data = {split: open_split(folder, split) for split in ('train', 'val')}
 fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_ranks(config, fingerprints, run)
-tokenizer, data_vocab, named_in = read_vocabulary(folder)
-if named_in:
-    print0(f'found vocab_size = {data_vocab} (inside {named_in})')
+tokenizer, data_vocab = find_vocabulary(folder)
 
 # ---------------------------------------------------------------------------- model
 
@@ -166,6 +163,7 @@ window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
 check_data(config, folder, data, window, model.config, data_vocab, tokenizer, fingerprints, state, is_resumed)
+in_bits = BitsPerByte(run, tokenizer, data, window, batch_size, eval_iters)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:
@@ -250,7 +248,8 @@ def estimate_loss(watch=iter):
     with average.in_place():
         losses = {split: mean_loss(model, run, tokens, window, batch_size, eval_iters, watch)
                   for split, tokens in data.items()}
-    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', style='bold')
+    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
+           f'{in_bits.told(losses)}', style='bold')
     return losses
 
 
@@ -378,7 +377,8 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
                     losses = estimate_loss(stop.watch)
                     guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
                     log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
-                               'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
+                               **in_bits(losses), 'lr': lr, 'mfu': mfu, 'seconds': seconds,
+                               'tokens': meter.tokens})
                     if measuring:
                         with stop.alone(is_alone):
                             vitals = measure(model, run, probe, stop.check if is_alone else None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from support.hub.huggingface import folder_tokenizer, write_tokenizer
+from support.network.decoding import Text
 from support.text import bpe as room
 from support.text.bpe import BPETokenizer, train_bpe
 from support.text.prepare import write_text_dataset
@@ -94,6 +95,17 @@ def test_a_place_where_a_cut_would_change_the_tokens_is_none(own, monkeypatch):
     assert not room.is_cut(other.of_documents, 'when spring comes', 11)
     whole = other.of_documents.encode(TEXT, add_special_tokens=False).ids
     assert other.encode_array(TEXT).tolist() == whole
+
+
+def test_a_stream_shows_whole_characters_only():
+    tokenizer = train_bpe([], 257)  # a token for each byte
+    text, shown = Text(b'', 100), ''
+    for token in tokenizer.encode('avó 한국어 🙂'):
+        text.add(tokenizer.decode_bytes([token]))
+        piece = text.take()
+        assert '\ufffd' not in piece
+        shown += piece
+    assert shown == 'avó 한국어 🙂'
 
 
 # ---------------------------------------------------------------------------- training

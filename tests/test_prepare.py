@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -58,6 +59,8 @@ def read(folder):
 def decode(folder):
     """A dataset's two texts."""
     *splits, info = read(folder)
+    if info['tokenizer'] == 'bpe':
+        return [read_tokenizer(folder).decode(ids) for ids in splits]
     if info['tokenizer'] == 'char':
         itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
         return [''.join(itos[i] for i in ids) for ids in splits]
@@ -102,6 +105,18 @@ def test_interrupted_writing_leaves_the_old_file(interruption, tmp_path):
         write_tokens(tmp_path / 'train.bin', chunks())
     assert [p.name for p in tmp_path.iterdir()] == ['train.bin']
     assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [1, 2]
+
+
+def test_sizes_are_told_in_tokens_bytes_and_characters(bpe, tmp_path, capsys):
+    text = '한국어 글 ' * 100
+    for tokenizer, told in (('char', '540 tokens of 540 characters (2.33 bytes, 1.00 characters a token)'),
+                            ('gpt2', '1,170 tokens of 540 characters (1.08 bytes, 0.46 characters a token)')):
+        write_text_dataset(tmp_path, text, tokenizer, 'a test')
+        out = capsys.readouterr().out
+        assert told in out and ('tokens a character of this text' in out) == (tokenizer == 'gpt2')
+    assert 'GPT-2\'s encoding takes 2.17 tokens a character of this text; to train from scratch, --tok' in out
+    write_text_dataset(tmp_path, 'in English, ' * 100, 'gpt2', 'a test')
+    assert 'tokens a character of' not in capsys.readouterr().out
 
 
 def test_dataset_json_tells_what_the_files_hold(tmp_path):
@@ -245,16 +260,21 @@ def test_standard_library_is_some_megabytes_of_ascii_and_the_same_every_time(pre
 def texts(prepare):
     """Files and folders of text, and something that is no text."""
     files = {'notes.txt': 'first\n' * 30, 'books/b.md': 'third, no newline', 'letters/d.txt': 'fifth\n',
-             'books/a.txt': 'é second\n', 'books/deep/c.txt': 'fourth\r\n'}
+             'books/a.txt': '\ufeffé second\n', 'books/deep/c.txt': 'fourth\r\n'}
     for name, text in files.items():
         path = prepare.here / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     (prepare.here / 'books' / 'picture.png').write_bytes(b'\x89PNG\r\n\x1a\n\0\0')
-    return ''.join(files[n] for n in ('notes.txt', 'books/a.txt', 'books/b.md')) + '\nfourth\r\nfifth\n'
+    (prepare.here / 'books' / 'zeros.txt').write_bytes(b'a\0b')
+    (prepare.here / 'books' / '.git').mkdir()
+    for name in ('.git/config', '.hidden.txt', 'letter.docx'):
+        (prepare.here / 'books' / name).write_text('left out', encoding='utf-8')
+    text = ''.join(files[n] for n in ('notes.txt', 'books/a.txt', 'books/b.md')) + '\nfourth\nfifth\n'
+    return text.replace('\ufeff', '')
 
 
-@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2', 'bpe'])
 def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, request):
     if tokenizer == 'gpt2':
         request.getfixturevalue('bpe')
@@ -262,8 +282,10 @@ def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, r
                   '--val_fraction=0.25').stdout
     folder, cut = prepare.data / 'library', int(len(texts) * 0.75)
     assert decode(folder) == [texts[:cut], texts[cut:]]
-    assert (folder / 'meta.pkl').exists() == (tokenizer == 'char')
-    assert 'skipped 1 files' in out and 'picture.png' in out
+    assert (folder / 'meta.pkl').exists() == (tokenizer != 'gpt2')
+    assert (folder / 'tokenizer.json').exists() == (tokenizer == 'bpe')
+    assert ('read 5 files, left out 5: 2 hidden, 1 not UTF-8 text, 1 with the suffix .docx, '
+            '1 with the suffix .png\n') in out
 
 
 def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prepare):
@@ -278,7 +300,10 @@ def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prep
     (['no.txt'], 'FileNotFoundError', ['no.txt is missing']),
     (['notes.txt', 'books/picture.png'], 'ValueError', ['picture.png']),
     (['empty'], 'ValueError', ['too few']),
-    (['notes.txt', '--tokenizer=words'], 'ValueError', ['tokenizer=words', 'char', 'gpt2']),
+    (['notes.txt', '--tokenizer=words'], 'ValueError', ['tokenizer=words', 'char', 'gpt2', 'bpe']),
+    (['notes.txt', '--tokenizer=notes.txt'], 'ValueError', ['notes.txt is neither GPT-2\'s tokenizer']),
+    (['notes.txt', '--tokenizer=letters'], 'ValueError', ['letters has no tokenizer.json']),
+    (['notes.txt', '--tokenizer=bpe', '--vocab_size=65537'], 'ValueError', ['vocab_size=65537', '65536']),
     (['notes.txt', '--val_fraction=1.5'], 'ValueError', ['val_fraction=1.5']),
     (['notes.txt', '--name=../up'], 'ValueError', ['name=../up']),
     (['notes.txt', '--name=..'], 'ValueError', ['name=..']),
@@ -321,7 +346,8 @@ def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
     import tiktoken
     datasets.Dataset.from_dict({'text': DOCUMENTS}).to_parquet(tmp_path / 'documents.parquet')
     prepare('openwebtext', f'--source={tmp_path / "documents.parquet"}', '--num_proc=1')
-    train, val, info = read(prepare.data / 'openwebtext')
+    train, val, info = read(prepare.data / 'documents')
+    assert [p.name for p in (prepare.data / 'openwebtext').iterdir()] == ['prepare.py']
 
     loaded = datasets.load_dataset('parquet', data_files=str(tmp_path / 'documents.parquet'),
                                    cache_dir=str(tmp_path / 'cache'))['train']
@@ -330,8 +356,49 @@ def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
     assert train == [i for text in splits['train']['text'] for i in encode(text) + [50256]]
     assert val == [i for text in splits['test']['text'] for i in encode(text) + [50256]]
     assert train.count(50256) == 2498 and val.count(50256) == 2 and info['tokenizer'] == 'gpt2'
-    assert sorted(p.name for p in (prepare.data / 'openwebtext').iterdir()) == [
-        'dataset.json', 'prepare.py', 'train.bin', 'val.bin']
+    assert sorted(p.name for p in (prepare.data / 'documents').iterdir()) == [
+        'dataset.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('source, name', [
+    ('stas/openwebtext-10k', 'openwebtext-10k'), ('a b/c.d', 'c.d'),
+    ('x/my corpus/', 'my_corpus'), ('one.jsonl', 'one'), ('뉴스', '뉴스'),
+])
+def test_a_corpus_is_named_after_its_source(source, name):
+    assert preparation.name_after(source) == name
+
+
+def test_a_corpus_of_ones_own_gets_the_folder_and_the_share_that_are_asked_for(corpus, tmp_path, jsonl):
+    for name in ('..', 'a/b'):
+        with pytest.raises(ValueError, match='must be a plain folder name'):
+            preparation.dataset_folder(tmp_path / 'data/openwebtext/prepare.py', name)
+    folder = preparation.dataset_folder(tmp_path / 'data/openwebtext/prepare.py', 'mine')
+    corpus.prepare_corpus(folder, jsonl, limit=200, val_fraction=0.25, num_proc=1)
+    train, val, _ = read(tmp_path / 'data' / 'mine')
+    assert (len(documents_of(train)), len(documents_of(val))) == (150, 50)
+    with pytest.raises(ValueError, match='val_fraction=1'):
+        corpus.prepare_corpus(folder, jsonl, val_fraction=1.0)
+
+
+def test_a_corpus_s_tokenizer_is_trained_on_its_training_part(corpus, jsonl, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, 'PART', 100)
+    monkeypatch.setattr(corpus, 'SAMPLE', 5000)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus, 'write_dataset', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        corpus.prepare_corpus(tmp_path / 'out', jsonl, tokenizer='bpe', vocab_size=265)
+    parts, = (tmp_path / 'out').glob('parts-*')
+    trained = (parts / 'tokenizer.json').read_bytes()
+    assert re.search(r'trained on 1\d\d of 2,498 documents', capsys.readouterr().out)
+    monkeypatch.setattr(corpus, 'train_bpe', None)  # what was interrupted has its tokenizer already
+    corpus.prepare_corpus(tmp_path / 'out', jsonl, tokenizer='bpe', vocab_size=265)
+    own, (train, val, info) = read_tokenizer(tmp_path / 'out'), read(tmp_path / 'out')
+    assert own.json.encode() == trained and own.n_vocab == info['vocab_size'] == 265 and not parts.exists()
+    ends = [i for i, token in enumerate(train) if token == own.end]
+    documents = [own.decode(train[a + 1:b]) for a, b in zip([-1, *ends], ends)]
+    assert len(ends) == 2498 and val.count(own.end) == 2
+    assert train[-1] == val[-1] == own.end and set(documents) <= set(DOCUMENTS)
+    corpus.prepare_corpus(tmp_path / 'again', jsonl, tokenizer=str(tmp_path / 'out'))
+    assert read(tmp_path / 'again')[:2] == (train, val)
 
 
 @pytest.fixture
@@ -404,6 +471,8 @@ def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_p
         else:
             path.write_text(text if kind == 'txt' else json.dumps({'text': text}) + '\n', encoding='utf-8')
     (folder / 'README').write_text('no document')
+    if kind == 'txt':
+        (folder / 'a.txt').write_bytes(b'\xef\xbb\xbf' + documents[0].replace('\n', '\r\n').encode())
     corpus.prepare_corpus(tmp_path / 'out', str(folder), num_proc=1)
     train, val, _ = read(tmp_path / 'out')
     assert sorted(documents_of(train) + documents_of(val)) == documents

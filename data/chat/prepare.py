@@ -20,8 +20,9 @@ import numpy as np
 from configurator import configure
 from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import MARKERS, encode_conversation, read_conversations, render, template_for
-from support.text.prepare import check_cut, check_tokenizer_name, write_dataset
+from support.text.prepare import check_cut, check_tokenizer_name, dataset_folder
 from support.text.tokenizer import CharTokenizer
+from support.text.writing import write_dataset
 
 name = 'chat'  # the dataset's folder in data/
 tokenizer = 'bpe'  # bpe (of these conversations), gpt2, char, or a tokenizer.json or a folder with one
@@ -42,8 +43,7 @@ def make_tokenizer(conversations):
 
 
 paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
-if Path(name).name != name or name in ('', '..'):
-    raise ValueError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
+folder = dataset_folder(__file__, name)
 coder = check_tokenizer_name(tokenizer, vocab_size, ('bpe', 'gpt2', 'char'))
 if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
@@ -57,7 +57,7 @@ parts = {'train': encoded[:cut], 'val': encoded[cut:]}
 ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
 masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
 source = ', '.join(Path(path).name for path in paths)
-write_dataset(Path(__file__).parents[1] / name, ids, coder, source, masks, template)
+write_dataset(folder, ids, coder, source, masks, template)
 lengths = sorted(len(ids) for ids, _ in encoded)
 print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
       f'longest {lengths[-1]:,}; a window holds one, so no block_size needs to be larger')

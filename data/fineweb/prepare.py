@@ -19,14 +19,18 @@ from pathlib import Path
 from configurator import configure
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
 from support.text.dataset import header_size, split_files
-from support.text.prepare import prepare_corpus
+from support.text.prepare import dataset_folder, prepare_corpus
 from support.text.tokens import count_tokens
 
 source = 'HuggingFaceFW/fineweb-edu'  # a Hugging Face dataset, or a local file or folder of documents
 subset = 'sample-10BT'  # on the hub: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10, ...
+name = ''  # the dataset's folder in data/; empty: fineweb
 text_column = 'text'
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first documents; 0: all
+val_fraction = 0.0005  # of the shuffled documents
 shards = 0  # training files to take from shards_from, instead of all the above; 0: none
 shards_from = 'kjj0/fineweb10B-gpt2'  # a Hugging Face dataset, or a local folder, with such files
 
@@ -49,6 +53,7 @@ def take_shards(folder, source, n):
     paths = [path for found in files.values() for path in found]
     if others := sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths}):
         raise ValueError(f'{folder} has {others[0]}, which is not among these files: remove it first')
+    folder.mkdir(exist_ok=True)
     for path in paths:
         target = folder / path.name
         if not (target.exists() and target.samefile(path)):
@@ -68,6 +73,7 @@ configure(globals())
 if shards < 0:
     raise ValueError(f'shards={shards} must be at least 0')
 if shards:
-    take_shards(Path(__file__).parent, shards_from, shards)
+    take_shards(dataset_folder(__file__, name), shards_from, shards)
 else:
-    prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, subset=subset)
+    prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, tokenizer=tokenizer,
+                   vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)

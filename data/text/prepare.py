@@ -14,10 +14,8 @@ many gigabytes use `data/openwebtext/prepare.py --source=FOLDER`.
 import sys
 sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
 
-from pathlib import Path
-
 from configurator import configure
-from support.text.prepare import write_text_dataset
+from support.text.prepare import dataset_folder, write_text_dataset
 from support.text.reading import read_texts
 
 name = 'my_text'  # the dataset's folder in data/
@@ -30,7 +28,7 @@ configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 paths = [a for a in sys.argv[1:] if not a.startswith('-')]
 if not paths:
     raise ValueError('name at least one text file or folder: python data/text/prepare.py FILE_OR_FOLDER...')
-if Path(name).name != name or name in ('', '..'):
-    raise ValueError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
-folder = Path(__file__).parents[1] / name
+if not name:
+    raise ValueError('name= must be a plain folder name: the dataset goes to data/<name>')
+folder = dataset_folder(__file__, name)
 write_text_dataset(folder, read_texts(paths), tokenizer, ', '.join(paths), val_fraction, vocab_size)

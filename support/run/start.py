@@ -9,7 +9,7 @@ from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
 from support.network.lora import check_adapters
 from support.run import checkpoint
-from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer
+from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer, read_vocabulary
 from support.text.tokens import SAMPLERS, check_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
@@ -62,6 +62,14 @@ def check_ranks(config, fingerprints, run):
         if differing := [f'{k}={other.get(k)} instead of {theirs[0].get(k)}' for k in own | other
                          if other.get(k) != theirs[0].get(k)]:
             raise ValueError(f'rank {rank} was started otherwise than rank 0: {", ".join(differing)}')
+
+
+def find_vocabulary(folder):
+    """tokenizer, vocab_size of a dataset's folder; tells which file names them, if one does."""
+    tokenizer, vocab_size, path = read_vocabulary(folder)
+    if path:
+        print0(f'found vocab_size = {vocab_size} (inside {path})')
+    return tokenizer, vocab_size
 
 
 def find_state(config, run):

@@ -100,6 +100,10 @@ class BPETokenizer:
         """The text in UTF-8; a token may end within a character."""
         return b''.join(self.texts[i] for i in ids)
 
+    def knows_text(self):
+        """Whether `token_bytes` can be told without a download."""
+        return True
+
     def first_token(self):
         """The id before a text's first: the end of the text before."""
         return self.end or 0

@@ -61,8 +61,8 @@ def load_documents(source, text_column, limit, split=None, regroup=None, rows_ar
                         '--source=PATH', datasets.exceptions.DatasetGenerationError)
     if kind:
         hub = {'data_files': [str(f) for f in files]}
-        hub |= {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True} \
-            if kind == 'text' else {}
+        hub |= {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True,
+                'encoding': 'utf-8-sig'} if kind == 'text' else {}
     with explained():
         rows, key = load_rows(kind or source, 'train' if kind else split or 'train', limit, **hub)
         if kind == 'text' and text_column != 'text':

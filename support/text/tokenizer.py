@@ -8,6 +8,8 @@ Text to token ids and back: a vocabulary of characters, GPT-2's byte pair encodi
 import functools
 import hashlib
 import json
+import os
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from support.text.bpe import END, MOST_IDS, BPETokenizer
 from support.text.dataset import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
+BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
 
 
@@ -55,6 +58,9 @@ class CharTokenizer:
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode('utf-8', errors='surrogatepass')
+
+    def knows_text(self):
+        return True
 
     def first_token(self):
         """The id before a text's first: a line end, if the vocabulary has it."""
@@ -102,6 +108,13 @@ class GPT2Tokenizer:
         """The text in UTF-8; a token may end within a character."""
         return self.bpe.decode_bytes(ids)
 
+    def knows_text(self):
+        """Whether the files are here, so that nothing has to be downloaded."""
+        folder = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get(
+            'DATA_GYM_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache')))
+        return all(os.path.isfile(os.path.join(folder, hashlib.sha1((BPE_FILES + name).encode()).hexdigest()))
+                   for name in ('vocab.bpe', 'encoder.json'))
+
     def first_token(self):
         """The id before a text's first, <|endoftext|>."""
         return self.end
@@ -130,6 +143,9 @@ class NoTokenizer:
         raise ValueError(f'this model\'s tokens have no text: {self.reason}')
 
     decode = decode_bytes = encode_array = encode
+
+    def knows_text(self):
+        return False
 
     def first_token(self):
         return 0
