@@ -213,8 +213,8 @@ def test_scripts_configs_and_settings_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
 def test_flags_that_a_page_names_are_some_script_s_or_torchrun_s(page):
-    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'data/text/prepare.py',
-               'data/openwebtext/prepare.py', 'data/shakespeare/prepare.py']
+    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py',
+               *(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))]
     known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
     placeholders = {'key', '이름', 'nome', '名称'}
     if page.name == 'options.md':
