@@ -227,17 +227,23 @@ def test_dialogue_keeps_what_was_said():
 def test_full_dialogue_drops_its_oldest_turns_and_keeps_the_instruction():
     talk, instruction = dialogue(400), {'role': 'system', 'content': 'Be brief.'}
     assert talk.obeys('/system Be brief.') and talk.obeys('') and not talk.obeys('Hi')
+    said = []
     for i in range(8):
-        prompt = talk.ask(f'Question {i}', 150)
-        talk.hear(f'Answer {i}')
-    said = [text for i in range(8) for text in (f'Question {i}', f'Answer {i}')][:-1]
-    kept = next(prompt for n in range(0, 15, 2)
-                if len(prompt := asking(instruction, *say(*said[n:]))) <= 250)  # the most that fit
-    assert prompt == kept and 1 < prompt.count('Question') < 8
+        said.append(f'Question {i}')
+        prompt = talk.ask(said[-1], 150)
+        most = next(text for n in range(0, 15, 2)
+                    if len(text := asking(instruction, *say(*said[n:]))) <= 250)  # that fits
+        assert prompt == most
+        said.append(f'Answer {i}')
+        talk.hear(said[-1])
+    assert 1 < prompt.count('Question') < 8
     assert talk.ask('x' * 300, 150) == asking(instruction, *say('x' * 300))  # the question is never dropped
     talk = dialogue(400)
     talk.ask('x' * 50, 10_000), talk.hear('y' * 50)
     assert talk.ask('z', 10_000) == asking(*say('x' * 50, 'y' * 50, 'z'))  # half of block_size is theirs
+    talk.hear('y' * 50)
+    assert talk.ask('z', 10_000) == asking(*say('z', 'y' * 50, 'z'))
+    assert talk.ask('z', 1) == asking(*say('x' * 50, 'y' * 50, 'z', 'y' * 50, 'z'))
 
 
 # ---------------------------------------------------------------------------- the whole path
