@@ -173,6 +173,15 @@ def test_a_file_that_is_no_tokenizer_is_one_line(content, tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_a_file_s_normalisation_and_words_that_were_added_are_kept(own):
+    added = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': True, 'special': False}
+    tokenizer = BPETokenizer(changed(own, normalizer={'type': 'NFC'}, added_tokens=[
+        *content_of(own)['added_tokens'], added | {'id': 400, 'content': '   '}]))
+    ids = tokenizer.encode_array('cafe\u0301   au lait')
+    assert tokenizer.decode(ids) == 'café   au lait' and 400 in ids
+    assert tokenizer.token_bytes()[400] == 3 and tokenizer.n_vocab == 401
+
+
 def test_limits_and_padding_of_a_file_are_ignored(own):
     limits = {'truncation': {'direction': 'Right', 'max_length': 4, 'strategy': 'LongestFirst', 'stride': 0},
               'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None,

@@ -284,7 +284,7 @@ def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, r
     assert decode(folder) == [texts[:cut], texts[cut:]]
     assert (folder / 'meta.pkl').exists() == (tokenizer != 'gpt2')
     assert (folder / 'tokenizer.json').exists() == (tokenizer == 'bpe')
-    assert ('read 5 files, left out 5: 2 hidden, 1 not UTF-8 text, 1 with the suffix .docx, '
+    assert ('read 5 files, left out 2 hidden, 1 not UTF-8 text, 1 with the suffix .docx, '
             '1 with the suffix .png\n') in out
 
 

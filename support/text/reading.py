@@ -51,7 +51,7 @@ def read_texts(paths):
                 else:
                     texts.append(text if text.endswith('\n') else text + '\n')
             left_out.update([reason] if reason else [])
-    print(f'read {len(texts):,} files' + (f', left out {left_out.total():,}: ' if left_out else '')
+    print(f'read {len(texts):,} file{"s" * (len(texts) != 1)}{", left out " * bool(left_out)}'
           + ', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items())))
     return ''.join(texts)
 
