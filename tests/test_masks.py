@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import pytest
-import soak
 import torch
 from conftest import TINY, evaluations
 from hypothesis import given, settings
@@ -51,6 +50,11 @@ def write(folder, **splits):
     return folder
 
 
+def write_conversations(folder):
+    lengths = np.random.default_rng(3).integers(4, 17, 100)
+    return write(folder, train=make(lengths[:80]), val=make(lengths[80:], seed=1))
+
+
 def conversations_of(made):
     """(ids, mask) of each conversation."""
     begins = np.flatnonzero(made.mask == BEGIN).tolist()
@@ -60,8 +64,7 @@ def conversations_of(made):
 
 @pytest.fixture
 def data(tmp_path):
-    lengths = np.random.default_rng(3).integers(4, 17, 100)
-    return write(tmp_path / 'data', train=make(lengths[:80]), val=make(lengths[80:], seed=1))
+    return write_conversations(tmp_path / 'data')
 
 
 # ---------------------------------------------------------------------------- windows
@@ -168,20 +171,6 @@ def test_resumed_run_on_conversations_equals_an_uninterrupted_one(data, train, t
     train(*args, '--init_from=resume', data_dir=data)
     whole, parts = weights_of(tmp_path / 'whole'), weights_of(tmp_path / 'out')
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
-
-
-def test_two_processes_of_two_micro_steps_on_conversations_equal_one_of_one(data, train, tmp_path):
-    args = (*ANSWERS, '--dropout=0.0')
-    train(*args, '--gradient_accumulation_steps=1', '--batch_size=8', data_dir=data, out_dir=tmp_path / 'one')
-    ranks = soak.Ranks(2)
-    try:
-        replies = ranks.train(*args, f'--data_dir={data}', f'--out_dir={tmp_path / "two"}')
-    finally:
-        ranks.close()
-    assert [r.error for r in replies] == [None, None]
-    one, two = weights_of(tmp_path / 'one'), weights_of(tmp_path / 'two')
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- files
