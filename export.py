@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from support.hub.huggingface import to_transformers, write_tokenizer
+from support.hub.huggingface import add_chat_template, to_transformers, write_tokenizer
 from support.machine.files import reason_of, replacing
 from support.run.checkpoint import load_trained
 from support.run.state import config_from_args, model_args, tokenizer_of
 from support.text.dataset import find_dataset, read_info
-from support.text.tokenizer import GPT2_VOCAB
 
 # ---------------------------------------------------------------------------- settings
 
@@ -113,12 +112,14 @@ def model_card(state, args, kind, n_parameters, tokenizer):
             **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
             **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
     name = push or Path(export_dir).resolve().name
-    has_characters = tokenizer.to_dict()['kind'] == 'char'
+    prompt, token = {
+        'char': lambda: ('\n' if '\n' in tokenizer.stoi else 'The', f'{len(tokenizer.stoi)} characters'),
+        'bpe': lambda: ('\n', f'{tokenizer.n_vocab:,} byte pairs of its own'),
+        'gpt2': lambda: ('The', 'GPT-2\'s byte pairs')}[tokenizer.to_dict()['kind']]()
     return CARD.format(
         name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=kind,
         iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
-        prompt='\n' if has_characters and '\n' in tokenizer.stoi else 'The',
-        token=f'one of {len(tokenizer.stoi)} characters' if has_characters else 'one of GPT-2\'s byte pairs',
+        prompt=prompt, token=f'one of {token}',
         losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
         data=table('data', {k: v for k, v in data.items() if v}), model=table('architecture', args),
         training=table('setting', {k: v for k, v in settings.items() if k not in UNPUBLISHED}))
@@ -135,8 +136,7 @@ def write_folder(folder, state):
     from safetensors.torch import save_file  # here because transformers takes seconds to import
     from transformers import GenerationConfig
 
-    end = GPT2_VOCAB - 1 if tokenizer.to_dict()['kind'] == 'gpt2' else None
-    config.bos_token_id = config.eos_token_id = end
+    end = config.bos_token_id = config.eos_token_id = tokenizer.end
     padding = list(range(tokenizer.n_vocab, args['vocab_size'])) or None  # ids that stand for no token
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / 'model.safetensors') as temporary:
@@ -146,6 +146,8 @@ def write_folder(folder, state):
     GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=padding,
                      max_length=args['block_size']).save_pretrained(folder)
     write_tokenizer(folder, tokenizer, args['block_size'])
+    if state.get('chat'):
+        add_chat_template(folder, state['chat'])
     n_parameters = sum(v.numel() for k, v in state['model'].items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
     card = model_card(state, args, KINDS[config.model_type], n_parameters, tokenizer)

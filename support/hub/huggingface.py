@@ -6,14 +6,15 @@ Weights and tokenizers to and from Hugging Face's transformers.
     config, weights = to_transformers(args, weights)  # a GPT2Config or a LlamaConfig, and their state dict
 """
 
-import hashlib
 import json
 import traceback
 from pathlib import Path
 
 import model
 from support.machine.files import UNREADABLE, explain_failure, go_offline_if_cut_off, reason_of
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.text.chat import check_template, jinja
+from support.text.tokenizer import (GPT2_VOCAB, PADDED_GPT2_VOCAB, GPT2Tokenizer, NoTokenizer,
+                                    load_tokenizer)
 
 ACTIVATIONS = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu2': 'relu2'}  # ours: theirs
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in their GPT-2
@@ -84,36 +85,24 @@ def check_size(folder):
             raise ValueError(f'config.json asks for {asked:,} bytes at least, the weights have {found:,}')
 
 
-# of a JSON list of GPT-2's tokens but <|endoftext|>, in the order of their ids
-GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
-
-
 def own_tokenizer(folder):
-    """The tokenizer in a folder: GPT-2's, or the characters that export.py wrote; None if it has none.
-    ValueError for any other, which isn't to be replaced by GPT-2's."""
-    path = next((p for p in (Path(folder, name) for name in TOKENIZER_FILES) if p.is_file()), None)
-    if path is None:
-        return None
-    with explain_failure(f'{path} is neither GPT-2\'s tokenizer nor one of characters'):
-        content = json.loads(path.read_text(encoding='utf-8'))
-        theirs = content if path.name == 'vocab.json' else content['model']
-        vocab = theirs if path.name == 'vocab.json' else theirs['vocab']
-        if path.name == 'tokenizer.json' and theirs['type'] == 'WordLevel':
-            if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < 65536
-                       for c, i in vocab.items()):
-                raise ValueError('its tokens are words')
-            return CharTokenizer({i: c for c, i in vocab.items()})
-        tokens = sorted((t for t in vocab if t != '<|endoftext|>'), key=vocab.get)
-        if hashlib.sha256(json.dumps(tokens).encode()).hexdigest() != GPT2_VOCAB_SHA256 \
-                or [vocab[t] for t in tokens] != [*range(len(tokens))]:
-            raise ValueError(f'a vocabulary of {len(vocab):,}')
-    return GPT2Tokenizer()
+    """The tokenizer in a folder, None if it has none. ValueError for one that can't be read: GPT-2's must not
+    take its place."""
+    return load_tokenizer(folder) if Path(folder).is_dir() else None
 
 
 def folder_tokenizer(model_type):
-    """The folder's own tokenizer, else GPT-2's."""
-    return own_tokenizer(model_type) or GPT2Tokenizer()
+    """The folder's own tokenizer, else GPT-2's, unless the size of the folder's vocabulary is another."""
+    if own := own_tokenizer(model_type):
+        return own
+    path = Path(model_type, 'config.json')
+    if path.is_file():
+        with explain_failure(f'{path} can\'t be read'):
+            size = json.loads(path.read_text(encoding='utf-8')).get('vocab_size', GPT2_VOCAB)
+        if size not in (GPT2_VOCAB, PADDED_GPT2_VOCAB):
+            return NoTokenizer(size, f'{model_type} has no tokenizer.json, and GPT-2\'s vocabulary isn\'t of '
+                                     f'{size}')
+    return GPT2Tokenizer()
 
 
 # ---------------------------------------------------------------------------- to transformers
@@ -184,10 +173,16 @@ def to_llama(args, weights):
 def write_tokenizer(folder, tokenizer, block_size):
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    if tokenizer.to_dict()['kind'] == 'char':
+    path, special = Path(folder, 'tokenizer.json'), {}
+    if tokenizer.to_dict()['kind'] == 'bpe':
+        path.write_text(tokenizer.json, encoding='utf-8')
+        special = {name: name_of_end for name in ('bos_token', 'eos_token')
+                   for name_of_end, i in tokenizer.special.items() if i == tokenizer.end}
+    elif tokenizer.to_dict()['kind'] == 'char':
         theirs = Tokenizer(models.WordLevel(tokenizer.stoi))
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-        theirs.decoder, special = decoders.Fuse(), {}
+        theirs.decoder = decoders.Fuse()
+        theirs.save(str(path))
     else:
         ranks = tokenizer.bpe._mergeable_ranks  # {bytes: id}; 188 to 255 are unprintable bytes
         shown = {t: chr(t[0] if i < 188 else 256 + i - 188) for t, i in ranks.items() if len(t) == 1}
@@ -199,7 +194,15 @@ def write_tokenizer(folder, tokenizer, block_size):
         theirs.decoder = decoders.ByteLevel()
         theirs.add_special_tokens(['<|endoftext|>'])
         special = dict.fromkeys(('bos_token', 'eos_token'), '<|endoftext|>')
-    theirs.save(str(Path(folder, 'tokenizer.json')))
+        theirs.save(str(path))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
                 'clean_up_tokenization_spaces': False, **special}
     Path(folder, 'tokenizer_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+
+
+def add_chat_template(folder, template):
+    """Write a template of `template_for` into a folder's tokenizer_config.json, so that the pipelines of
+    transformers take messages."""
+    path, text = Path(folder, 'tokenizer_config.json'), jinja(check_template(template))
+    settings = json.loads(path.read_text(encoding='utf-8')) | {'chat_template': text}
+    path.write_text(json.dumps(settings, indent=2), encoding='utf-8')
