@@ -53,6 +53,7 @@ def execute(notebook):
     return space
 
 
+@pytest.mark.filterwarnings('ignore:__array__:DeprecationWarning')  # Matplotlib given tensors
 @pytest.mark.parametrize('text', ['standard library', 'Shakespeare'])
 def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypatch):
     if text == 'Shakespeare':
