@@ -43,13 +43,17 @@ def cells(notebook, kind):
 
 
 def execute(notebook):
-    """Run the code cells one after the other; gives their globals."""
+    """Run the code cells and the solutions folded between them, in order; gives their globals."""
     space = {'__name__': '__main__'}
-    for i, cell in enumerate(cells(notebook, 'code')):
-        exec(compile(''.join(cell['source']), f'{notebook.name}, code cell {i}', 'exec'), space)
+    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        solutions = re.findall(r'^```python\n(.*?)^```', source, re.M | re.S)
+        for code in [source] if cell['cell_type'] == 'code' else solutions:
+            exec(compile(code, f'{notebook.name}, {cell["id"]}', 'exec'), space)
     return space
 
 
+@pytest.mark.filterwarnings('ignore:__array__:DeprecationWarning')  # Matplotlib given tensors
 @pytest.mark.parametrize('text', ['standard library', 'Shakespeare'])
 def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypatch):
     if text == 'Shakespeare':
@@ -57,13 +61,38 @@ def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypa
             pytest.skip(f'{SHAKESPEARE} is not there')
         shutil.copy(SHAKESPEARE, copy / 'data/shakespeare_char/input.txt')
     monkeypatch.setenv('MAX_ITERS', '2')
-    space = execute(copy / 'docs/build_gpt.ipynb')
-    assert len(space['results']) == 9 and all(loss < 10 for _, loss in space['results'].values())
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    pyplot.switch_backend('agg')
+    pictures = []
+    monkeypatch.setattr(pyplot, 'show', lambda: (pictures.extend(pyplot.get_fignums()), pyplot.close('all')))
+    with pyplot.rc_context():
+        space = execute(copy / 'docs/build_gpt.ipynb')
+    assert len(pictures) == 9
+    results, solved = space['results'], {'sixteen heads', 'MLP without GELU', 'with dropout', 'without Muon'}
+    assert {'bigram', 'GPT', 'GPT after 2019', 'the last model'} | solved <= set(results)
+    assert all(loss < 10 for _, loss in results.values())
     assert (space['theirs'] - space['ours']).abs().max() < 1e-4
     assert space['gpt'].get_num_params(non_embedding=False) == space['results']['GPT'][0]
     if text == 'Shakespeare':
         assert space['vocab_size'] == 65 and space['chars'] == space['shakespeare_chars']
         assert space['encode']('hi there') == [46, 47, 1, 58, 46, 43, 56, 43]
+
+
+def test_each_chapter_of_build_gpt_has_an_exercise_with_a_folded_solution():
+    page = '\n'.join(''.join(cell['source']) for cell in cells(NOTEBOOKS[0], 'markdown'))
+    for chapter in re.split(r'^## (?=\d)', page, flags=re.M)[1:]:
+        title, folded = chapter.splitlines()[0], '<details><summary>Solution</summary>'
+        assert len(re.findall(r'^\*\*\d', chapter, re.M)) == chapter.count(folded), title
+        assert chapter.count(folded) == chapter.count('</details>') >= 1, title
+
+
+def test_last_model_of_build_gpt_has_the_lowest_stored_loss():
+    outputs = [o for cell in cells(NOTEBOOKS[0], 'code') for o in cell['outputs']]
+    text = ''.join(''.join(o.get('text', '')) for o in outputs)
+    losses = dict(re.findall(r'^(.*): [\d,]+ parameters, .* val loss ([\d.]+)', text, re.M))
+    *others, (last, lowest) = losses.items()
+    assert len(others) == 9 and last == 'the last model'
+    assert all(float(loss) - float(lowest) > 0.1 for _, loss in others)
 
 
 def test_greeting_of_build_gpt_is_the_known_eight_numbers():
@@ -83,11 +112,12 @@ def test_stored_outputs_are_of_a_whole_run_and_name_no_machine(notebook):
     outputs = [o for cell in cells(notebook, 'code') for o in cell['outputs']]
     assert [cell['execution_count'] for cell in cells(notebook, 'code')] == [
         i + 1 for i in range(len(cells(notebook, 'code')))]
-    assert len(outputs) > 10 and {o['output_type'] for o in outputs} <= {'stream', 'execute_result'}
+    assert len(outputs) > 10 and {o['output_type'] for o in outputs} <= {
+        'stream', 'execute_result', 'display_data'}
     assert not [o for o in outputs if o.get('name') == 'stderr']
     assert not re.search(r'/(tmp|home|root|Users|work|usr)\b', json.dumps(outputs))
     assert not any(cell['metadata'] for kind in ('code', 'markdown') for cell in cells(notebook, kind))
-    assert notebook.stat().st_size < 300_000
+    assert notebook.stat().st_size < 700_000
 
 
 # ---------------------------------------------------------------------------- quick starts
