@@ -12,11 +12,12 @@ each and keep their names and headers, which train.py reads.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
+
+from configurator import configure
 
 from pathlib import Path
 
-from configurator import configure
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
 from support.text.dataset import header_size, split_files
 from support.text.prepare import dataset_folder, prepare_corpus
@@ -51,7 +52,8 @@ def take_shards(folder, source, n):
                          f'validation, too few for --shards={n}')
     counts = {split: sum(map(count_shard, paths)) for split, paths in files.items()}
     paths = [path for found in files.values() for path in found]
-    if others := sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths}):
+    others = sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths})
+    if others:
         raise ValueError(f'{folder} has {others[0]}, which is not among these files: remove it first')
     folder.mkdir(exist_ok=True)
     for path in paths:
