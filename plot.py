@@ -5,7 +5,8 @@ Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
-Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean.
+Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean, the
+thick lines over noisy ones are medians, both of 50 parts of the run.
 """
 
 from configurator import configure  # first, as it says what this Python lacks
@@ -115,20 +116,15 @@ def draw(runs, with_health):
     more row."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
     rows = ['AAAABBBBCCCC', 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
-    figure = Figure(figsize=(15, 4 * len(rows) + 1), layout='constrained')
+    figure = Figure(figsize=(12, 3.2 * len(rows) + 0.8), layout='constrained')
     panels = figure.subplot_mosaic('\n'.join(rows))
     for panel, key in zip('ABC', UNITS):
         draw_loss(panels[panel], runs, key)
     figure.legend(*panels['A'].get_legend_handles_labels(), loc='outside upper center',
                   ncols=len(runs), frameon=False)
     for panel, (key, (title, scale)) in zip('DEFG' if with_health else 'DEF', LINE_PANELS.items()):
-        for run, colour in zip(runs, itertools.cycle(COLOURS)):
-            at, values = run['lines']['iter'], run['lines'][key]
-            if key == 'clipped':  # 0 or 1 where every update has a line
-                at, values = ([part.mean() for part in np.array_split(a, min(50, len(a)) or 1)]
-                              for a in (at, values))
-            panels[panel].plot(at, values, color=colour, linewidth=0.8)
-        finish(panels[panel], title, 'iterations', scale)
+        unit = draw_line_panel(panels[panel], runs, key)
+        finish(panels[panel], title, unit, scale)
     for panel, (key, title) in zip('HIJ' if with_health else '', LAYER_PANELS.items()):
         draw_layers(panels[panel], runs, key)
         finish(panels[panel], title, 'iterations', 'log')
@@ -150,6 +146,22 @@ def draw_loss(axis, runs, key):
         axis.plot(at / size, lines['loss'], color=colour, linewidth=0.5, alpha=0.5, zorder=0,
                   label=f'{name}: training, each logged batch')
     finish(axis, 'loss (nats/token)', unit, 'log')
+
+
+def draw_line_panel(axis, runs, key):
+    """A number that every line of the log has, against iterations; returns the label of that axis."""
+    unit = 'iterations'
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        at, values = run['lines']['iter'], run['lines'][key]
+        parts = [np.array_split(a, min(50, len(a)) or 1) for a in (at, values)]
+        if key == 'clipped':  # 0 or 1 where every update has a line
+            at, values = ([part.mean() for part in a] for a in parts)
+        is_noisy = key in ('grad_norm', 'tokens_per_s') and len(at) >= 200
+        axis.plot(at, values, color=colour, linewidth=0.8, alpha=0.4 if is_noisy else 1)
+        if is_noisy:
+            axis.plot(*([np.median(part) for part in a] for a in parts), color=colour, linewidth=1.8)
+            unit = 'iterations (thick: medians of 50 parts)'
+    return unit
 
 
 def draw_layers(axis, runs, key):
@@ -214,7 +226,7 @@ if terminal:
 if importlib.util.find_spec('matplotlib'):
     figure = draw(runs, health)
     with replacing(output) as temporary:
-        figure.savefig(temporary, format='png', dpi=100)
+        figure.savefig(temporary, format='png', dpi=125)
     print(f'drawn to {output}')
 elif not terminal:
     raise ValueError('matplotlib is missing: pip install matplotlib, or --terminal=True for a sketch')

@@ -46,6 +46,7 @@ configure(globals())
 SIZES = {'124M': (12, 12, 768, 8), '350M': (24, 16, 1024, 4), '774M': (36, 20, 1280, 2),
          '1558M': (48, 25, 1600, 1)}  # layers, heads, channels, sequences of a micro-batch
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2']
+TINY_RUN = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2']
 TARGET = 1.4697  # nats a character, nanoGPT's best validation loss of its Shakespeare config
 # train.py or bench.py, and the most memory that it held
 WITH_MEMORY = '''
@@ -130,10 +131,9 @@ def bench(*args):
 
 def train(config, *args):
     """A run on Shakespeare."""
-    small = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2', '--peak_flops=1e12']
     return [sys.executable, 'train.py', f'config/{config}.py', f'--data_dir={shakespeare}', '--plot=False',
             f'--out_dir={os.path.join(folder, "run")}', f'--device={run.device}', '--checkpoint_interval=0',
-            '--always_save_checkpoint=False', '--wandb_log=False', *args, *(small if tiny else [])]
+            '--always_save_checkpoint=False', '--wandb_log=False', *args, *(TINY_RUN if tiny else [])]
 
 
 def offloaded(flags):
@@ -186,7 +186,8 @@ def shakespeare_rows():
             yield (f'nanoGPT: {config}', [
                 sys.executable, 'train.py', f'config/{config}.py', f'--device={run.device}',
                 f'--dataset={shakespeare}', f'--dtype={run.dtype}', f'--compile={run.compile}',
-                f'--out_dir={os.path.join(folder, "peer")}'], peer, read_losses, {})
+                f'--out_dir={os.path.join(folder, "peer")}', *(TINY_RUN if tiny else [])], peer, read_losses,
+                {})
 
 
 def attention_rows():

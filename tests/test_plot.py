@@ -110,6 +110,16 @@ def test_log_without_counted_tokens_gives_the_same_places(plot, tmp_path):
             assert same(line(a, label), line(b, label))
 
 
+def test_long_noisy_runs_get_medians_over_the_logged_values(plot, tmp_path):
+    log = [e | ({'tokens_per_s': 10.0 if e['iter'] % 7 == 3 else 256.0} if 'loss' in e else {})
+           for e in entries(last=399)]
+    axes = plot(write(tmp_path / 'a', log))['axes']
+    logged, medians = axes[5].lines
+    assert set(logged.get_ydata()) == {10.0, 256.0} and len(logged.get_xdata()) == 400
+    assert same(medians.get_xdata(), np.arange(50) * 8 + 3.5) and same(medians.get_ydata(), 256.0)
+    assert len(axes[3].lines) == 1 and 'medians' in axes[5].get_xlabel()
+
+
 def test_evaluations_between_lines_are_where_they_were(plot, tmp_path):
     axes = plot(write(tmp_path / 'a', entries(log_interval=100)))['axes']  # one line only, at 0
     assert same(line(axes[1], 'validation')[0], np.arange(0, 21, 5) * PER_ITER / 1000)

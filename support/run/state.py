@@ -66,6 +66,10 @@ def checked_config(state, changes):
     if wrong := [name for name in asked | found if asked.get(name) != found.get(name)]:
         raise ValueError(f'the checkpoint\'s model_args ask for {wrong[0]} of {asked.get(wrong[0], "no")} '
                          f'numbers, it has {found.get(wrong[0], "none")}; {len(wrong)} tensors differ')
+    head, wte = weights['lm_head.weight'], weights['transformer.wte.weight']
+    if config.tie_weights and head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
+        print0('the checkpoint\'s lm_head.weight differs from its wte.weight: read with tie_weights=False')
+        config.tie_weights = False
     return config
 
 
