@@ -33,8 +33,8 @@ from support.network.optim import configure_optimizer
 from support.network.quantize import build_int8, check_weights
 from support.run.plan import parameters_in_words
 from support.text.dataset import find_dataset
-from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta
-from support.text.tokens import check_split, open_split, prefetch, read_windows, train_windows
+from support.text.tokenizer import PADDED_GPT2_VOCAB, read_vocabulary
+from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -85,8 +85,7 @@ def load_tokens():
         tokens = open_split(folder, 'train')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; or measure on random tokens: --real_data=False') from None
-    meta = read_meta(folder)
-    vocab_size = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
+    _, vocab_size, _ = read_vocabulary(folder)
     check_split(tokens, os.path.join(folder, 'train.bin'), block_size, vocab_size)
     return tokens, vocab_size
 
@@ -113,7 +112,7 @@ print(parameters_in_words(model))
 # ---------------------------------------------------------------------------- the work
 
 def get_batch(iteration):
-    starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
+    starts = choose_windows(tokens, 'random', seed, iteration, batch_size, block_size)
     return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
 
 

@@ -25,10 +25,10 @@ from support.machine import runtime
 from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights
 from support.run.state import load_model
-from support.network.scoring import TASKS, mean_loss, read_items, score_texts
+from support.network.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
 from support.text.dataset import find_dataset
-from support.text.tokenizer import read_tokenizer
-from support.text.tokens import check_split, eval_windows, open_split, read_windows
+from support.text.tokenizer import is_same_tokenizer, read_tokenizer
+from support.text.tokens import check_split, open_split
 
 # ---------------------------------------------------------------------------- settings
 
@@ -86,17 +86,14 @@ def data_folder():
 def loss_of_split(model):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
     folder, block_size = data_folder(), model.config.block_size
-    if read_tokenizer(folder).to_dict() != tokenizer.to_dict():
+    if not is_same_tokenizer(read_tokenizer(folder).to_dict(), tokenizer.to_dict()):
         raise ValueError(f'{folder} was prepared with another tokenizer than the model\'s')
     tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
     check_split(tokens, path, block_size, model.config.vocab_size)
     windows = (block_size, batch_size, -(-limit // batch_size))
     with lean_loss(model):
         loss = mean_loss(model, run, tokens, *windows, watch=partial(tqdm, desc=path, disable=None))
-    token_bytes, n_targets, n_bytes = tokenizer.token_bytes(), 0, 0
-    for starts in eval_windows(len(tokens), *windows):
-        _, y = read_windows(tokens, starts, block_size)
-        n_targets, n_bytes = n_targets + (y >= 0).sum(), n_bytes + token_bytes[y[y >= 0]].sum()
+    n_targets, n_bytes = count_targets(run, tokens, tokenizer.token_bytes(), *windows)
     found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 

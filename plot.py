@@ -46,6 +46,7 @@ UNITS = {  # of horizontal axes; the largest unit of which a run has at least 2 
     'seconds': tuple((size, f'training time ({unit}), without evaluations') for size, unit in
                      ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))),
 }
+TITLES = {'loss': 'loss (nats/token)', 'bits_per_byte': 'bits per byte of text'}
 LINE_PANELS = {
     'lr': ('learning rate', 'linear'),
     'grad_norm': ('gradient norm, before clipping', 'log'),
@@ -81,7 +82,8 @@ def read_run(folder):
     a = {k: column(lines, k) for k in ('iter', 'loss', 'ms', 'seconds', 'tokens', *LINE_PANELS)}
     counted = np.cumsum(a['tokens_per_s'] * a['ms'] / 1000 * np.diff(a['iter'], prepend=-1))
     a['tokens'] = np.where(np.isnan(a['tokens']), counted, a['tokens'])  # older logs don't count them
-    evaluations = {k: column(evaluations, k) for k in ('iter', 'train_loss', 'val_loss', 'seconds', 'tokens')}
+    evaluations = {k: column(evaluations, k) for k in ('iter', 'seconds', 'tokens', *(
+        f'{split}_{what}' for split in ('train', 'val') for what in TITLES))}
     layers = {k: [numbers(e['health'].get(k, ())) for e in measured] for k in LAYER_PANELS}
     return {'name': path.parent.resolve().name, 'lines': a, 'evaluations': evaluations,
             'health': {'iter': column(measured, 'iter')} | layers}
@@ -112,14 +114,17 @@ def progress(run, key, iterations):
 # ---------------------------------------------------------------------------- the picture
 
 def draw(runs, with_health):
-    """A matplotlib figure: the loss against iterations, tokens and seconds, then LINE_PANELS; with health one
-    more row."""
+    """A matplotlib figure: the loss against iterations, tokens and seconds, then LINE_PANELS, and bits a byte
+    if a run has them; with health one more row."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
-    rows = ['AAAABBBBCCCC', 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
+    with_bits = any(np.isfinite(run['evaluations']['val_bits_per_byte']).any() for run in runs)
+    rows = ['AAAABBBBCCCC', 'DDDEEEFFFKKK' if with_bits else 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
     figure = Figure(figsize=(12, 3.2 * len(rows) + 0.8), layout='constrained')
     panels = figure.subplot_mosaic('\n'.join(rows))
     for panel, key in zip('ABC', UNITS):
-        draw_loss(panels[panel], runs, key)
+        draw_evaluations(panels[panel], runs, key, 'loss')
+    if with_bits:
+        draw_evaluations(panels['K'], runs, 'seconds', 'bits_per_byte')
     figure.legend(*panels['A'].get_legend_handles_labels(), loc='outside upper center',
                   ncols=len(runs), frameon=False)
     for panel, (key, (title, scale)) in zip('DEFG' if with_health else 'DEF', LINE_PANELS.items()):
@@ -132,20 +137,22 @@ def draw(runs, with_health):
     return figure
 
 
-def draw_loss(axis, runs, key):
-    """The losses of runs against 'iter', 'tokens' or 'seconds'."""
+def draw_evaluations(axis, runs, key, what):
+    """What runs evaluated, 'loss' or 'bits_per_byte', against 'iter', 'tokens' or 'seconds'; losses with
+    those of each logged batch."""
     places = [[progress(run, key, run[part]['iter']) for part in ('lines', 'evaluations')] for run in runs]
     furthest = np.nanmax(np.concatenate([[0], *itertools.chain(*places)]))
     size, unit = next(((s, u) for s, u in UNITS[key] if furthest >= 2 * s), UNITS[key][-1])
     for run, (at, evaluated_at), colour in zip(runs, places, itertools.cycle(COLOURS)):
         name, lines, evaluations = run['name'], run['lines'], run['evaluations']
-        axis.plot(evaluated_at / size, evaluations['val_loss'], 'o-', color=colour, linewidth=1.5,
+        axis.plot(evaluated_at / size, evaluations[f'val_{what}'], 'o-', color=colour, linewidth=1.5,
                   markersize=3, label=f'{name}: validation')
-        axis.plot(evaluated_at / size, evaluations['train_loss'], '--', color=colour, linewidth=1.2,
+        axis.plot(evaluated_at / size, evaluations[f'train_{what}'], '--', color=colour, linewidth=1.2,
                   label=f'{name}: training, evaluated as validation is')
-        axis.plot(at / size, lines['loss'], color=colour, linewidth=0.5, alpha=0.5, zorder=0,
-                  label=f'{name}: training, each logged batch')
-    finish(axis, 'loss (nats/token)', unit, 'log')
+        if what == 'loss':
+            axis.plot(at / size, lines['loss'], color=colour, linewidth=0.5, alpha=0.5, zorder=0,
+                      label=f'{name}: training, each logged batch')
+    finish(axis, TITLES[what], unit, 'log')
 
 
 def draw_line_panel(axis, runs, key):
@@ -213,7 +220,7 @@ def sketch(runs, width, height=16):
     for x, y, mark in sorted(points, key=lambda p: p[2].isupper()):  # validation on top
         grid[round((high - y) / step)][round(x / last * (width - 10))] = mark
     rows = [f'{math.exp(high - i * step):7.3f} |{"".join(row).rstrip()}' for i, row in enumerate(grid)]
-    return '\n'.join(['loss (nats/token)', *rows, '        +' + '-' * (width - 9),
+    return '\n'.join([TITLES['loss'], *rows, '        +' + '-' * (width - 9),
                       f'{0:>9}{f"{last:g} iterations":>{width - 9}}', *legend])
 
 

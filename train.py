@@ -32,14 +32,14 @@ from support.network.diagnostics import Guard, measure_vitals, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
-from support.network.scoring import mean_loss
+from support.network.scoring import BitsPerByte, mean_loss
 from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
 from support.run.start import check_data, check_ranks, check_settings, find_state, open_data, restore
 from support.run.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
-from support.text.tokenizer import PADDED_GPT2_VOCAB, read_meta, read_tokenizer
-from support.text.tokens import SAMPLERS, BatchRamp, eval_windows, fingerprint, prefetch, read_windows
+from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_windows, fingerprint, prefetch,
+                                 read_windows, target_share)
 
 # ---------------------------------------------------------------------------- settings
 
@@ -143,13 +143,9 @@ ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * bat
 
 # ---------------------------------------------------------------------------- data
 
-folder, data = open_data(config)
+folder, data, tokenizer, data_vocab = open_data(config)
 fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_ranks(config, fingerprints, run)
-tokenizer, meta = read_tokenizer(folder), read_meta(folder)
-data_vocab = meta['vocab_size'] if meta else PADDED_GPT2_VOCAB
-if meta:
-    print0(f'found vocab_size = {data_vocab} (inside {os.path.join(folder, "meta.pkl")})')
 
 # ---------------------------------------------------------------------------- model
 
@@ -165,7 +161,8 @@ else:
 window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
-check_data(config, folder, data, window, model.config, meta, tokenizer, fingerprints, state, is_resumed)
+check_data(config, folder, data, window, model.config, data_vocab, tokenizer, fingerprints, state, is_resumed)
+in_bits = BitsPerByte(run, tokenizer, data, window, batch_size, eval_iters)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:
@@ -222,12 +219,12 @@ elif parallel == 'ddp' and run.world_size > 1:
 # ---------------------------------------------------------------------------- what the loop calls
 
 def get_batch(iteration, micro_step):
-    """x, y: (B, T), this process's part of the iteration's global batch."""
+    """x, y: (B, T), this process's part of the iteration's global batch, and its weight in the loss."""
     at = ramp.before(iteration) * sequences if sampler == 'epoch' else iteration
-    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), window)
+    starts = choose_windows(data['train'], sampler, seed, at, ramp.at(iteration) * sequences, window)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], window)
-    return run.to_device(x), run.to_device(y)
+    return run.to_device(x), run.to_device(y), target_share(data['train'], starts, first, batch_size, window)
 
 
 def get_lr(it):
@@ -250,7 +247,8 @@ def estimate_loss(watch=iter):
     with average.in_place():
         losses = {split: mean_loss(model, run, tokens, window, batch_size, eval_iters, watch)
                   for split, tokens in data.items()}
-    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', style='bold')
+    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
+           f'{in_bits.told(losses)}', style='bold')
     return losses
 
 
@@ -264,10 +262,10 @@ def update(iteration, lr, vitals=None):
     meter.begin_iteration()
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
         for micro_step in range(n_micro):
-            x, y = next(batches)
+            x, y, share = next(batches)
             with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
                 with autocast:
-                    micro_loss = parallel_model(x, y)[1] / n_micro
+                    micro_loss = parallel_model(x, y)[1] * share / n_micro
                 meter.begin_waiting()
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -295,7 +293,7 @@ def save_state(name, keep=None, with_optimizer=True):
         'model_args': model_args(model.config),
         'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config,
-        'tokenizer': tokenizer.to_dict(),
+        'tokenizer': tokenizer.to_dict(), 'chat': getattr(data['train'], 'template', None),
         'scaler': scaler.state_dict(), 'guard': guard.state_dict(),
         'data': fingerprints,
         'seconds': meter.seconds, 'n_tokens': meter.tokens,
@@ -330,7 +328,7 @@ if eval_only:
 
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
 end = max(iter_num, max_iters + 1)
-print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+print0(plan.describe(model, run, {k: epoch_length(v, window) for k, v in data.items()}, end - iter_num,
                      (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir, parallel,
                      activation_checkpointing, cpu_offload))
 if dry_run:
@@ -338,7 +336,7 @@ if dry_run:
     for i in range(iter_num, min(end, iter_num + 12)):
         loss, _ = update(i, get_lr(i))
         print0(f'iter {i}: loss {loss.item():.4f}, time {meter.lap()["ms"]:.2f}ms')
-    n_batches = sum(len(eval_windows(len(v), window, batch_size, eval_iters)) for v in data.values())
+    n_batches = sum(len(eval_windows(v, window, batch_size, eval_iters)) for v in data.values())
     print0('time    ' + plan.time_needed(meter.times, range(iter_num, end), eval_interval,
                                          n_batches / run.world_size, micro_steps))
     run.stop()
@@ -355,7 +353,7 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if run.is_master else None, iter
 drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
-probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
+probe, _ = read_windows(data['val'], eval_windows(data['val'], window, batch_size, 1)[0], window)
 peak = hardware.Peak(run.device, run.dtype, peak_flops)
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
 measuring = run.is_master or not is_alone
@@ -378,7 +376,8 @@ while iter_num <= max_iters and not stop.agreed():
                     losses = estimate_loss(stop.watch)
                     guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
                     log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
-                               'lr': lr, 'mfu': mfu, 'seconds': seconds, 'tokens': meter.tokens})
+                               **in_bits(losses), 'lr': lr, 'mfu': mfu, 'seconds': seconds,
+                               'tokens': meter.tokens})
                     if measuring:
                         with stop.alone(is_alone):
                             vitals = measure_vitals(model, run, probe, stop.check if is_alone else None)

@@ -6,7 +6,8 @@ Shakespeare character by character in seconds, on two CPU cores.
     python sample.py --out_dir=out-fast-shakespeare-char
 
 On two cores of an AMD EPYC (AVX-512) five seconds as a whole process, to a loss of 1.86 over the whole
-validation split (1.85 to 1.87 over three seeds); train_shakespeare_char_cpu takes a minute and a half to 1.90.
+validation split (1.85 to 1.87 over three seeds); train_shakespeare_char_cpu takes a minute and a half to
+1.90.
 """
 
 out_dir = 'out-fast-shakespeare-char'

@@ -51,9 +51,10 @@ def test_old_file_is_kept_under_another_name_where_there_is_one(tmp_path):
 
 # ---------------------------------------------------------------------------- text
 
-def test_text_is_read_as_utf8_with_its_line_ends(tmp_path):
-    (tmp_path / 'a.txt').write_bytes('é\r\nb\n'.encode())
-    assert read_text(tmp_path / 'a.txt') == 'é\r\nb\n'
+@pytest.mark.parametrize('data', ['é\nb\n', 'é\r\nb\n', '\ufeffé\nb\r\n'])
+def test_text_is_read_as_utf8_without_what_windows_adds(data, tmp_path):
+    (tmp_path / 'a.txt').write_bytes(data.encode())
+    assert read_text(tmp_path / 'a.txt') == 'é\nb\n'
 
 
 @pytest.mark.parametrize('data, message', [

@@ -94,6 +94,19 @@ def test_drawn_values_are_the_logged_ones(plot, tmp_path):
     assert same(clipped, i < 10) and same(stream, 0.1 + evaluated) and same(logit, 1.0) and same(update, 1e-3)
 
 
+def test_bits_per_byte_have_a_panel_where_a_run_logged_them(plot, tmp_path):
+    logged = [e | {'train_bits_per_byte': e['train_loss'] / 2, 'val_bits_per_byte': e['val_loss'] / 3}
+              if 'val_loss' in e else e for e in entries()]
+    without = plot(write(tmp_path / 'a', entries()))['axes']
+    axes = plot(write(tmp_path / 'a', entries()), write(tmp_path / 'b', logged))['axes']
+    panel, = [a for a in axes if a.get_title() == 'bits per byte of text']
+    assert len(axes) == len(without) + 1 and 'training time' in panel.get_xlabel()
+    for name, label, divisor in (('train', 'training', 2), ('val', 'validation', 3)):
+        drawn, = [x for x in panel.lines if x.get_label().startswith(f'b: {label}')]
+        expected = [e[f'{name}_loss'] / divisor for e in logged if 'val_loss' in e]
+        assert same(drawn.get_ydata(), expected)
+
+
 def test_axes_are_labelled_with_units(plot, tmp_path):
     axes = plot(write(tmp_path / 'a', entries()), '--health')['axes']
     assert len(axes) == 10 and all(a.get_title() and a.get_xlabel() for a in axes)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -58,6 +59,8 @@ def read(folder):
 def decode(folder):
     """A dataset's two texts."""
     *splits, info = read(folder)
+    if info['tokenizer'] == 'bpe':
+        return [read_tokenizer(folder).decode(ids) for ids in splits]
     if info['tokenizer'] == 'char':
         itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
         return [''.join(itos[i] for i in ids) for ids in splits]
@@ -102,6 +105,18 @@ def test_interrupted_writing_leaves_the_old_file(interruption, tmp_path):
         write_tokens(tmp_path / 'train.bin', chunks())
     assert [p.name for p in tmp_path.iterdir()] == ['train.bin']
     assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [1, 2]
+
+
+def test_sizes_are_told_in_tokens_bytes_and_characters(bpe, tmp_path, capsys):
+    text = '한국어 글 ' * 100
+    for tokenizer, told in (('char', '540 tokens of 540 characters (2.33 bytes, 1.00 characters a token)'),
+                            ('gpt2', '1,170 tokens of 540 characters (1.08 bytes, 0.46 characters a token)')):
+        write_text_dataset(tmp_path, text, tokenizer, 'a test')
+        out = capsys.readouterr().out
+        assert told in out and ('tokens a character of this text' in out) == (tokenizer == 'gpt2')
+    assert 'GPT-2\'s encoding takes 2.17 tokens a character of this text; to train from scratch, --tok' in out
+    write_text_dataset(tmp_path, 'in English, ' * 100, 'gpt2', 'a test')
+    assert 'tokens a character of' not in capsys.readouterr().out
 
 
 def test_dataset_json_tells_what_the_files_hold(tmp_path):
@@ -245,16 +260,21 @@ def test_standard_library_is_some_megabytes_of_ascii_and_the_same_every_time(pre
 def texts(prepare):
     """Files and folders of text, and something that is no text."""
     files = {'notes.txt': 'first\n' * 30, 'books/b.md': 'third, no newline', 'letters/d.txt': 'fifth\n',
-             'books/a.txt': 'é second\n', 'books/deep/c.txt': 'fourth\r\n'}
+             'books/a.txt': '\ufeffé second\n', 'books/deep/c.txt': 'fourth\r\n'}
     for name, text in files.items():
         path = prepare.here / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     (prepare.here / 'books' / 'picture.png').write_bytes(b'\x89PNG\r\n\x1a\n\0\0')
-    return ''.join(files[n] for n in ('notes.txt', 'books/a.txt', 'books/b.md')) + '\nfourth\r\nfifth\n'
+    (prepare.here / 'books' / 'zeros.txt').write_bytes(b'a\0b')
+    (prepare.here / 'books' / '.git').mkdir()
+    for name in ('.git/config', '.hidden.txt', 'letter.docx'):
+        (prepare.here / 'books' / name).write_text('left out', encoding='utf-8')
+    text = ''.join(files[n] for n in ('notes.txt', 'books/a.txt', 'books/b.md')) + '\nfourth\nfifth\n'
+    return text.replace('\ufeff', '')
 
 
-@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2', 'bpe'])
 def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, request):
     if tokenizer == 'gpt2':
         request.getfixturevalue('bpe')
@@ -262,8 +282,10 @@ def test_files_and_folders_become_one_text_in_order(tokenizer, texts, prepare, r
                   '--val_fraction=0.25').stdout
     folder, cut = prepare.data / 'library', int(len(texts) * 0.75)
     assert decode(folder) == [texts[:cut], texts[cut:]]
-    assert (folder / 'meta.pkl').exists() == (tokenizer == 'char')
-    assert 'skipped 1 files' in out and 'picture.png' in out
+    assert (folder / 'meta.pkl').exists() == (tokenizer != 'gpt2')
+    assert (folder / 'tokenizer.json').exists() == (tokenizer == 'bpe')
+    assert ('read 5 files, left out 2 hidden, 1 not UTF-8 text, 1 with the suffix .docx, '
+            '1 with the suffix .png\n') in out
 
 
 def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prepare):
@@ -278,7 +300,10 @@ def test_own_text_has_a_folder_by_default_and_a_tenth_for_validation(texts, prep
     (['no.txt'], 'FileNotFoundError', ['no.txt is missing']),
     (['notes.txt', 'books/picture.png'], 'ValueError', ['picture.png']),
     (['empty'], 'ValueError', ['too few']),
-    (['notes.txt', '--tokenizer=words'], 'ValueError', ['tokenizer=words', 'char', 'gpt2']),
+    (['notes.txt', '--tokenizer=words'], 'ValueError', ['tokenizer=words', 'char', 'gpt2', 'bpe']),
+    (['notes.txt', '--tokenizer=notes.txt'], 'ValueError', ['notes.txt is neither GPT-2\'s tokenizer']),
+    (['notes.txt', '--tokenizer=letters'], 'ValueError', ['letters has no tokenizer.json']),
+    (['notes.txt', '--tokenizer=bpe', '--vocab_size=65537'], 'ValueError', ['vocab_size=65537', '65536']),
     (['notes.txt', '--val_fraction=1.5'], 'ValueError', ['val_fraction=1.5']),
     (['notes.txt', '--name=../up'], 'ValueError', ['name=../up']),
     (['notes.txt', '--name=..'], 'ValueError', ['name=..']),
@@ -321,7 +346,8 @@ def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
     import tiktoken
     datasets.Dataset.from_dict({'text': DOCUMENTS}).to_parquet(tmp_path / 'documents.parquet')
     prepare('openwebtext', f'--source={tmp_path / "documents.parquet"}', '--num_proc=1')
-    train, val, info = read(prepare.data / 'openwebtext')
+    train, val, info = read(prepare.data / 'documents')
+    assert [p.name for p in (prepare.data / 'openwebtext').iterdir()] == ['prepare.py']
 
     loaded = datasets.load_dataset('parquet', data_files=str(tmp_path / 'documents.parquet'),
                                    cache_dir=str(tmp_path / 'cache'))['train']
@@ -330,8 +356,49 @@ def test_openwebtext_equals_the_documented_procedure(bpe, prepare, tmp_path):
     assert train == [i for text in splits['train']['text'] for i in encode(text) + [50256]]
     assert val == [i for text in splits['test']['text'] for i in encode(text) + [50256]]
     assert train.count(50256) == 2498 and val.count(50256) == 2 and info['tokenizer'] == 'gpt2'
-    assert sorted(p.name for p in (prepare.data / 'openwebtext').iterdir()) == [
-        'dataset.json', 'prepare.py', 'train.bin', 'val.bin']
+    assert sorted(p.name for p in (prepare.data / 'documents').iterdir()) == [
+        'dataset.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('source, name', [
+    ('stas/openwebtext-10k', 'openwebtext-10k'), ('a b/c.d', 'c.d'),
+    ('x/my corpus/', 'my_corpus'), ('one.jsonl', 'one'), ('뉴스', '뉴스'),
+])
+def test_a_corpus_is_named_after_its_source(source, name):
+    assert preparation.name_after(source) == name
+
+
+def test_a_corpus_of_ones_own_gets_the_folder_and_the_share_that_are_asked_for(corpus, tmp_path, jsonl):
+    for name in ('..', 'a/b'):
+        with pytest.raises(ValueError, match='must be a plain folder name'):
+            preparation.dataset_folder(tmp_path / 'data/openwebtext/prepare.py', name)
+    folder = preparation.dataset_folder(tmp_path / 'data/openwebtext/prepare.py', 'mine')
+    corpus.prepare_corpus(folder, jsonl, limit=200, val_fraction=0.25, num_proc=1)
+    train, val, _ = read(tmp_path / 'data' / 'mine')
+    assert (len(documents_of(train)), len(documents_of(val))) == (150, 50)
+    with pytest.raises(ValueError, match='val_fraction=1'):
+        corpus.prepare_corpus(folder, jsonl, val_fraction=1.0)
+
+
+def test_a_corpus_s_tokenizer_is_trained_on_its_training_part(corpus, jsonl, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, 'PART', 100)
+    monkeypatch.setattr(corpus, 'SAMPLE', 5000)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus, 'write_dataset', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        corpus.prepare_corpus(tmp_path / 'out', jsonl, tokenizer='bpe', vocab_size=265)
+    parts, = (tmp_path / 'out').glob('parts-*')
+    trained = (parts / 'tokenizer.json').read_bytes()
+    assert re.search(r'trained on 1\d\d of 2,498 documents', capsys.readouterr().out)
+    monkeypatch.setattr(corpus, 'train_bpe', None)  # what was interrupted has its tokenizer already
+    corpus.prepare_corpus(tmp_path / 'out', jsonl, tokenizer='bpe', vocab_size=265)
+    own, (train, val, info) = read_tokenizer(tmp_path / 'out'), read(tmp_path / 'out')
+    assert own.json.encode() == trained and own.n_vocab == info['vocab_size'] == 265 and not parts.exists()
+    ends = [i for i, token in enumerate(train) if token == own.end]
+    documents = [own.decode(train[a + 1:b]) for a, b in zip([-1, *ends], ends)]
+    assert len(ends) == 2498 and val.count(own.end) == 2
+    assert train[-1] == val[-1] == own.end and set(documents) <= set(DOCUMENTS)
+    corpus.prepare_corpus(tmp_path / 'again', jsonl, tokenizer=str(tmp_path / 'out'))
+    assert read(tmp_path / 'again')[:2] == (train, val)
 
 
 @pytest.fixture
@@ -404,6 +471,8 @@ def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_p
         else:
             path.write_text(text if kind == 'txt' else json.dumps({'text': text}) + '\n', encoding='utf-8')
     (folder / 'README').write_text('no document')
+    if kind == 'txt':
+        (folder / 'a.txt').write_bytes(b'\xef\xbb\xbf' + documents[0].replace('\n', '\r\n').encode())
     corpus.prepare_corpus(tmp_path / 'out', str(folder), num_proc=1)
     train, val, _ = read(tmp_path / 'out')
     assert sorted(documents_of(train) + documents_of(val)) == documents
@@ -416,6 +485,42 @@ def test_limit_takes_the_first_documents_and_text_column_their_text(corpus, tmp_
     train, val, _ = read(tmp_path / 'out')
     texts = [t for ids in (train, val) for t in documents_of(ids)]
     assert sorted(texts) == sorted(DOCUMENTS[:9])
+
+def test_limit_reads_no_more_than_it_takes(corpus, tmp_path):
+    write_table(tmp_path / 'copy/a.jsonl', DOCUMENTS[:9])
+    (tmp_path / 'copy/b.jsonl').write_text('{"text": \n')  # damaged
+    documents = corpus.load_documents(str(tmp_path / 'copy'), 'text', limit=5)
+    assert documents['text'][:] == DOCUMENTS[:5]
+    with pytest.raises(ValueError, match='can.t load .*copy'):
+        corpus.load_documents(str(tmp_path / 'copy'), 'text', limit=0)
+
+
+def test_documents_of_a_limit_are_told_from_others(corpus, tmp_path):
+    """So that a stopped preparation goes on with its own parts, and with no others."""
+    def key(limit):
+        return corpus.load_documents(str(tmp_path / 'a.jsonl'), 'text', limit)._fingerprint
+
+    write_table(tmp_path / 'a.jsonl', DOCUMENTS[:9])
+    first = [key(5), key(5), key(6)]
+    write_table(tmp_path / 'a.jsonl', DOCUMENTS[1:9])
+    assert first[0] == first[1] and len({*first, key(5)}) == 3
+
+
+def test_hub_streams_what_a_limit_takes_of_a_subset(corpus, monkeypatch, tmp_path):
+    import datasets
+    write_table(tmp_path / 'a.parquet', DOCUMENTS[:50])
+    build, asked = datasets.load_dataset_builder, []
+
+    def load_dataset_builder(path, **how):
+        asked.append({'path': path, **how})
+        return build('parquet', data_files=str(tmp_path / 'a.parquet'))
+
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets, 'load_dataset_builder', load_dataset_builder)
+    corpus.prepare_corpus(tmp_path / 'out', 'me/corpus', limit=20, subset='small', num_proc=1)
+    train, val, _ = read(tmp_path / 'out')
+    assert asked == [{'path': 'me/corpus', 'name': 'small'}]
+    assert sorted(documents_of(train) + documents_of(val)) == sorted(DOCUMENTS[:20])
 
 
 def test_folder_of_several_formats_takes_no_metadata_for_a_document(corpus, tmp_path):
@@ -597,9 +702,97 @@ def test_hub_is_asked_for_both_splits(dataset, where, column, rows, documents, p
     assert (train, val) == (plain(documents['train']), plain(documents['validation']))
 
 
+def test_fineweb_takes_a_subset_of_the_hub_s(prepare_here, monkeypatch):
+    import datasets
+    asked = []
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, **how: asked.append({'path': path, **how})
+                        or datasets.Dataset.from_dict({'text': DOCUMENTS[:30], 'id': [*range(30)]}))
+    train, val, _ = prepare_here('fineweb')
+    assert asked == [{'path': 'HuggingFaceFW/fineweb-edu', 'name': 'sample-10BT', 'split': 'train'}]
+    assert sorted(documents_of(train) + documents_of(val)) == sorted(DOCUMENTS[:30])
+
+
 @pytest.mark.parametrize('dataset', ['tinystories', 'wikitext', 'lambada', 'ptb'])
 def test_corpus_out_of_reach_is_one_line_that_names_local_files(dataset, bpe, prepare):
     assert_mistake(prepare(dataset, ok=False, **CUT_OFF), 'ValueError', 'can\'t load', '--source=PATH')
+
+
+# ---------------------------------------------------------------------------- tokens that are ready
+
+SHARDS = {'fineweb_val_000000.bin': 3000, **{f'fineweb_train_{i:06}.bin': 4000 + i for i in (1, 2, 3)}}
+
+
+@pytest.fixture
+def take_shards(tmp_path, prepare, monkeypatch):
+    """Runs data/fineweb/prepare.py in this process on the files in .held; .folder has the result."""
+    def run(*args, source=tmp_path / 'held'):
+        script = run.folder / 'prepare.py'
+        hook, path = sys.excepthook, list(sys.path)
+        monkeypatch.setattr(sys, 'argv', [str(script), f'--shards_from={source}', *args])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        finally:
+            sys.excepthook, sys.path[:] = hook, path
+
+    run.folder, run.held = prepare.data / 'fineweb', tmp_path / 'held'
+    run.held.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in SHARDS.items():
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, count
+        ids = generator.integers(0, 50257, count).astype(np.uint16)
+        (run.held / name).write_bytes(header.tobytes() + ids.tobytes())
+    return run
+
+
+@pytest.mark.parametrize('where', ['folder', 'hub'])
+def test_ready_files_are_taken_as_they_are(where, take_shards, capsys, monkeypatch):
+    import huggingface_hub
+    wanted = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda source, repo_type, allow_patterns:
+                        wanted.extend(allow_patterns) or str(take_shards.held))
+    for _ in range(2):
+        take_shards('--shards=2', **({'source': 'me/shards'} if where == 'hub' else {}))
+    names = ['fineweb_train_000001.bin', 'fineweb_train_000002.bin', 'fineweb_val_000000.bin']
+    assert sorted(p.name for p in take_shards.folder.iterdir()) == [*names, 'prepare.py']
+    for name in names:
+        assert (take_shards.folder / name).read_bytes() == (take_shards.held / name).read_bytes()
+    assert 'train has 8,003 tokens in 2 files' in capsys.readouterr().out
+    assert len(open_split(take_shards.folder, 'train')) == 8003
+    assert wanted[:3] == (['*_val_*.bin', '*_train_000001.bin', '*_train_000002.bin'] * (where == 'hub'))
+
+
+def spoil(path, *numbers, size=None):
+    header = np.fromfile(path, dtype=np.int32, count=256)
+    header[:len(numbers)] = numbers
+    path.write_bytes(header.tobytes() + path.read_bytes()[1024:size])
+
+
+@pytest.mark.parametrize('how, words', [
+    (lambda folder: spoil(folder / 'fineweb_train_000002.bin', 20240520, 1, 100_000_000),
+     ['_000002.bin has 4,002 tokens, but 100,000,000 by its header']),
+    (lambda folder: spoil(folder / 'fineweb_val_000000.bin', size=5000), ['val_000000.bin', 'by its header']),
+    (lambda folder: spoil(folder / 'fineweb_val_000000.bin', 20240520, 2), ['20240520, 2']),
+    (lambda folder: spoil(folder / 'fineweb_train_000001.bin', 0), ['_000001.bin has no header']),
+    (lambda folder: (folder / 'fineweb_train_000001.bin').unlink(), ['_000001.bin is missing']),
+    (lambda folder: (folder / 'fineweb_val_000000.bin').unlink(), ['0 for validation']),
+    (lambda folder: (folder / 'fineweb_train_000003.bin').unlink(), ['2 training files', '--shards=3']),
+])
+def test_ready_file_whose_header_lies_is_one_line_and_nothing_is_written(how, words, take_shards):
+    how(take_shards.held)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        take_shards('--shards=3')
+    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words)
+    assert [p.name for p in take_shards.folder.iterdir()] == ['prepare.py']
+
+
+def test_ready_files_are_not_put_beside_others(take_shards):
+    (take_shards.folder / 'train.bin').write_bytes(b'ab')
+    with pytest.raises(ValueError, match='has train.bin, which is not among these files'):
+        take_shards('--shards=3')
+    assert len(list(take_shards.folder.iterdir())) == 2
+    with pytest.raises(ValueError, match='shards=-1 must be at least 0'):
+        take_shards('--shards=-1')
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='SIGKILL')

@@ -1,6 +1,7 @@
 """scoring.py: which texts are scored, and that batches, files and padding change nothing."""
 
 import json
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,8 +12,10 @@ from conftest import TINY
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
 from support.network.loss import lean_loss
-from support.network.scoring import TASKS, encode_pair, mean_loss, measure_hellaswag, read_items, score_ids
-from support.text.tokenizer import GPT2Tokenizer
+from support.network.scoring import (TASKS, BitsPerByte, encode_pair, mean_loss, measure_hellaswag,
+                                     read_items, score_ids)
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer
+from support.text.tokens import eval_windows, read_windows
 
 KEYS = ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')
 HELLASWAG = [  # as in the published files; and the questions that they become
@@ -61,6 +64,40 @@ def test_mean_loss_counts_every_target_once_whatever_the_batch(attached):
         with attached(model):
             found = mean_loss(model, run, tokens, 32, batch_size)
         assert found == pytest.approx(nats / (32 * 5 + 6)) and model.training
+
+
+def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
+    model, run = GPT(GPTConfig(**TINY)).double(), Runtime('cpu', 'float32', False, 'gloo')
+    tokenizer = CharTokenizer({i: chr(64 * (i + 1)) for i in range(60)})  # 1 to 3 bytes; others have none
+    data = {split: torch.randint(n, (32 * 9 + 7,)).to(torch.uint16).numpy() for split, n in
+            (('train', 60), ('val', 64))}
+    for n_batches in (0, 2):
+        windows = 32, 2, n_batches
+        losses = {split: mean_loss(model, run, tokens, *windows) for split, tokens in data.items()}
+        found, nats, n_bytes = BitsPerByte(run, tokenizer, data, *windows)(losses), 0, 0
+        for starts in eval_windows(data['val'], *windows):
+            for x, y in zip(*read_windows(data['val'], starts, 32)):
+                x, y = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
+                with torch.no_grad():
+                    logits, _ = model(x, y)
+                nats += torch.nn.functional.cross_entropy(logits[0], y[0], ignore_index=-1,
+                                                          reduction='sum').item()
+                n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y[0].tolist() if 0 <= i < 60)
+        assert found['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes)
+        assert {*found} == {'train_bits_per_byte', 'val_bits_per_byte'}
+
+
+def test_bits_per_byte_are_left_out_where_the_text_is_unknown(monkeypatch, tmp_path):
+    run, data = Runtime('cpu', 'float32', False, 'gloo'), {'val': np.arange(100, dtype=np.uint16)}
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(GPT2Tokenizer, 'token_bytes', None)  # nothing is downloaded
+    for tokenizer in (NoTokenizer(64), GPT2Tokenizer()):
+        in_bits = BitsPerByte(run, tokenizer, data, 8, 2, 0)
+        assert in_bits({'val': 1.0}) == {} and in_bits.told({'val': 1.0}) == ''
+
+
+def test_gpt2_s_files_are_found_where_tiktoken_keeps_them(bpe):
+    assert GPT2Tokenizer().knows_text()
 
 
 def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY_ARGS, evaluations, losses
 import support.text.dataset
 from model import GPT, GPTConfig
 from support.run import checkpoint
-from support.text.prepare import write_tokens
+from support.text.prepare import write_text_dataset, write_tokens
 
 LINES = [
     r'^tokens per iteration will be: 64$',
@@ -25,7 +25,7 @@ LINES = [
     r'^number of parameters: \d+\.\d\dM(, |$)',
     r'^num decayed parameter tensors: 10, with [\d,]+ parameters$',
     r'^num non-decayed parameter tensors: 5, with 160 parameters$',
-    r'^step 0: train loss \d\.\d{4}, val loss \d\.\d{4}$',
+    r'^step 0: train loss \d\.\d{4}, val loss \d\.\d{4}, train \d\.\d{4} bits/byte, val \d\.\d{4} bits/byte$',
     r'^saving checkpoint to .*out$',
     r'^iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%',
 ]
@@ -327,8 +327,33 @@ def test_finetune_without_a_source_is_one_line(train, tmp_path):
         train('--init_from=finetune')
 
 
+def test_a_run_with_its_own_tokenizer_tells_bits_per_byte_and_keeps_the_tokenizer(train, tmp_path, run_here):
+    write_text_dataset(tmp_path / 'data', 'Uma avó faz pão, e 1995 crianças cantam. ' * 99, 'bpe', 'us',
+                       vocab_size=300)
+    script = train('--max_iters=2', '--eval_interval=2', data_dir=tmp_path / 'data')
+    line = re.search(r'^step 2: train loss [\d.]+, val loss [\d.]+, (.*)$', script['log'], re.M)[1]
+    found = re.fullmatch(r'train ([\d.]+) bits/byte, val ([\d.]+) bits/byte', line)
+    logged = [e for e in map(json.loads, (tmp_path / 'out/log.jsonl').read_text().splitlines())
+              if 'val_loss' in e][-1]
+    assert [*map(float, found.groups())] == [round(logged[f'{s}_bits_per_byte'], 4) for s in ('train', 'val')]
+    assert re.search(r'^found vocab_size = \d+ \(inside .*tokenizer.json\)', script['log'], re.M)
+    shutil.rmtree(tmp_path / 'data')
+    log = run_here('sample.py', f'--out_dir={tmp_path / "out"}', '--num_samples=1', '--device=cpu',
+                   '--start=Uma avó', '--max_new_tokens=20')['log']
+    assert '\nUma avó' in log
+    run_here('export.py', f'--out_dir={tmp_path / "out"}', f'--export_dir={tmp_path / "exported"}')
+    assert (tmp_path / 'exported/tokenizer.json').read_text(encoding='utf-8') == script['tokenizer'].json
+    write_text_dataset(tmp_path / 'same', 'Uma avó canta. ' * 99, str(tmp_path / 'exported'), 'us')
+    write_text_dataset(tmp_path / 'other', 'Uma avó canta. ' * 99, 'bpe', 'us', vocab_size=260)
+    train(f'--init_from={tmp_path / "exported"}', '--max_iters=0', data_dir=tmp_path / 'same')
+    with pytest.raises(ValueError, match='another tokenizer .* --tokenizer=.*exported'):
+        train(f'--init_from={tmp_path / "exported"}', '--max_iters=0', data_dir=tmp_path / 'other')
+    with pytest.raises(ValueError, match='another tokenizer than that of'):
+        train('--init_from=resume', data_dir=tmp_path / 'other')
+
+
 def test_gpt2_is_not_fine_tuned_on_characters(train, gpt2_folder):
-    with pytest.raises(ValueError, match='holds characters'):
+    with pytest.raises(ValueError, match='gpt2 has another tokenizer than .*--tokenizer=gpt2'):
         train(f'--init_from={gpt2_folder}')
 
 
@@ -425,8 +450,11 @@ def test_two_processes_equal_one(run_script, char_data, tmp_path):
     one, two = records
     assert len(one) == len(two) == 21
     for a, b in zip(one, two, strict=True):
-        assert set(a) >= {'iter', 'train/loss', 'val/loss', 'lr', 'mfu'}
+        assert set(a) >= {'iter', 'train/loss', 'val/loss', 'lr', 'mfu', 'train/bits_per_byte'}
         assert abs(a['train/loss'] - b['train/loss']) < 1e-5 and abs(a['val/loss'] - b['val/loss']) < 1e-5
+        for split in ('train', 'val'):  # a character is a byte here
+            assert math.isclose(a[f'{split}/bits_per_byte'], a[f'{split}/loss'] / math.log(2))
+            assert math.isclose(b[f'{split}/bits_per_byte'], b[f'{split}/loss'] / math.log(2))
     assert one[-1]['val/loss'] < one[0]['val/loss'] - 0.1
 
 

@@ -13,14 +13,16 @@ with files named train... and valid... .
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
-from pathlib import Path
-
 from configurator import configure
-from support.text.prepare import prepare_corpus
+from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'ptb-text-only/ptb_text_only'  # a Hugging Face dataset, or a local folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 revision = 'refs/convert/parquet'  # on the hub, as `datasets` no longer runs scripts; empty: main
+name = ''  # the dataset's folder in data/; empty: ptb
 text_column = 'sentence'
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 
 
@@ -29,5 +31,6 @@ def whole(sentences):
 
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, own_splits=True, regroup=whole,
-               rows_are_lines=True, revision=revision or None)
+prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, own_splits=True, regroup=whole,
+               rows_are_lines=True, revision=revision or None, tokenizer=tokenizer, vocab_size=vocab_size,
+               subset=subset)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from configurator import configure
 from support.machine.files import read_text
-from support.text.prepare import tiny_shakespeare, write_text_dataset
+from support.text.prepare import write_text_dataset
+from support.text.reading import tiny_shakespeare
 
 input = ''  # a text file; empty: input.txt beside this script, downloaded unless it exists
 

@@ -13,15 +13,18 @@ train... and valid... . In text files, lines of <|endoftext|> separate the stori
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
-from pathlib import Path
-
 from configurator import configure
-from support.text.prepare import prepare_corpus
+from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'roneneldan/TinyStories'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
+name = ''  # the dataset's folder in data/; empty: tinystories
 text_column = 'text'
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first stories of each split; 0: all
+val_fraction = 0.0005  # of the documents, where the source has no validation split
 
 
 def stories(lines):
@@ -37,4 +40,6 @@ def stories(lines):
 
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=stories)
+prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
+               regroup=stories, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
+               subset=subset)

@@ -14,16 +14,18 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import re
-from pathlib import Path
-
 from configurator import configure
-from support.text.prepare import prepare_corpus
+from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'Salesforce/wikitext'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt, raw)
 subset = 'wikitext-103-raw-v1'  # on the hub; raw means: without <unk> for rare words
+name = ''  # the dataset's folder in data/; empty: wikitext
 text_column = 'text'
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first articles of each split; 0: all
+val_fraction = 0.0005  # of the documents, where the source has no validation split
 
 
 def articles(lines):
@@ -40,5 +42,6 @@ def articles(lines):
 
 
 configure(globals())
-prepare_corpus(Path(__file__).parent, source, text_column, num_proc, limit, own_splits=True, regroup=articles,
-               rows_are_lines=True, name=subset or None)
+prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
+               regroup=articles, rows_are_lines=True, subset=subset, tokenizer=tokenizer,
+               vocab_size=vocab_size, val_fraction=val_fraction)

@@ -169,7 +169,7 @@ def unlock(path):
 
 
 def read_text(path):
-    """A UTF-8 file as a string with its line ends unchanged.
+    """A UTF-8 file as a string, without a byte-order mark and with Unix's line ends.
 
     Raises FileNotFoundError, or ValueError if it is not text.
     """
@@ -177,9 +177,10 @@ def read_text(path):
         raise FileNotFoundError(f'{path} is missing')
     data = Path(path).read_bytes()
     try:
-        text = data.decode('utf-8')
+        text = data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,})') from None
+        raise ValueError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): save it as '
+                         'UTF-8') from None
     if '\0' in text:
         raise ValueError(f'{path} is not text: it has zero bytes')
     return text

@@ -254,13 +254,14 @@ class Text:
     `ended` is None, then 'stop' after a stop string, or 'length' after max_new_tokens.
     """
 
-    def __init__(self, prompt, max_new_tokens, stop=()):
-        """prompt: the prompt's bytes. stop: strings that end the text, and aren't shown."""
+    def __init__(self, prompt, max_new_tokens, stop=(), hidden=False):
+        """prompt: the prompt's bytes; hidden: it isn't shown. stop: strings that end the text, and aren't
+        shown."""
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         self.text = self.decoder.decode(prompt)
         self.start = len(self.text)  # where the continuation begins
         self.stop, self.max_new_tokens = stop, max_new_tokens
-        self.n_tokens = self.taken = 0
+        self.n_tokens, self.taken = 0, self.start if hidden else 0
         self.ended = None if max_new_tokens else 'length'
 
     def add(self, token):

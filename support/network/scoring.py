@@ -9,6 +9,7 @@ The tasks follow EleutherAI's lm-eval (lambada_openai and hellaswag) and give th
 compares them.
 """
 
+import functools
 import json
 import math
 import re
@@ -39,7 +40,7 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     was_training = model.training
     model.eval()
     losses, counts = [torch.zeros((), device=run.device)], [0]
-    batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
+    batches = eval_windows(tokens, block_size, batch_size, n_batches)
     # pad with batches without targets: a sharded model needs all processes for each forward pass
     batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
     try:
@@ -55,6 +56,47 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     total = torch.stack(losses).cpu().double() @ torch.tensor(counts).double()  # MPS has no float64
     loss_sum, n_targets = run.sum(total.item(), sum(counts))
     return loss_sum / n_targets
+
+
+def count_targets(run, tokens, token_bytes, block_size, batch_size, n_batches=0):
+    """Number of targets in the windows that `mean_loss` reads, and of the bytes of their text. token_bytes:
+    (n_vocab,) int64; an id beyond it has no text."""
+    n_targets, n_bytes, token_bytes = 0, 0, np.pad(token_bytes, (0, max(0, 65536 - len(token_bytes))))
+    for starts in eval_windows(tokens, block_size, batch_size, n_batches)[run.rank::run.world_size]:
+        _, y = read_windows(tokens, starts, block_size)
+        n_targets, n_bytes = n_targets + int((y >= 0).sum()), n_bytes + int(token_bytes[y[y >= 0]].sum())
+    return run.sum(n_targets, n_bytes)
+
+
+class BitsPerByte:
+    """Turns losses, which depend on the tokenizer, into bits for each byte of text, by which models of any
+    tokenizer can be compared.
+
+        in_bits = BitsPerByte(run, tokenizer, data, block_size, batch_size, n_batches)  # as for mean_loss
+        in_bits({'train': 4.1, 'val': 4.2})  # {'train_bits_per_byte': 1.48, ...}; all processes call it
+    """
+
+    def __init__(self, run, tokenizer, data, *windows):
+        self.run, self.tokenizer, self.data, self.windows = run, tokenizer, data, windows
+
+    @functools.cached_property
+    def bits_per_nat(self):
+        """{split: a byte's bits for each nat of a target}, {} where the text isn't known."""
+        knows = self.run.is_master and self.tokenizer.knows_text()
+        token_bytes = self.run.broadcast(self.tokenizer.token_bytes() if knows else None)
+        counts = {} if token_bytes is None else {
+            split: count_targets(self.run, tokens, token_bytes, *self.windows)
+            for split, tokens in self.data.items()}
+        return {split: n_targets / math.log(2) / n_bytes for split, (n_targets, n_bytes) in counts.items()
+                if n_bytes}
+
+    def __call__(self, losses):
+        return {f'{split}_bits_per_byte': losses[split] * bits for split, bits in self.bits_per_nat.items()}
+
+    def told(self, losses):
+        """The same as the end of a line of the log."""
+        return ''.join(f', {name.replace("_bits_per_byte", "")} {bits:.4f} bits/byte'
+                       for name, bits in self(losses).items())
 
 
 # ---------------------------------------------------------------------------- log-probabilities

@@ -219,7 +219,8 @@ class Wandb:
     def log(self, entry):
         """Log an entry; lists, which have a number for each layer, become health/NAME/LAYER."""
         if self.is_on:
-            names = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+            names = {f'{split}_{what}': f'{split}/{what}' for split in ('train', 'val')
+                     for what in ('loss', 'bits_per_byte')}
             lists = entry.get('health', {})
             self.call('log', {names.get(k, k): v for k, v in entry.items() if k != 'health'}
                       | {f'health/{k}/{layer}': v for k in lists for layer, v in enumerate(lists[k])})

@@ -3,7 +3,7 @@
 import math
 import os
 
-from support.hub.huggingface import own_tokenizer
+from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
@@ -11,6 +11,7 @@ from support.machine.hardware import keep_products, products
 from support.network.lora import check_adapters
 from support.run import checkpoint
 from support.text.dataset import find_dataset
+from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer, read_vocabulary
 from support.text.tokens import SAMPLERS, check_split, open_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
@@ -66,17 +67,22 @@ def check_ranks(config, fingerprints, run):
 
 
 def open_data(config):
-    """The folder of the data, and its splits as {'train': tokens, 'val': tokens}. Raises as `open_split`
-    does, but a run without settings, which asks for OpenWebText, is told of small data first."""
+    """A dataset's folder, its splits as {'train': tokens, 'val': tokens}, its tokenizer and vocab_size.
+    Raises as `open_split` does; a run without settings, which asks for OpenWebText, is told of small data.
+    """
     folder = find_dataset(config['data_dir'], config['dataset'])
     try:
-        return folder, {split: open_split(folder, split) for split in ('train', 'val')}
+        data = {split: open_split(folder, split) for split in ('train', 'val')}
     except FileNotFoundError as error:
         if config['data_dir'] or config['dataset'] != 'openwebtext':
             raise
         raise FileNotFoundError(
             'to begin small, run: python data/shakespeare_char/prepare.py, then python train.py '
             f'config/train_shakespeare_char_cpu.py; for OpenWebText, 90 GB: {error}') from None
+    tokenizer, vocab_size, path = read_vocabulary(folder)
+    if path:
+        print0(f'found vocab_size = {vocab_size} (inside {path})')
+    return folder, data, tokenizer, vocab_size
 
 
 def find_state(config, run):
@@ -102,23 +108,20 @@ def find_state(config, run):
     return state, is_resumed
 
 
-def check_data(config, folder, data, window, model_config, meta, tokenizer, fingerprints, state, is_resumed):
+def check_data(config, folder, data, window, model_config, vocab_size, tokenizer, fingerprints, state,
+               is_resumed):
     """ValueError for data that the model or the run can't continue on; tells which settings the checkpoint
     overrules, and a change of attention."""
     tell_overruled(config, model_config)
     if config['sample_interval']:
         tokenizer.decode([])  # raises an error if the tokens have no text
     if state:
-        if state.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
+        if not is_same_tokenizer(state.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
             raise ValueError(f'the checkpoint was trained with another tokenizer than that of {folder}')
         if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
             print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
-    elif (own := own_tokenizer(config['init_from'])) and own.to_dict() != tokenizer.to_dict():
-        raise ValueError(f'{config["init_from"]} has another tokenizer than {folder}: prepare the text with '
-                         'the model\'s')
-    elif meta and meta['vocab_size'] != model_config.vocab_size:
-        raise ValueError(f'{folder} holds characters, but {config["init_from"]} has a vocabulary of '
-                         f'{model_config.vocab_size}: prepare the text as GPT-2 BPE (data/shakespeare does)')
+    elif config['init_from'] not in ('scratch', 'auto'):
+        check_tokenizer(config['init_from'], folder, tokenizer, vocab_size, model_config.vocab_size)
     for split, tokens in data.items():
         check_split(tokens, os.path.join(folder, f'{split}.bin'), window, model_config.vocab_size)
     may_change = config['eval_only'] or config['allow_changed_data']
@@ -136,6 +139,20 @@ def tell_overruled(config, model_config):
         settings['n_kv_head'] = settings['n_kv_head'] or settings['n_head']
     if other := [f'{k}={kept[k]} (not {v})' for k, v in asked.items() if v != kept[k]]:
         print0(f'as in the checkpoint: {", ".join(other)}')
+
+
+def check_tokenizer(init_from, folder, tokenizer, vocab_size, model_vocab_size):
+    """ValueError if the data in `folder` isn't of the tokenizer of a model from transformers."""
+    own, kind = own_tokenizer(init_from), tokenizer.to_dict()['kind']
+    theirs = own or folder_tokenizer(init_from)
+    if own or kind != 'none' != theirs.to_dict()['kind']:
+        fits = is_same_tokenizer(theirs.to_dict(), tokenizer.to_dict())
+    else:
+        fits = kind == 'gpt2' or vocab_size == model_vocab_size
+    if not fits:
+        how = 'gpt2' if isinstance(theirs, GPT2Tokenizer) else init_from
+        raise ValueError(f'{init_from} has another tokenizer than {folder}: prepare the text with '
+                         f'--tokenizer={how}')
 
 
 def restore(state, meter, guard, tokens_an_iteration, wandb_id):

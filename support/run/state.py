@@ -19,7 +19,7 @@ from support.network.matmul import use_fast_products
 from support.network.quantize import build_int8
 from support.run.checkpoint import load, load_trained, run_folder
 from support.text.dataset import find_dataset
-from support.text.tokenizer import read_tokenizer, tokenizer_from
+from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, read_tokenizer, tokenizer_from
 
 MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
 BUFFERS = ({'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}, set())  # AdamW's, Muon's, before the first
@@ -84,8 +84,12 @@ def tokenizer_of(state):
     """The tokenizer of a state; older files have none, but name their dataset."""
     if 'tokenizer' in state:
         return tokenizer_from(state['tokenizer'])
-    config = state.get('config', {})
-    return read_tokenizer(find_dataset(config.get('data_dir'), config.get('dataset', '')))
+    config, size = state.get('config', {}), state['model_args'].get('vocab_size', GPT2_VOCAB)
+    tokenizer = read_tokenizer(find_dataset(config.get('data_dir'), config.get('dataset', '')))
+    if tokenizer.n_vocab > size:
+        return NoTokenizer(size, 'the data folder that the checkpoint names is missing, or has no vocabulary '
+                                 f'of {size}')
+    return tokenizer
 
 
 def load_model(init_from, out_dir, run, weights='full'):

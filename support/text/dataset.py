@@ -83,6 +83,13 @@ def width_of(tokens):
     return 32 if tokens[1::2].max() < 16 <= 256 <= tokens[::2].max() else 16
 
 
+def check_length(tokens):
+    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
+    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
+        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
+                         'then resume')
+
+
 def read_info(data_dir):
     """dataset.json as a dict; {} if there is none, or if it isn't of the files beside it, which is told.
     Raises ValueError if it is damaged."""

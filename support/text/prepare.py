@@ -9,11 +9,9 @@ documents at a time (tiktoken releases the GIL) into files of their own, joined 
 use doesn't grow with the corpus, and an interrupted run continues where it stopped.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -23,149 +21,102 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.machine.files import download, explain_failure, go_offline_if_cut_off, read_text, replacing
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.machine.files import replacing
+from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
+from support.text.documents import FORMATS, has_own_splits, load_documents
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+from support.text.tokens import pieces
+from support.text.writing import write_dataset, write_tokens
 
-TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
-                    'data/tinyshakespeare/input.txt',
-                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # sha256
+# ---------------------------------------------------------------------------- tokenizers
 
-
-# ---------------------------------------------------------------------------- texts
-
-def tiny_shakespeare(folder):
-    """Path of folder/input.txt, downloaded unless it exists."""
-    path = Path(folder, 'input.txt')
-    download(*TINY_SHAKESPEARE, path)
-    return path
+SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
 
 
-def read_texts(paths):
-    """The text of files, and of folders in sorted order, as one string in which every file ends its line.
-
-    In a folder, files that are not text are skipped and counted; named themselves, they raise ValueError.
-    """
-    texts, skipped = [], []
-    for path in map(Path, paths):
-        for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
-            try:
-                text = read_text(file)
-            except ValueError:
-                if file == path:
-                    raise
-                skipped.append(file)
-            else:
-                texts.append(text if text.endswith('\n') else text + '\n')
-    if skipped:
-        print(f'skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}')
-    return ''.join(texts)
+def check_tokenizer_name(name, vocab_size, known):
+    """The tokenizer that a setting names if it exists already, None for those that are made of the text: char
+    and bpe. known: the names that the caller takes besides paths. Raises ValueError for any other."""
+    if name not in known and not Path(name).exists():
+        raise ValueError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
+                         'tokenizer.json or of a folder with one')
+    if name in known:
+        if name == 'bpe':
+            check_vocab_size(vocab_size)
+        return GPT2Tokenizer() if name == 'gpt2' else None
+    if (tokenizer := load_tokenizer(name)) is None:
+        raise ValueError(f'tokenizer={name} has no tokenizer.json')
+    return tokenizer
 
 
-# ---------------------------------------------------------------------------- datasets
+# ---------------------------------------------------------------------------- one text
 
-def write_tokens(path, chunks):
-    """Write arrays of token ids, joined, as uint16. Returns {'tokens', 'largest_id', 'sha256' in hex}.
-
-    Raises ValueError, and writes no file, if an id doesn't fit into uint16.
-    """
-    with replacing(path) as temporary:
-        return write_ids(temporary, chunks)
-
-
-def write_ids(path, chunks):
-    """Like `write_tokens`, to a file that may be left half written."""
-    count, largest, digest = 0, -1, hashlib.sha256()
-    with open(path, 'wb') as file:
-        for chunk in chunks:
-            ids = np.asarray(chunk)
-            if len(ids) == 0:
-                continue
-            if ids.min() < 0 or ids.max() > 65535:
-                bad = ids.min() if ids.min() < 0 else ids.max()
-                raise ValueError(f'token id {bad} doesn\'t fit into uint16, 0 to 65535')
-            count, largest = count + len(ids), max(largest, int(ids.max()))
-            data = ids.astype(np.uint16).tobytes()
-            digest.update(data)
-            file.write(data)
-    return {'tokens': count, 'largest_id': largest, 'sha256': digest.hexdigest()}
-
-
-def write_dataset(data_dir, splits, tokenizer, source):
-    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays.
-
-    Until all tokens are written, the files that were there stay. From the first that is replaced to the last,
-    dataset.json says `unfinished`, so that tokens are never read with another tokenizer.
-    """
-    data_dir = Path(data_dir)
-    with contextlib.ExitStack() as stack:
-        temporary = {split: stack.enter_context(replacing(data_dir / f'{split}.bin')) for split in splits}
-        written = {split: write_ids(temporary[split], chunks) for split, chunks in splits.items()}
-        info = {'tokens': {split: w['tokens'] for split, w in written.items()},
-                'largest_id': max(w['largest_id'] for w in written.values()),
-                'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
-                'source': str(source),
-                'sha256': {f'{split}.bin': w['sha256'] for split, w in written.items()}}
-        write_info(data_dir, {'unfinished': True})
-        write_meta(data_dir, tokenizer)
-    write_info(data_dir, info)
-    for split, w in written.items():
-        print(f'{split} has {w["tokens"]:,} tokens')
-    print(f'vocabulary: {tokenizer.n_vocab:,} ({info["tokenizer"]}), written to {data_dir}')
-
-
-def write_info(data_dir, info):
-    with replacing(data_dir / 'dataset.json') as temporary:
-        temporary.write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
-
-
-def write_meta(data_dir, tokenizer):
-    """meta.pkl of characters; of another tokenizer, none."""
-    path = data_dir / 'meta.pkl'
-    if not isinstance(tokenizer, CharTokenizer):
-        path.unlink(missing_ok=True)
-        return
-    meta = {'vocab_size': tokenizer.n_vocab, 'itos': tokenizer.itos, 'stoi': tokenizer.stoi}
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(meta, protocol=4))
-
-
-def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1):
+def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096):
     """Write a text as a dataset, with the last val_fraction of its characters for validation.
 
-    tokenizer: 'char' (a vocabulary of the text's characters) or 'gpt2'.
+    tokenizer: 'char' (a vocabulary of the text's characters), 'gpt2', 'bpe' (trained on the training part, of
+    vocab_size entries), or a tokenizer.json or a folder with one.
     """
-    if tokenizer not in ('char', 'gpt2'):
-        raise ValueError(f'tokenizer={tokenizer} is not one of char, gpt2')
+    coder = check_tokenizer_name(tokenizer, vocab_size, ('char', 'gpt2', 'bpe'))
+    cut = check_cut(len(text), val_fraction, source)
+    print(f'{source}: {len(text):,} characters')
+    if tokenizer == 'char':
+        coder = CharTokenizer.of_text(text)
+    elif tokenizer == 'bpe':
+        if cut > SAMPLE:
+            print(f'the tokenizer is trained on {SAMPLE:,} characters, spread over the training part')
+        coder = train_bpe(pieces(text[:cut], SAMPLE), vocab_size)
+    encode = coder.encode if isinstance(coder, CharTokenizer) else coder.encode_array
+    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+
+
+def dataset_folder(script, name):
+    """data/<name> beside the folder of a prepare.py, or that folder for an empty name."""
+    if name and (Path(name).name != name or name == '..'):
+        raise ValueError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
+    folder = Path(script).parent
+    return folder.parent / name if name else folder
+
+
+def name_after(source):
+    """A dataset's name for a corpus: that of its file, its folder or its repository on the hub."""
+    path = Path(source).resolve()
+    return re.sub(r'[^\w.-]', '_', path.stem if path.suffix in FORMATS else path.name) or 'corpus'
+
+
+def check_cut(n, val_fraction, source, unit='characters'):
+    """How many of n characters (or other units) are for training. ValueError if there is nothing to split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
-        raise ValueError(f'{source} has {len(text):,} characters, too few to split')
-    coder = CharTokenizer.of_text(text) if tokenizer == 'char' else GPT2Tokenizer()
-    print(f'{source}: {len(text):,} characters')
-    encode = coder.encode if tokenizer == 'char' else coder.encode_array
-    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+    cut = int(n * (1 - val_fraction))
+    if not 0 < cut < n:
+        raise ValueError(f'{source} has {n:,} {unit}, too few to split')
+    return cut
 
 
 # ---------------------------------------------------------------------------- corpora of documents
 
-FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.raw': 'text'}
-SPLIT_NAMES = {'train': r'(?<![a-z])train', 'validation': r'(?<![a-z])(val|dev)'}  # in the paths of files
 PART = 2048  # documents
 
 
 def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_fraction=0.0005, seed=2357,
-                   own_splits=False, **how):
-    """Encode every document of `source` as GPT-2 BPE, each followed by 50256, into folder/{train,val}.bin.
+                   own_splits=False, tokenizer='gpt2', vocab_size=4096, subset='', **how):
+    """Encode every document of `source`, each followed by <|endoftext|>, into folder/{train,val}.bin.
 
     source: a Hugging Face dataset id, or a local parquet, jsonl or text file, or a folder with such files; a
     text file is one document. num_proc: threads, 0 for all cores. limit: use only the first documents.
     own_splits: use the source's own validation split, if it is on the hub or a folder with files named
-    train... and val... or dev...; otherwise val_fraction of the shuffled documents. how: further arguments
-    of `load_documents`.
+    train... and val... or dev...; otherwise val_fraction of the shuffled documents. tokenizer: 'gpt2', 'bpe'
+    (trained on the training part, of vocab_size entries), or a tokenizer.json or a folder with one. subset: a
+    configuration of a dataset on the hub. how: further arguments of `load_documents`.
     """
-    tokenizer = GPT2Tokenizer()
-    tokenizer.bpe  # noqa: B018, fails before the long download if the BPE files are missing
+    how |= {'name': subset} if subset else {}
+    if not 0 < val_fraction < 1:
+        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
+    coder = check_tokenizer_name(tokenizer, vocab_size, ('gpt2', 'bpe'))
+    if isinstance(coder, GPT2Tokenizer):
+        coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
+    elif coder and coder.end is None:
+        raise ValueError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
     if own_splits and has_own_splits(source):
         splits = {part: load_documents(source, text_column, limit, name, **how)
                   for part, name in (('train', 'train'), ('test', 'validation'))}
@@ -176,89 +127,40 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
                              'use data/text/prepare.py --tokenizer=gpt2')
         splits = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
     # parts of another text, or of another size, go to another folder
-    key = json.dumps([[split._fingerprint for split in splits.values()], text_column, PART])
+    key = json.dumps([[split._fingerprint for split in splits.values()], text_column, PART,
+                      coder.to_dict() if coder else [vocab_size, SAMPLE]])
     parts = Path(folder, f'parts-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
+    coder = coder or trained_tokenizer(parts, splits['train'], text_column, vocab_size)
 
     def encode(name, part):
         threads = num_proc or os.cpu_count()
-        paths = encode_documents(splits[part], text_column, tokenizer, parts, name, threads)
+        paths = encode_documents(splits[part], text_column, coder, parts, name, threads)
         return (np.memmap(path, np.uint16, 'r') for path in paths)
 
     chunks = {'train': encode('train', 'train'), 'val': encode('val', 'test')}
-    write_dataset(folder, chunks, tokenizer, source)
+    write_dataset(folder, chunks, coder, source)
     shutil.rmtree(parts)
 
 
-def has_own_splits(source):
-    path = Path(source)
-    return not path.exists() or path.is_dir() and all(files_of(source, name) for name in SPLIT_NAMES)
-
-
-def files_of(source, split=None):
-    """Files with documents in a local source, sorted; split: only those with its name in their path."""
-    path = Path(source)
-    files = sorted(p for p in path.rglob('*') if p.suffix in FORMATS) if path.is_dir() else [path]
-    return [f for f in files
-            if not split or re.search(SPLIT_NAMES[split], f.relative_to(path).as_posix().lower())]
-
-
-def format_of(source, files):
-    """The format of local files, None for a source on the hub. Raises ValueError if formats are mixed."""
-    if not Path(source).exists():
-        if Path(source).suffix in FORMATS or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', source):
-            raise ValueError(f'{source} doesn\'t exist; a dataset on the hub is named like owner/name')
-        return None
-    kinds = sorted({p.suffix for p in files})
-    if len(kinds) > 1:
-        raise ValueError(f'{source} mixes {", ".join(kinds)} files: name a file, or a folder with one kind')
-    if not kinds or kinds[0] not in FORMATS:
-        raise ValueError(f'{source} has no {", ".join(FORMATS)} files')
-    return FORMATS[kinds[0]]
-
-
-def load_documents(source, text_column, limit, split=None, regroup=None, rows_are_lines=False, **hub):
-    """The documents as a datasets.Dataset. Raises ValueError if the source can't be read or has no text.
-
-    split: 'train' or 'validation'; None takes the hub's training split, or all local files. regroup: a
-    function from lines to documents, for text files, and for a table's rows if rows_are_lines. hub: further
-    arguments of datasets.load_dataset, for sources on the hub.
-    """
-    go_offline_if_cut_off()
-    import datasets
-    files = files_of(source, split)
-    kind = format_of(source, files)
-    with explain_failure(f'can\'t load {source}; local parquet, jsonl or text files will do: --source=PATH',
-                         datasets.exceptions.DatasetGenerationError):
-        if kind:
-            how = {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True}
-            documents = datasets.load_dataset(kind, data_files=[str(f) for f in files], split='train',
-                                              **(how if kind == 'text' else {}))
-        else:
-            documents = datasets.load_dataset(source, split=split or 'train', **hub)
-    if kind == 'text' and text_column != 'text':
-        documents = documents.rename_column('text', text_column)
-    if text_column not in documents.column_names:
-        raise ValueError(f'{source} has no column {text_column}, only {", ".join(documents.column_names)}: '
-                         'name one with --text_column')
-    if documents.features[text_column].dtype not in ('string', 'large_string') \
-            or documents.data.column(text_column).null_count:
-        raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
-                         '--text_column')
-    if regroup and (kind == 'text' or rows_are_lines):
-        documents = datasets.Dataset.from_generator(regrouped, gen_kwargs={
-            'rows': documents, 'text_column': text_column, 'regroup': regroup})
-    return documents.select(range(min(limit or len(documents), len(documents))))
-
-
-def regrouped(rows, text_column, regroup):
-    """The rows of a new dataset, one for each document."""
-    lines = (line for batch in rows.iter(PART) for line in batch[text_column])
-    return ({text_column: document} for document in regroup(lines))
+def trained_tokenizer(parts, documents, text_column, vocab_size):
+    """A BPETokenizer of documents spread over all of them; that of parts/tokenizer.json if an interrupted run
+    left it."""
+    path, n = parts / 'tokenizer.json', len(documents)
+    if not path.is_file():
+        some = documents.select(np.linspace(0, n - 1, min(n, PART), dtype=np.int64))
+        mean = sum(map(len, some[text_column])) / len(some)
+        count = max(1, min(n, int(SAMPLE / max(1, mean))))
+        print(f'the tokenizer is trained on {count:,} of {n:,} documents')
+        some = documents.select(np.linspace(0, n - 1, count, dtype=np.int64))
+        trained = train_bpe((t for batch in some.iter(PART) for t in batch[text_column]), vocab_size)
+        with replacing(path) as temporary:
+            temporary.write_bytes(trained.json.encode())
+    return BPETokenizer(path.read_text(encoding='utf-8'))
 
 
 def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):
     """Encode documents into files of PART documents, except files that exist already; returns all paths."""
-    n, end = len(documents), np.array([tokenizer.bpe.eot_token], dtype=np.uint32)
+    n, end = len(documents), np.array([tokenizer.end], dtype=np.uint32)
 
     def encode(first, path):
         texts = documents[first:first + PART][text_column]

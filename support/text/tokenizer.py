@@ -1,25 +1,34 @@
 """
-Text to token ids and back: a vocabulary of characters, or GPT-2's byte pair encoding.
+Text to token ids and back: a vocabulary of characters, GPT-2's byte pair encoding, or one's own (bpe.py).
 
     tokenizer = read_tokenizer('data/shakespeare_char')
     tokenizer.decode(tokenizer.encode('To be'))
 """
 
 import functools
+import hashlib
+import json
+import os
+import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from support.machine.files import explain_failure
 from support.machine.pickles import read_pickle
+from support.text.bpe import END, MOST_IDS, BPETokenizer
 from support.text.dataset import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
+BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
+PAD = '<pad>'  # of an exported vocabulary of characters; its id follows theirs
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
 
 
 class CharTokenizer:
     """One id a character. itos: {id: character}."""
+    end = None  # no token ends a document
 
     def __init__(self, itos):
         self.itos = itos
@@ -31,11 +40,19 @@ class CharTokenizer:
         return cls(dict(enumerate(sorted(set(text)))))
 
     def encode(self, text):
-        missing = sorted(set(text) - set(self.stoi))
-        if missing:
-            raise ValueError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}; '
-                             f'it knows {"".join(self.itos.values())!r}')
+        if missing := sorted(set(text) - set(self.stoi)):
+            raise ValueError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}'
+                             + (f' and {len(missing) - 10:,} more' if len(missing) > 10 else '')
+                             + self.advice(text))
         return [self.stoi[c] for c in text]
+
+    def advice(self, text):
+        """What to do about a text with unknown characters."""
+        if set(unicodedata.normalize('NFC', text)) <= set(self.stoi):
+            return ('; in Unicode\'s form NFC, which joins letters and accents, the text has only characters '
+                    'that it knows: normalise it')
+        known = ''.join(self.itos.values())
+        return f'; it knows {known!r}' if len(known) <= 100 else f'; it knows {len(known):,} others'
 
     def decode(self, ids):
         return ''.join(self.itos[i] for i in ids)
@@ -43,14 +60,20 @@ class CharTokenizer:
     def decode_bytes(self, ids):
         return self.decode(ids).encode('utf-8', errors='surrogatepass')
 
+    def knows_text(self):
+        return True
+
     def first_token(self):
         """The id before a text's first: a line end, if the vocabulary has it."""
         return self.stoi.get('\n', 0)
 
+    def token_texts(self):
+        """Each id's bytes of UTF-8; none for an id without a character."""
+        return [self.decode_bytes([i]) if i in self.itos else b'' for i in range(self.n_vocab)]
+
     def token_bytes(self):
         """Bytes of UTF-8 in each id's text, (n_vocab,) int64."""
-        return np.array([len(self.decode_bytes([i])) if i in self.itos else 0 for i in range(self.n_vocab)],
-                        dtype=np.int64)
+        return np.array([*map(len, self.token_texts())], dtype=np.int64)
 
     def to_dict(self):
         return {'kind': 'char', 'itos': self.itos}
@@ -59,6 +82,7 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte pair encoding, from tiktoken, which downloads its two files on first use."""
     n_vocab = GPT2_VOCAB
+    end = GPT2_VOCAB - 1
 
     @functools.cached_property
     def bpe(self):
@@ -85,30 +109,44 @@ class GPT2Tokenizer:
         """The text in UTF-8; a token may end within a character."""
         return self.bpe.decode_bytes(ids)
 
+    def knows_text(self):
+        """Whether the files are here, so that nothing has to be downloaded."""
+        folder = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get(
+            'DATA_GYM_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache')))
+        return all(os.path.isfile(os.path.join(folder, hashlib.sha1((BPE_FILES + name).encode()).hexdigest()))
+                   for name in ('vocab.bpe', 'encoder.json'))
+
     def first_token(self):
         """The id before a text's first, <|endoftext|>."""
-        return self.n_vocab - 1
+        return self.end
+
+    def token_texts(self):
+        """Each id's bytes of UTF-8; none for <|endoftext|>, which is no text."""
+        return [*map(self.bpe.decode_single_token_bytes, range(self.end)), b'']
 
     def token_bytes(self):
-        """Bytes of UTF-8 in each id's text, (n_vocab,) int64; 0 for <|endoftext|>, which is no text."""
-        tokens = map(self.bpe.decode_single_token_bytes, range(self.n_vocab - 1))
-        return np.array([*map(len, tokens), 0], dtype=np.int64)
+        """Bytes of UTF-8 in each id's text, (n_vocab,) int64."""
+        return np.array([*map(len, self.token_texts())], dtype=np.int64)
 
     def to_dict(self):
         return {'kind': 'gpt2'}
 
 
 class NoTokenizer:
-    """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded."""
+    """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded. reason: why
+    that is, for the error."""
+    end = None
 
-    def __init__(self, n_vocab):
-        self.n_vocab = n_vocab
+    def __init__(self, n_vocab, reason='the meta.pkl of its data has no itos, a table of ids and strings'):
+        self.n_vocab, self.reason = n_vocab, reason
 
     def encode(self, text):
-        raise ValueError('this model\'s tokens have no text: the meta.pkl of its data has no itos, a table '
-                         'of ids and strings')
+        raise ValueError(f'this model\'s tokens have no text: {self.reason}')
 
-    decode = decode_bytes = encode
+    decode = decode_bytes = encode_array = encode
+
+    def knows_text(self):
+        return False
 
     def first_token(self):
         return 0
@@ -118,24 +156,124 @@ class NoTokenizer:
         return np.zeros(self.n_vocab, dtype=np.int64)
 
     def to_dict(self):
-        return {'kind': 'none', 'n_vocab': self.n_vocab}
+        return {'kind': 'none', 'n_vocab': self.n_vocab, 'reason': self.reason}
 
+
+# ---------------------------------------------------------------------------- of checkpoints and files
 
 def tokenizer_from(state):
     """The inverse of `to_dict`; None stands for GPT-2's."""
-    if state and state['kind'] == 'none':
-        return NoTokenizer(state['n_vocab'])
-    if state and state['kind'] == 'char':
+    kind = state['kind'] if state else 'gpt2'
+    if kind == 'none':
+        return NoTokenizer(state['n_vocab'], *[state['reason']][:'reason' in state])
+    if kind == 'char':
         return CharTokenizer(state['itos'])
+    if kind == 'bpe':
+        with explain_failure('the checkpoint\'s tokenizer is damaged'):
+            return BPETokenizer(state['json'])
     return GPT2Tokenizer()
 
 
+def is_same_tokenizer(a, b):
+    """Whether two tokenizers give the same ids, from what `to_dict` gives. Programs write the same
+    tokenizer.json in several ways."""
+    if a.get('kind') == b.get('kind') == 'bpe':
+        return essence(a['json']) == essence(b['json'])
+    return {k: v for k, v in a.items() if k != 'reason'} == {k: v for k, v in b.items() if k != 'reason'}
+
+
+def essence(text):
+    """What a tokenizer.json's ids depend on."""
+    content = json.loads(text)
+    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in content['model']['merges']]
+    added = {t['content']: t['id'] for t in content['added_tokens']}
+    return content['model']['vocab'] | added, merges, content['pre_tokenizer'], content['normalizer']
+
+
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
+# of a JSON list of GPT-2's tokens but <|endoftext|>, in the order of their ids
+GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
+
+
+def load_tokenizer(path):
+    """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one: GPT-2's, characters as export.py
+    writes them, or a byte-level BPE. None if a folder has none. ValueError for any other."""
+    path = Path(path)
+    if path.is_dir():
+        path = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
+        return path and load_tokenizer(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing: name a tokenizer.json, or a folder with one')
+    with explain_failure(f'{path} is neither GPT-2\'s tokenizer nor one of characters or a byte-level BPE'):
+        text = path.read_text(encoding='utf-8')
+        content = json.loads(text)
+        if 'model' not in content:  # vocab.json
+            if not is_gpt2_vocab(content):
+                raise ValueError(f'a vocabulary of {len(content):,}; AutoTokenizer of transformers makes a '
+                                 'tokenizer.json of it')
+            return GPT2Tokenizer()
+        vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
+        if content['model'].get('type') == 'WordLevel':
+            vocab.pop(PAD, None)
+            if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < MOST_IDS
+                       for c, i in vocab.items()):
+                raise ValueError('its tokens are words')
+            return CharTokenizer({i: c for c, i in vocab.items()})
+        if {t['content'] for t in added} <= {END} and isinstance(vocab, dict) and is_gpt2_vocab(vocab):
+            return GPT2Tokenizer()
+        return BPETokenizer(text)
+
+
+def is_gpt2_vocab(vocab):
+    """Whether {token: id} is GPT-2's, with or without <|endoftext|>."""
+    tokens = sorted((t for t in vocab if t != END), key=vocab.get)
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest() == GPT2_VOCAB_SHA256 \
+        and [vocab[t] for t in tokens] == [*range(len(tokens))]
+
+
+# ---------------------------------------------------------------------------- of datasets
+
 def read_tokenizer(data_dir):
     """The tokenizer of a dataset's folder."""
-    meta = read_meta(data_dir)
-    if meta is None:
-        return GPT2Tokenizer()
-    return CharTokenizer(meta['itos']) if meta['itos'] else NoTokenizer(meta['vocab_size'])
+    return read_vocabulary(data_dir)[0]
+
+
+def read_vocabulary(data_dir):
+    """tokenizer, vocab_size, path of a dataset's folder; path: the file that names them, or None where none
+    does, so that the ids are GPT-2's. Raises ValueError if the files contradict each other."""
+    info, path = read_info(data_dir), Path(data_dir, 'tokenizer.json')
+    kind, meta = info.get('tokenizer'), read_meta(data_dir)
+    if kind == 'bpe' and not path.is_file():
+        raise ValueError(f'{path} is missing, but dataset.json says that the tokens are of a tokenizer of '
+                         'their own: prepare the data again')
+    if path.is_file() and kind != 'char':
+        return read_own_tokenizer(path, info, meta)
+    if meta:
+        tokenizer = CharTokenizer(meta['itos']) if meta['itos'] else NoTokenizer(meta['vocab_size'])
+        return tokenizer, meta['vocab_size'], Path(data_dir, 'meta.pkl')
+    if kind not in (None, 'gpt2'):
+        path, size = Path(data_dir, 'dataset.json'), info.get('vocab_size')
+        if not isinstance(size, int) or not 0 < size <= MOST_IDS:
+            raise ValueError(f'{path} names another tokenizer, {kind[:40]}, so it needs its vocab_size, at '
+                             f'most {MOST_IDS:,}; or put its tokenizer.json beside it')
+        return NoTokenizer(size, f'its data is of another tokenizer, {kind[:40]}, whose tokenizer.json is '
+                                 'not beside it'), size, path
+    return GPT2Tokenizer(), PADDED_GPT2_VOCAB, None
+
+
+def read_own_tokenizer(path, info, meta):
+    """Like `read_vocabulary`, of a tokenizer.json, the dataset.json and the meta.pkl beside it."""
+    tokenizer, kind = load_tokenizer(path), info.get('tokenizer', 'bpe')
+    found, digest = tokenizer.to_dict()['kind'], info.get('sha256', {}).get(path.name)
+    if kind == 'gpt2' != found or meta and meta['itos']:
+        other = 'dataset.json says that they are GPT-2\'s' if kind == 'gpt2' else 'meta.pkl has characters'
+        raise ValueError(f'{path} says that the tokens are its own, but {other}: remove one or the other')
+    if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise ValueError(f'{path} is not the one that the data was prepared with: its SHA-256 is another in '
+                         'dataset.json. Prepare the data again')
+    if found == 'gpt2':
+        return tokenizer, PADDED_GPT2_VOCAB, None
+    return tokenizer, max(tokenizer.n_vocab, meta['vocab_size'] if meta else 0), path
 
 
 def read_meta(data_dir):
