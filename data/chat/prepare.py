@@ -11,13 +11,14 @@ Writes data/<name>/, with train.mask and val.mask beside the tokens: only what t
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import numpy as np
 
-from configurator import configure
 from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import MARKERS, encode_conversation, read_conversations, render, template_for
 from support.text.prepare import check_cut, check_tokenizer_name, dataset_folder

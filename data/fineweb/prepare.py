@@ -12,7 +12,7 @@ each and keep their names and headers, which train.py reads.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def take_shards(folder, source, n):
                          f'validation, too few for --shards={n}')
     counts = {split: sum(map(count_shard, paths)) for split, paths in files.items()}
     paths = [path for found in files.values() for path in found]
-    if others := sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths}):
+    others = sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths})
+    if others:
         raise ValueError(f'{folder} has {others[0]}, which is not among these files: remove it first')
     folder.mkdir(exist_ok=True)
     for path in paths:
