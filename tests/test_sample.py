@@ -18,7 +18,7 @@ from conftest import ROOT
 from model import GPT, GPTConfig
 from support.network.decoding import Text, generate
 from support.run import checkpoint
-from support.run.prompt import Sampling, obey
+from support.run.prompt import Sampling, interact, obey
 from support.run.state import config_from_args, model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 
@@ -289,6 +289,13 @@ def test_a_command_changes_one_setting(line, name, value):
     assert getattr(after, name) == value and reply == f'{name} = {value}'
     assert all(getattr(after, k) == v for k, v in vars(before).items() if k != name)
     assert obey(f'/{name}', after) == (after, reply)
+
+
+def test_quit_followed_by_a_blank_is_quit(monkeypatch, capsys):
+    lines = iter(['/quti', '/quit '])
+    monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
+    interact(Sampling(), None)
+    assert 'did you mean quit' in capsys.readouterr().out and not [*lines]
 
 
 @pytest.mark.parametrize('name, value', [

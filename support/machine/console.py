@@ -113,7 +113,6 @@ def show_error(kind, error, trace):
     if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
         return
     keep_line()
-    flush()
     last = traceback.extract_tb(trace)[-1] if trace else None
     path = Path(last.filename).resolve() if last else Path()
     is_ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
