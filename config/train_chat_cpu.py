@@ -5,7 +5,7 @@ Train a small GPT from nothing that answers questions, on a CPU.
     python train.py config/train_chat_cpu.py         # half a minute on two cores
     python sample.py --out_dir=out-chat --interactive=True --chat=True
 
-With the example it learns a hundred conversations about this repository by heart, and answers their questions;
+With the example it learns a hundred conversations about this repository by heart and answers their questions;
 docs/chat.md says what to expect of others. A Llama's architecture, which export.py writes for transformers.
 """
 
