@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from support.machine.files import explain_failure, go_offline_if_cut_off, replacing
 from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
+from support.text.reading import reason_to_leave_out, tell_files
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 from support.text.tokens import pieces
 from support.text.writing import write_dataset, write_tokens
@@ -117,7 +119,9 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
         coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
     elif coder and coder.end is None:
         raise ValueError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
-    if own_splits and has_own_splits(source):
+    with_own = own_splits and has_own_splits(source)
+    tell_files_of(source, SPLIT_NAMES if with_own else [None])
+    if with_own:
         splits = {part: load_documents(source, text_column, limit, name, **how)
                   for part, name in (('train', 'train'), ('test', 'validation'))}
     else:
@@ -166,9 +170,20 @@ def has_own_splits(source):
 def files_of(source, split=None):
     """Files with documents in a local source, sorted; split: only those with its name in their path."""
     path = Path(source)
-    files = sorted(p for p in path.rglob('*') if p.suffix in FORMATS) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob('*') if p.is_file() and not reason_to_leave_out(
+        p.relative_to(path), FORMATS)) if path.is_dir() else [path]
     return [f for f in files
             if not split or re.search(SPLIT_NAMES[split], f.relative_to(path).as_posix().lower())]
+
+
+def tell_files_of(source, splits):
+    """Print how many files of a local folder are in these splits (None: in any), and why others aren't."""
+    path = Path(source)
+    if path.is_dir():
+        read = {file for split in splits for file in files_of(source, split)}
+        others = (p for p in path.rglob('*') if p.is_file() and p not in read)
+        tell_files(len(read), Counter(reason_to_leave_out(p.relative_to(path), FORMATS) or 'of another split'
+                                      for p in others))
 
 
 def format_of(source, files):
