@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ PROSE = {
     'pt': 'Quando chega a primavera, as flores cobrem os campos. As crianças vão à escola, e a avó faz pão. ',
     'en': 'When spring comes, it\'s the year 1995 or 2026, and flowers cover the fields.\n\n\tSo they say. ',
 }
+SOURCE = Path(__file__).read_text(encoding='utf-8')
 TEXT = '\n'.join((text * 20) for text in PROSE.values())
 
 
@@ -46,6 +48,28 @@ def test_random_texts_survive_the_round_trip(own):
         assert own.decode(own.encode(text)) == text
         assert own.decode(own.encode_array(text)) == text
         assert own.token_bytes()[own.encode_array(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize('size', [257, 300, 2000])
+def test_the_quick_encoder_gives_the_library_s_ids(size):
+    tokenizer = train_bpe([TEXT, SOURCE], size)
+    texts = [*random_texts(1000, 1), TEXT, SOURCE, 'a\ud83db', 'x' * 2000]
+    assert tokenizer.quick
+    for text in texts:
+        by_library = tokenizer.encode_with(tokenizer.of_documents, text)
+        assert np.array_equal(tokenizer.encode_array(text), by_library)
+
+
+def test_the_quick_encoder_is_for_tokenizers_of_ours_only(own):
+    model = content_of(own)['model']
+    others = [{'model__merges': model['merges'][::-1]}, {'normalizer': {'type': 'NFC'}},
+              {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
+                                 'use_regex': True}}]
+    for changes in others:
+        other = BPETokenizer(changed(own, **changes))
+        assert other.quick is None
+        assert other.encode_array(TEXT).tolist() == other.encode(TEXT)
+    assert own.quick and own.with_special_tokens(['<|user|>']).quick
 
 
 def test_half_a_surrogate_pair_is_replaced_not_refused(own):
@@ -81,7 +105,7 @@ def test_a_long_text_is_encoded_in_pieces_that_change_nothing(own, monkeypatch):
     monkeypatch.setattr(room, 'PIECE', 50)
     pieces = [*room.cut_text(own.of_documents, text)]
     assert len(pieces) > 100 and ''.join(pieces) == text
-    assert own.encode_array(text).tolist() == whole
+    assert own.encode_with(own.of_documents, text).tolist() == whole
     assert len([*room.cut_text(own.of_documents, '1' * 1000)]) == 1  # without a place to cut
 
 
@@ -94,7 +118,7 @@ def test_a_place_where_a_cut_would_change_the_tokens_is_none(own, monkeypatch):
     monkeypatch.setattr(room, 'PIECE', 50)
     assert not room.is_cut(other.of_documents, 'when spring comes', 11)
     whole = other.of_documents.encode(TEXT, add_special_tokens=False).ids
-    assert other.encode_array(TEXT).tolist() == whole
+    assert other.encode_with(other.of_documents, TEXT).tolist() == whole
 
 
 def test_a_stream_shows_whole_characters_only():

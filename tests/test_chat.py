@@ -293,8 +293,7 @@ def test_model_trained_on_the_example_answers_it(trained, run_here, tmp_path):
     log = run_here('sample.py', f'--out_dir={trained}', '--chat=True', f'--prompts={tmp_path / "asked.txt"}',
                    '--num_samples=1', '--temperature=0', '--device=cpu', '--max_new_tokens=60')['log']
     answers = log.split('\ndevice: ')[-1].split('\n', 1)[1].split('\n---------------\n')[:-1]
-    wrong = [answer for answer, (_, expected) in zip(answers, asked, strict=True)
-             if answer.strip() != expected]
+    wrong = [said for said, (_, answer) in zip(answers, asked, strict=True) if said.strip() != answer]
     assert len(asked) > 30 and len(wrong) <= 1, wrong
 
 

@@ -459,7 +459,7 @@ def test_stopped_run_takes_nothing_from_a_text_that_was_changed_since(changed, c
 
 
 @pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'json', 'txt'])
-def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_path):
+def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_path, capsys):
     import datasets
     folder, names = tmp_path / 'documents', ['a', 'b/c', 'd']
     documents = [f'Document {name}:\n\nits text\n' for name in names]
@@ -471,11 +471,16 @@ def test_documents_come_from_a_folder_of_files_of_any_format(kind, corpus, tmp_p
         else:
             path.write_text(text if kind == 'txt' else json.dumps({'text': text}) + '\n', encoding='utf-8')
     (folder / 'README').write_text('no document')
+    (folder / '.cache').mkdir()
+    for name in ('.cache/a.txt', '.b.jsonl', 'c.csv'):
+        (folder / name).write_text('no document')
     if kind == 'txt':
         (folder / 'a.txt').write_bytes(b'\xef\xbb\xbf' + documents[0].replace('\n', '\r\n').encode())
     corpus.prepare_corpus(tmp_path / 'out', str(folder), num_proc=1)
     train, val, _ = read(tmp_path / 'out')
     assert sorted(documents_of(train) + documents_of(val)) == documents
+    told = 'read 3 files, left out 2 hidden, 1 with the suffix .csv, 1 without a suffix\n'
+    assert told in capsys.readouterr().out
 
 
 def test_limit_takes_the_first_documents_and_text_column_their_text(corpus, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from conftest import TINY
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
 from support.network.loss import lean_loss
-from support.network.scoring import (TASKS, BitsPerByte, encode_pair, mean_loss, measure_hellaswag,
-                                     read_items, score_ids)
+from support.network.scoring import (TASKS, BitsPerByte, count_targets, encode_pair, mean_loss,
+                                     measure_hellaswag, read_items, score_ids)
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer
 from support.text.tokens import eval_windows, read_windows
 
@@ -85,6 +86,16 @@ def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
                 n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y[0].tolist() if 0 <= i < 60)
         assert found['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes)
         assert {*found} == {'train_bits_per_byte', 'val_bits_per_byte'}
+
+
+def test_processes_count_each_target_once_together():
+    tokens, lengths = np.random.default_rng(0).integers(64, size=1000).astype(np.uint16), np.arange(60)
+    counts = {}
+    for world_size in (1, 2, 3):
+        parts = [count_targets(SimpleNamespace(rank=rank, world_size=world_size, sum=lambda *values: values),
+                               tokens, lengths, 32, 4, 5) for rank in range(world_size)]
+        counts[world_size] = np.sum(parts, axis=0).tolist()
+    assert counts[1] == counts[2] == counts[3] and counts[1][0] == 5 * 4 * 32
 
 
 def test_bits_per_byte_are_left_out_where_the_text_is_unknown(monkeypatch, tmp_path):

@@ -127,6 +127,30 @@ def test_character_outside_the_vocabulary_is_named():
     assert_one_line(error)
 
 
+def test_many_unknown_characters_are_counted_and_ten_of_them_named():
+    tokenizer = CharTokenizer.of_text(''.join(map(chr, range(0x4e00, 0x4e00 + 3000))))
+    with pytest.raises(ValueError, match="'a' 'b' .* 'j' and 5 more; it knows 3,000 others$") as error:
+        tokenizer.encode('abcdefghijklmno')
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize('text, helps', [('cafe\u0301', True), ('\u1112\u1161\u11ab', True),
+                                         ('cafe\u0301 z', False)])
+def test_unknown_characters_that_normalisation_would_join_are_told(text, helps):
+    with pytest.raises(ValueError, match='not in this model\'s vocabulary') as error:
+        CharTokenizer.of_text('café 한').encode(text)
+    assert ('NFC' in str(error.value)) == helps
+    assert_one_line(error)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_not_decoded_as_gpt2_s_if_its_vocabulary_is_another(tmp_path):
+    from support.run.state import tokenizer_of
+    state = {'model_args': {'vocab_size': 65}, 'config': {'data_dir': str(tmp_path / 'gone')}}
+    with pytest.raises(ValueError, match='no text: the data folder that the checkpoint names is missing'):
+        tokenizer_of(state).decode([1])
+    assert isinstance(tokenizer_of(state | {'model_args': {'vocab_size': 50304}}), GPT2Tokenizer)
+
+
 def test_vocabulary_with_gaps_ends_at_its_largest_id():
     assert CharTokenizer({0: 'a', 7: 'b'}).n_vocab == 8
 

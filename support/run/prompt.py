@@ -64,7 +64,7 @@ class Dialogue:
         self.system, self.messages = '', []
 
     def ask(self, text, max_new_tokens):
-        """The prompt to a message of the user's."""
+        """The prompt of a message, with those before it that fit."""
         room = self.block_size - min(max_new_tokens, self.block_size // 2)
         asked = [*self.messages, {'role': 'user', 'content': text}]
         first = [{'role': 'system', 'content': self.system}] if self.system else []
@@ -86,7 +86,7 @@ class Dialogue:
         return True
 
     def hear(self, answer):
-        """Keep the answer to the last question."""
+        """Keep the last question and its answer."""
         self.messages = [*self.asked, {'role': 'assistant', 'content': answer}]
 
 

@@ -73,21 +73,39 @@ class BPETokenizer:
         library.encode_special_tokens = True  # as the text that they are
         return library
 
+    @functools.cached_property
+    def quick(self):
+        """tiktoken's encoder, which takes a fifth of the time, for what `train_bpe` makes; None for others.
+
+        It joins any two tokens whose joint bytes are a token, the library those in the list of merges. After
+        training these are the same: how a token came about depends on its own bytes alone.
+        """
+        content = json.loads(self.json)
+        joined = [''.join(m.split(' ') if isinstance(m, str) else m) for m in content['model']['merges']]
+        vocab, special = content['model']['vocab'], {*self.special}
+        made = sorted((t for t in vocab if len(t) > 1 and t not in special), key=vocab.get)
+        is_ours = (made == joined and content.get('normalizer') is None
+                   and {t['content'] for t in content['added_tokens']} == special
+                   and content['pre_tokenizer'] == json.loads(untrained().to_str())['pre_tokenizer'])
+        if not is_ours:
+            return None
+        import tiktoken
+        return tiktoken.Encoding('own', pat_str=PARTS, special_tokens={}, mergeable_ranks={
+            self.texts[i]: i for t, i in vocab.items() if t not in special})
+
     def encode(self, text):
         """Ids of a prompt, a list; the names of special tokens in it are these tokens."""
         return self.encode_with(self.of_prompts, text).tolist()
 
     def encode_array(self, text):
         """Ids of a document, in which nothing is special, (N,) uint16; releases the GIL."""
+        if self.quick:
+            return self.quick.encode_to_numpy(mended(text), disallowed_special=()).astype(np.uint16)
         return self.encode_with(self.of_documents, text)
 
     def encode_with(self, library, text):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair
-            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
         parts, batch = [np.empty(0, np.uint16)], []
-        for piece in cut_text(library, text):
+        for piece in cut_text(library, mended(text)):
             batch.append(piece)
             if len(batch) == 64:
                 parts, batch = parts + ids_of(library, batch), []
@@ -145,6 +163,15 @@ def check_content(content, ids):
         raise ValueError(f'it changes texts: {"dropout" if model.get("dropout") else normalizer.get("type")}')
 
 
+def mended(text):
+    """A text with a replacement character for each half of a surrogate pair, which no UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
+
+
 def build(text):
     """The library's object of a tokenizer.json, which neither cuts nor pads."""
     from tokenizers import Tokenizer
@@ -182,18 +209,25 @@ def is_cut(library, text, at):
 def train_bpe(texts, vocab_size, special_tokens=(END,)):
     """A BPETokenizer of at most vocab_size entries, the special ones first, then the 256 bytes; fewer if the
     texts have no more pairs that occur twice. texts: an iterable of strings, such as documents."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
     check_vocab_size(vocab_size, special_tokens)
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PARTS), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    library.decoder = decoders.ByteLevel()
+    library = untrained()
     pieces = (text[i:i + PIECE] for text in texts for i in range(0, len(text), PIECE))
     library.train_from_iterator(pieces, trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[*special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return BPETokenizer(library.to_str())
+
+
+def untrained():
+    """The library's object of a byte-level BPE without entries."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PARTS), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.decoder = decoders.ByteLevel()
+    return library
 
 
 def check_vocab_size(vocab_size, special_tokens=(END,)):

@@ -8,10 +8,12 @@ Hugging Face's `datasets` keeps them in a memory-mapped file.
 
 import itertools
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from support.machine.files import explain_failure, go_offline_if_cut_off
+from support.text.reading import reason_to_leave_out, tell_files
 
 FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.raw': 'text'}
 SPLIT_NAMES = {'train': r'(?<![a-z])train', 'validation': r'(?<![a-z])(val|dev)'}  # in the paths of files
@@ -25,9 +27,20 @@ def has_own_splits(source):
 def files_of(source, split=None):
     """Files with documents in a local source, sorted; split: only those with its name in their path."""
     path = Path(source)
-    files = sorted(p for p in path.rglob('*') if p.suffix in FORMATS) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob('*') if p.is_file() and not reason_to_leave_out(
+        p.relative_to(path), FORMATS)) if path.is_dir() else [path]
     return [f for f in files
             if not split or re.search(SPLIT_NAMES[split], f.relative_to(path).as_posix().lower())]
+
+
+def tell_files_of(source, splits):
+    """Print how many files of a local folder are in these splits (None: in any), and why others aren't."""
+    path = Path(source)
+    if path.is_dir():
+        read = {file for split in splits for file in files_of(source, split)}
+        others = (p for p in path.rglob('*') if p.is_file() and p not in read)
+        tell_files(len(read), Counter(reason_to_leave_out(p.relative_to(path), FORMATS) or 'of another split'
+                                      for p in others))
 
 
 def format_of(source, files):

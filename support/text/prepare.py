@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from support.machine.files import replacing
 from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
-from support.text.documents import FORMATS, has_own_splits, load_documents
+from support.text.documents import FORMATS, SPLIT_NAMES, has_own_splits, load_documents, tell_files_of
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 from support.text.tokens import pieces
 from support.text.writing import write_dataset, write_tokens
@@ -117,7 +117,9 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
         coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
     elif coder and coder.end is None:
         raise ValueError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
-    if own_splits and has_own_splits(source):
+    with_own = own_splits and has_own_splits(source)
+    tell_files_of(source, SPLIT_NAMES if with_own else [None])
+    if with_own:
         splits = {part: load_documents(source, text_column, limit, name, **how)
                   for part, name in (('train', 'train'), ('test', 'validation'))}
     else:

@@ -51,14 +51,19 @@ def read_texts(paths):
                 else:
                     texts.append(text if text.endswith('\n') else text + '\n')
             left_out.update([reason] if reason else [])
-    print(f'read {len(texts):,} file{"s" * (len(texts) != 1)}{", left out " * bool(left_out)}'
-          + ', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items())))
+    tell_files(len(texts), left_out)
     return ''.join(texts)
 
 
-def reason_to_leave_out(path):
+def reason_to_leave_out(path, suffixes=SUFFIXES):
     """Why a file of a folder isn't read, in words; None if it may be text. path: within the folder."""
     if any(part.startswith('.') for part in path.parts):
         return 'hidden'
     suffix = path.suffix.lower()
-    return None if suffix in SUFFIXES else f'with the suffix {suffix}'
+    return None if suffix in suffixes else f'with the suffix {suffix}' if suffix else 'without a suffix'
+
+
+def tell_files(n_read, left_out):
+    """Print how many files were read and left out. left_out: {reason: count}."""
+    print(f'read {n_read:,} file{"s" * (n_read != 1)}{", left out " * bool(left_out)}'
+          + ', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items())))

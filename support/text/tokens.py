@@ -6,9 +6,10 @@ A dataset is a folder, `data/<name>/`:
                          train_001.bin, ..., files of any size; or llm.c's and modded-nanogpt's files, with a
                          header and names like fineweb_train_000001.bin
     train.mask, val.mask optional: what to learn of conversations (support/text/masks.py)
-    meta.pkl             character data only: {'vocab_size': int, 'itos': {id: char}, 'stoi': {char: id}}
+    tokenizer.json       of a tokenizer of its own
+    meta.pkl             {'vocab_size': int}, and for characters 'itos': {id: char}, 'stoi': {char: id}
     dataset.json         optional: source, tokenizer, number of tokens, checksums
-Without meta.pkl the ids are GPT-2 BPE.
+Without tokenizer.json and meta.pkl the ids are GPT-2 BPE.
 
 A batch is a function, not state: the windows of iteration n depend only on (seed, n).
 """
