@@ -106,7 +106,7 @@ def test_our_own_code_gives_padded_rows_the_logits_and_the_loss_of_whole_ones(sa
     found = theirs(idx, mask, labels=idx.masked_fill(mask == 0, -100))
     for row, which, logits in zip(idx, mask.bool(), found.logits):
         alone = row[which][None]
-        torch.testing.assert_close(logits[which], model(alone, alone)[0][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[which], model(alone, alone)[0][0], rtol=0, atol=1e-4)
     alone = idx[:1]
     loss = theirs(alone, labels=alone).loss
     torch.testing.assert_close(loss, model(alone[:, :-1], alone[:, 1:])[1])
