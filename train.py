@@ -45,7 +45,7 @@ from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_w
 
 # run
 out_dir = 'out'  # where checkpoints and the log go
-init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), finetune, gpt2, ..., a GPT-2's folder
+init_from = 'scratch'  # scratch, resume, auto (resume, else scratch), finetune, gpt2, ..., or a folder
 finetune_from = ''  # the folder whose ckpt.pt init_from=finetune starts from; empty: out_dir
 eval_interval = 2000  # iterations between evaluations
 eval_iters = 200  # batches of each split in an evaluation; 0: the whole split

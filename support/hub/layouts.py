@@ -88,6 +88,8 @@ def write_model(folder, config, weights, n_tokens, pad):
     text and may be generated; pad: the id for padding, which may lie beyond."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
+    if config.model_type == 'gpt2' and config.tie_word_embeddings:  # as in OpenAI's files; mlx-lm needs it
+        weights = {name.removeprefix('transformer.'): tensor for name, tensor in weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / 'model.safetensors') as temporary:
         save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in weights.items()}, temporary,
