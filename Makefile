@@ -6,9 +6,11 @@
 ifeq ($(OS),Windows_NT)
 BASE_PYTHON ?= python
 PYTHON := .venv/Scripts/python.exe
+ACTIVATE := .venv\Scripts\activate
 else
 BASE_PYTHON ?= python3
 PYTHON := .venv/bin/python
+ACTIVATE := source .venv/bin/activate
 endif
 
 .PHONY: demo test lint gpu clean
@@ -17,6 +19,12 @@ demo: .venv/installed
 	$(PYTHON) data/stdlib_char/prepare.py
 	$(PYTHON) train.py config/train_stdlib_char.py
 	$(PYTHON) sample.py --out_dir=out-stdlib-char --num_samples=3 --max_new_tokens=400
+	@echo
+	@echo 'To go on, activate the environment, sample, and train on your own text:'
+	@echo '    $(ACTIVATE)'
+	@echo '    python sample.py --out_dir=out-stdlib-char --interactive=True'
+	@echo '    python data/text/prepare.py my_notes.txt --name=my_text'
+	@echo '    python train.py config/train_shakespeare_char_cpu.py --dataset=my_text --out_dir=out-my-text'
 
 test: .venv/installed
 	$(PYTHON) -m pytest

@@ -11,6 +11,8 @@ Measure how fast this machine trains a model, generates from it, and reads its d
 Prints a table, then the same and a description of the machine as one line of JSON.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import itertools
 import json
 import os
@@ -21,7 +23,6 @@ from contextlib import nullcontext
 
 import torch
 
-from configurator import configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.network.decoding import generate
@@ -30,8 +31,10 @@ from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import configure_optimizer
 from support.network.quantize import build_int8, check_weights
+from support.run.plan import parameters_in_words
+from support.text.dataset import find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_vocabulary
-from support.text.tokens import check_split, open_split, prefetch, read_windows, train_windows
+from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -77,7 +80,7 @@ def load_tokens():
     """The tokens to train on, (N,) uint16, and the size of their vocabulary."""
     if not real_data:
         return torch.randint(PADDED_GPT2_VOCAB, (1 << 20,)).to(torch.uint16).numpy(), PADDED_GPT2_VOCAB
-    folder = data_dir or os.path.join('data', dataset)
+    folder = find_dataset(data_dir, dataset)
     try:
         tokens = open_split(folder, 'train')
     except FileNotFoundError as error:
@@ -103,13 +106,13 @@ scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' an
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if run.compile:
     model.compile()
-print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+print(parameters_in_words(model))
 
 
 # ---------------------------------------------------------------------------- the work
 
 def get_batch(iteration):
-    starts = train_windows(seed, iteration, batch_size, len(tokens), block_size)
+    starts = choose_windows(tokens, 'random', seed, iteration, batch_size, block_size)
     return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
 
 
@@ -137,7 +140,7 @@ def decode(_):
     model.train()
 
 
-def measure(function, n):
+def time_calls(function, n):
     """Seconds of each of n calls, after a warm-up; the device is idle before and after each."""
     for i in range(max(1, n // 2)):
         function(i)
@@ -162,16 +165,13 @@ def row(work, times, n_tokens, flops=None, n_bytes=None):
 def measure_training():
     profiler = torch.profiler.profile() if profile else nullcontext()
     with profiler:
-        times = measure(train_step, num_steps)
+        times = time_calls(train_step, num_steps)
     found = row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0))
     if profile:
         profiler.export_chrome_trace('bench_trace.json')
         by = 'self_cuda_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'
         print(profiler.key_averages().table(sort_by=by, row_limit=10))
         print('wrote bench_trace.json (open it in chrome://tracing or ui.perfetto.dev)')
-    peak = peak_flops or hardware.peak_flops(run.device, run.dtype)
-    mfu = 100 * found['flops_per_s'] / peak
-    print(f'time per iteration: {1000 * found["median_s"]:.4f}ms, MFU: {mfu:.2f}%')
     return found
 
 
@@ -181,13 +181,13 @@ def measure_decoding():
     size = hardware.DTYPES[run.dtype].itemsize
     weight_size = 1 if weights == 'int8' else size
     n_bytes = decode_tokens * (weight_size * model.get_num_params() + size * cached)
-    return row('decode', measure(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
+    return row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                n_bytes=n_bytes)
 
 
 def measure_reading():
     n_tokens = batch_size * block_size
-    return row('data', measure(get_batch, 10 * num_steps), n_tokens, n_bytes=2 * n_tokens)  # uint16
+    return row('data', time_calls(get_batch, 10 * num_steps), n_tokens, n_bytes=2 * n_tokens)  # uint16
 
 
 # ---------------------------------------------------------------------------- results
@@ -200,7 +200,7 @@ def print_table(rows, limits):
               f'{r["tokens_per_s"]:12,.0f}', f'{(r["flops_per_s"] or 0) / 1e9:10.1f}',
               f'{(r["bytes_per_s"] or 0) / 1e9:8.2f}', f'{r["share"]:16.1%}')
     print(f'{"limit":8} {"":32} {"":12} {limits["flops_per_s"] / 1e9:10.1f} '
-          f'{limits["bytes_per_s"] / 1e9:8.2f}   a matrix product, a copy')
+          f'{limits["bytes_per_s"] / 1e9:8.2f}   a matrix product, a copy, or the best above')
 
 
 MEASUREMENTS = {'train': measure_training, 'decode': measure_decoding, 'data': measure_reading}
@@ -209,7 +209,11 @@ limits = {'flops_per_s': hardware.measure_matmul(run.device, run.dtype),
           'bytes_per_s': hardware.measure_bandwidth(run.device)}
 for r in rows:
     rate = 'flops_per_s' if r['flops_per_s'] else 'bytes_per_s'
+    limits[rate] = max(limits[rate], r[rate])
     r['share'] = r[rate] / limits[rate]
+    if r['work'] == 'train':
+        peak = peak_flops or hardware.data_sheet_flops(run.device, run.dtype) or limits[rate]
+        print(f'time per iteration: {1000 * r["median_s"]:.4f}ms, MFU: {100 * r[rate] / peak:.2f}%')
 print_table(rows, limits)
 print(json.dumps({
     'rows': rows, 'measured_limits': limits, 'peak_memory_bytes': hardware.peak_memory(run.device),

@@ -11,6 +11,8 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
 Prints a table, then the same as a line of JSON.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import math
 import os
 from functools import partial
@@ -19,12 +21,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import configure
 from support.machine import runtime
 from support.network.loss import lean_loss
 from support.network.quantize import build_int8, check_weights
 from support.run.state import load_model
 from support.network.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
+from support.text.dataset import find_dataset
 from support.text.tokenizer import is_same_tokenizer, read_tokenizer
 from support.text.tokens import check_split, open_split
 
@@ -51,7 +53,8 @@ configure(globals())
 lm_eval_tasks = [t.removeprefix('lm_eval:') for t in task.split(',') if t.startswith('lm_eval:')]
 own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
 check_weights(weights)
-if unknown := set(own_tasks) - {'loss', 'int8', *TASKS}:
+unknown = set(own_tasks) - {'loss', 'int8', *TASKS}
+if unknown:
     raise ValueError(f'task={", ".join(unknown)} is not one of loss, int8, {", ".join(TASKS)}, lm_eval:NAME')
 if 'int8' in own_tasks and weights == 'int8':
     raise ValueError('task=int8 compares int8 with the full weights: leave weights=int8 out')
@@ -76,8 +79,8 @@ def data_folder():
     """The folder that the settings name, else the one that the model was trained on."""
     trained = state.get('config', {})
     if data_dir or dataset:
-        return data_dir or os.path.join('data', dataset)
-    return trained.get('data_dir') or os.path.join('data', trained.get('dataset', 'openwebtext'))
+        return find_dataset(data_dir, dataset)
+    return find_dataset(trained.get('data_dir'), trained.get('dataset', 'openwebtext'))
 
 
 def loss_of_split(model):

@@ -7,23 +7,24 @@ Export a trained model as a Hugging Face folder, for transformers and everything
     from transformers import pipeline
     pipeline('text-generation', model='exported')('ROMEO:', do_sample=True)
 
-The folder computes what the checkpoint does, as GPT-2's architecture or as Llama's; a model that is neither
-is refused. `--init_from=exported` reads a GPT-2 back, bit for bit.
+The folder computes what the checkpoint does: as GPT-2's architecture, as Llama's, or, for a model that is
+neither, with model.py in the folder (`trust_remote_code=True`). `--init_from=exported` reads it back, bit for
+bit.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import json
-import os
 import re
 from pathlib import Path
 
-import torch
-
-from configurator import configure
-from support.hub.huggingface import to_transformers, write_tokenizer
-from support.machine.files import reason_of, replacing
-from support.run import checkpoint
+from support.hub.huggingface import (add_chat_template, beyond, to_transformers, with_pad_token,
+                                     write_tokenizer)
+from support.hub.layouts import CODE, FILES, OWN_CODE, write_model
+from support.machine.files import reason_of
+from support.run.checkpoint import load_trained
 from support.run.state import config_from_args, model_args, tokenizer_of
-from support.text.tokens import read_info
+from support.text.dataset import find_dataset, read_info
 
 # ---------------------------------------------------------------------------- settings
 
@@ -35,10 +36,10 @@ private = False  # make a new repository private; before the first upload, log i
 
 configure(globals())
 
-FILES = ('model.safetensors', 'config.json', 'generation_config.json', 'tokenizer.json',
-         'tokenizer_config.json', 'README.md')
+ALL_FILES = (*FILES, *CODE, 'tokenizer.json', 'tokenizer_config.json', 'README.md')
 UNPUBLISHED = ('out_dir', 'data_dir', 'wandb_log', 'wandb_project', 'wandb_run_name')  # of the user's machine
-KINDS = {'gpt2': 'GPT-2\'s', 'llama': 'Llama\'s'}
+KINDS = {'gpt2': 'GPT-2\'s architecture', 'llama': 'Llama\'s architecture',
+         OWN_CODE: 'with its own code, model.py'}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -46,16 +47,15 @@ pipeline_tag: text-generation
 
 # {name}
 
-A GPT with {parameters:,} parameters ({kind} architecture), at iteration {iteration} of its training.
+A GPT with {parameters:,} parameters ({kind}), at iteration {iteration} of its training.
 
 ```python
 from transformers import pipeline
-generate = pipeline('text-generation', model={quoted})
+generate = pipeline('text-generation', model={quoted}{trust})
 print(generate({prompt!r}, do_sample=True)[0]['generated_text'])
 ```
 
-A token is {token}. By default, generation ends when prompt and continuation reach {block_size} tokens, the
-model's context length.
+A token is {token}. Prompt and continuation together may have {block_size} tokens.
 
 ## Losses
 
@@ -102,7 +102,7 @@ def losses_at(iteration):
 def model_card(state, args, kind, n_parameters, tokenizer):
     """README.md: how to use the model, and how it was trained."""
     settings = state.get('config', {})
-    data_dir = settings.get('data_dir') or os.path.join('data', settings.get('dataset', ''))
+    data_dir = find_dataset(settings.get('data_dir'), settings.get('dataset', ''))
     info, logged = read_info(data_dir), losses_at(state.get('iter_num'))
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
               'best validation so far': state.get('best_val_loss')}
@@ -117,7 +117,8 @@ def model_card(state, args, kind, n_parameters, tokenizer):
         'bpe': lambda: ('\n', f'{tokenizer.n_vocab:,} byte pairs of its own'),
         'gpt2': lambda: ('The', 'GPT-2\'s byte pairs')}[tokenizer.to_dict()['kind']]()
     return CARD.format(
-        name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=kind,
+        name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=KINDS[kind],
+        trust=', trust_remote_code=True' * (kind == OWN_CODE),
         iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
         prompt=prompt, token=f'one of {token}',
         losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
@@ -128,29 +129,27 @@ def model_card(state, args, kind, n_parameters, tokenizer):
 # ---------------------------------------------------------------------------- the folder
 
 def write_folder(folder, state):
-    """Write FILES; nothing if no architecture of transformers computes the model. Returns a summary."""
-    args = model_args(config_from_args(state['model_args']))
+    """Write the files of an export. Returns their names and a summary."""
+    args, weights = model_args(config_from_args(state['model_args'])), state['model']
     tokenizer = tokenizer_of(state)
     tokenizer.encode('')  # raises ValueError if the tokens have no text
-    config, weights = to_transformers(args, state['model'])
-    from safetensors.torch import save_file  # here because transformers takes seconds to import
-    from transformers import GenerationConfig
-
+    config, theirs = to_transformers(*with_pad_token(args, weights, tokenizer))
     end = config.bos_token_id = config.eos_token_id = tokenizer.end
-    padding = list(range(tokenizer.n_vocab, args['vocab_size'])) or None  # ids that stand for no token
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / 'model.safetensors') as temporary:
-        save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in weights.items()}, temporary,
-                  metadata={'format': 'pt'})
-    config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=padding,
-                     max_length=args['block_size']).save_pretrained(folder)
-    write_tokenizer(folder, tokenizer, args['block_size'])
-    n_parameters = sum(v.numel() for k, v in state['model'].items()
+    if config.vocab_size > args['vocab_size']:
+        config.unpadded_vocab_size = args['vocab_size']  # by which init_from reads the model back
+    names = write_model(folder, config, theirs, tokenizer.n_vocab, tokenizer.n_vocab if end is None else end)
+    names += write_tokenizer(folder, tokenizer, args['block_size'])
+    if state.get('chat'):
+        add_chat_template(folder, state['chat'])
+    n_parameters = sum(v.numel() for k, v in weights.items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
-    card = model_card(state, args, KINDS[config.model_type], n_parameters, tokenizer)
+    card = model_card(state, args, config.model_type, n_parameters, tokenizer)
     (folder / 'README.md').write_text(card, encoding='utf-8')
-    return f'{n_parameters:,} parameters, {KINDS[config.model_type]} architecture'
+    summary = f'{n_parameters:,} parameters, {KINDS[config.model_type]}'
+    if config.model_type == OWN_CODE:
+        reasons = min((beyond(kind, args) for kind in ('gpt2', 'llama')), key=len)
+        summary += f' (trust_remote_code=True), for {", ".join(reasons)}'
+    return [*names, 'README.md'], summary
 
 
 def check_target(folder):
@@ -161,7 +160,8 @@ def check_target(folder):
         encoding='utf-8', errors='replace'), re.M)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f'export_dir={folder} is a file: name a folder')
-    if not is_ours and not overwrite and (there := [name for name in FILES if (folder / name).exists()]):
+    there = [name for name in ALL_FILES if (folder / name).exists()]
+    if there and not is_ours and not overwrite:
         raise ValueError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
                          'or add --overwrite=True')
     if push and not re.fullmatch(r'(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,94}(?<![.-])', push, re.A):
@@ -169,8 +169,9 @@ def check_target(folder):
 
 
 check_target(Path(export_dir))
-folder, state = Path(export_dir), checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
-print(f'wrote {folder}: {write_folder(folder, state)}, iteration {state.get("iter_num")}')
+folder, (_, state) = Path(export_dir), load_trained(out_dir)
+names, summary = write_folder(folder, state)
+print(f'wrote {folder}: {summary}, iteration {state.get("iter_num")}')
 
 # ---------------------------------------------------------------------------- the hub
 
@@ -178,7 +179,7 @@ if push:
     from huggingface_hub import HfApi
     try:
         HfApi().create_repo(push, private=private, exist_ok=True)
-        url = HfApi().upload_folder(repo_id=push, folder_path=folder, allow_patterns=list(FILES))
+        url = HfApi().upload_folder(repo_id=push, folder_path=folder, allow_patterns=names)
     except Exception as error:  # whatever the hub's libraries raise, the folder is complete
         raise ValueError(f'{folder} is complete, but {push} could not be uploaded '
                          f'({reason_of(error)}): to log in, run: hf auth login') from None

@@ -1,12 +1,15 @@
 """
 Draw runs from their log.jsonl, as a picture and as a sketch in the terminal.
 
-    python plot.py out-a out-b                         # out-a/loss.png: both, on the same axes
+    python plot.py out-a out-b                         # out-a/comparison.png: both, on the same axes
     python plot.py out-a --health=True --output=a.png
     python plot.py out-a --terminal=True               # the sketch needs no matplotlib
 
-Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean.
+Nothing is smoothed: thin lines go through every logged value. The share of clipped updates is a mean, the
+thick lines over noisy ones are medians, both of 50 parts of the run.
 """
+
+from configurator import configure  # first, as it says what this Python lacks
 
 import importlib.util
 import itertools
@@ -19,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure
 from support.machine.files import replacing
 
 # ---------------------------------------------------------------------------- settings
 
-output = ''  # the PNG file; empty: loss.png in the first folder
+output = ''  # the PNG file; empty: in the first folder loss.png, or of several runs comparison.png
 health = False  # add what train.py measured inside the network
 terminal = False  # print a sketch of the loss
 low_priority = False  # let other processes go first
@@ -117,7 +119,7 @@ def draw(runs, with_health):
     from matplotlib.figure import Figure  # pyplot would look for a screen
     with_bits = any(np.isfinite(run['evaluations']['val_bits_per_byte']).any() for run in runs)
     rows = ['AAAABBBBCCCC', 'DDDEEEFFFKKK' if with_bits else 'DDDDEEEEFFFF'] + ['GGGHHHIIIJJJ'] * with_health
-    figure = Figure(figsize=(15, 4 * len(rows) + 1), layout='constrained')
+    figure = Figure(figsize=(12, 3.2 * len(rows) + 0.8), layout='constrained')
     panels = figure.subplot_mosaic('\n'.join(rows))
     for panel, key in zip('ABC', UNITS):
         draw_evaluations(panels[panel], runs, key, 'loss')
@@ -126,13 +128,8 @@ def draw(runs, with_health):
     figure.legend(*panels['A'].get_legend_handles_labels(), loc='outside upper center',
                   ncols=len(runs), frameon=False)
     for panel, (key, (title, scale)) in zip('DEFG' if with_health else 'DEF', LINE_PANELS.items()):
-        for run, colour in zip(runs, itertools.cycle(COLOURS)):
-            at, values = run['lines']['iter'], run['lines'][key]
-            if key == 'clipped':  # 0 or 1 where every update has a line
-                at, values = ([part.mean() for part in np.array_split(a, min(50, len(a)) or 1)]
-                              for a in (at, values))
-            panels[panel].plot(at, values, color=colour, linewidth=0.8)
-        finish(panels[panel], title, 'iterations', scale)
+        unit = draw_line_panel(panels[panel], runs, key)
+        finish(panels[panel], title, unit, scale)
     for panel, (key, title) in zip('HIJ' if with_health else '', LAYER_PANELS.items()):
         draw_layers(panels[panel], runs, key)
         finish(panels[panel], title, 'iterations', 'log')
@@ -158,6 +155,22 @@ def draw_evaluations(axis, runs, key, what):
     finish(axis, TITLES[what], unit, 'log')
 
 
+def draw_line_panel(axis, runs, key):
+    """A number that every line of the log has, against iterations; returns the label of that axis."""
+    unit = 'iterations'
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        at, values = run['lines']['iter'], run['lines'][key]
+        parts = [np.array_split(a, min(50, len(a)) or 1) for a in (at, values)]
+        if key == 'clipped':  # 0 or 1 where every update has a line
+            at, values = ([part.mean() for part in a] for a in parts)
+        is_noisy = key in ('grad_norm', 'tokens_per_s') and len(at) >= 200
+        axis.plot(at, values, color=colour, linewidth=0.8, alpha=0.4 if is_noisy else 1)
+        if is_noisy:
+            axis.plot(*([np.median(part) for part in a] for a in parts), color=colour, linewidth=1.8)
+            unit = 'iterations (thick: medians of 50 parts)'
+    return unit
+
+
 def draw_layers(axis, runs, key):
     """A line for each layer, from dark (the first) to light (the last), with a line style for each run."""
     from matplotlib import colormaps
@@ -178,11 +191,12 @@ def finish(axis, title, unit, scale):
     axis.grid(alpha=0.3)
     points = np.concatenate([np.empty((0, 2)), *(line.get_xydata() for line in axis.lines)])
     values = points[np.isfinite(points).all(axis=1), 1]
+    ratio = values.max() / values[values > 0].min() if (values > 0).any() else 1
     if len(values) == 0:
         axis.text(0.5, 0.5, 'not in the log', ha='center', transform=axis.transAxes)
     elif scale == 'linear':
         axis.set_ylim(0, values.max() * 1.05 or 1)
-    elif values.max() > 0 and (ratio := values.max() / values[values > 0].min()) > 1.5:
+    elif ratio > 1.5:
         axis.set_yscale('log')
         subs = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9) if ratio < 6 else
                 (1, 1.5, 2, 3, 4, 6, 8) if ratio < 20 else (1, 3))
@@ -213,13 +227,13 @@ def sketch(runs, width, height=16):
 runs = [read_run(folder) for folder in folders]
 if len({run['name'] for run in runs}) < len(runs):
     runs = [run | {'name': os.path.normpath(folder)} for run, folder in zip(runs, folders)]
-output = output or os.path.join(folders[0], 'loss.png')
+output = output or os.path.join(folders[0], 'comparison.png' if folders[1:] else 'loss.png')
 if terminal:
     print(sketch(runs, shutil.get_terminal_size().columns))
 if importlib.util.find_spec('matplotlib'):
     figure = draw(runs, health)
     with replacing(output) as temporary:
-        figure.savefig(temporary, format='png', dpi=100)
+        figure.savefig(temporary, format='png', dpi=125)
     print(f'drawn to {output}')
 elif not terminal:
     raise ValueError('matplotlib is missing: pip install matplotlib, or --terminal=True for a sketch')

@@ -8,11 +8,14 @@ Generate text from a trained model, or from GPT-2.
         --start="What is the answer to life, the universe, and everything?"
     python sample.py --init_from=gpt2 --prompts=prompts.txt --num_samples=1 --stop='\\n\\n' --json=True
     python sample.py --out_dir=out-shakespeare-char --interactive=True
+    python sample.py --out_dir=out-chat --interactive=True --chat=True
 
 Text appears as it is generated. Sample i of a run (from 0) has the seed `seed + i`: its prompt, --seed=N and
 --num_samples=1 reproduce it alone. Once prompt and continuation exceed block_size tokens, the model sees only
 the last block_size, and each token takes longer, because nothing can be cached.
 """
+
+from configurator import configure  # first, as it says what this Python lacks
 
 import sys
 import time
@@ -23,13 +26,13 @@ from json import dumps
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import configure
 from support.machine import runtime
 from support.machine.files import read_text
 from support.network.decoding import Text, stream
 from support.network.quantize import check_weights
 from support.run.state import load_model
-from support.run.prompt import Sampling, interact
+from support.run.prompt import Dialogue, Sampling, interact
+from support.text.chat import check_template, render
 
 # ---------------------------------------------------------------------------- settings
 
@@ -38,6 +41,7 @@ out_dir = 'out'
 start = '\n'  # the prompt, or FILE:path of a UTF-8 file that holds it
 prompts: str | None = None  # a UTF-8 file with a prompt in each line, instead of `start`
 interactive = False  # ask for prompts; /help there lists the commands
+chat = False  # take prompts as questions to a model that was trained on conversations (docs/chat.md)
 json = False  # print each sample as a line of JSON on stdout, everything else on stderr
 num_samples = 10  # of each prompt
 max_new_tokens = 500  # in each sample
@@ -62,6 +66,8 @@ check_weights(weights)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, max_new_tokens)
 if min(num_samples, batch_size) < 1:
     raise ValueError(f'num_samples={num_samples} and batch_size={batch_size} must be at least 1')
+if chat and not interactive and prompts is None and not start.strip():
+    raise ValueError('chat=True takes questions: add --interactive=True, or one with --start')
 if interactive and json:
     raise ValueError('interactive and json exclude each other: choose one')
 texts = [read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start]
@@ -71,9 +77,16 @@ if prompts is not None:
         raise ValueError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile)
-    model, tokenizer, _ = load_model(init_from, out_dir, run, weights)
+    model, tokenizer, state = load_model(init_from, out_dir, run, weights)
 if run.compile:
     model.compile(dynamic=True)
+template = None  # of a conversation
+if chat:
+    if not state.get('chat'):
+        raise ValueError(f'{out_dir if init_from == "resume" else init_from} was not trained on '
+                         'conversations, so chat=True has no template for it: see docs/chat.md')
+    template = check_template(state['chat'])
+    texts = [render([{'role': 'user', 'content': text}], template, is_question=True) for text in texts]
 
 
 def encode(text):
@@ -95,7 +108,8 @@ def continue_texts(batch, n_samples, sampling):
     lengths = torch.tensor([len(i) for i in ids[::n_samples]], device=run.device)  # (B,)
     idx = pad_sequence([torch.tensor(i) for i in ids[::n_samples]], batch_first=True)  # (B, T)
     s, seeds = sampling, [sampling.seed + i for i in range(len(ids))]
-    rows = [Text(tokenizer.decode_bytes(i), s.max_new_tokens, s.stop_strings()) for i in ids]
+    ends = s.stop_strings() + ([template['end']] if template else [])
+    rows = [Text(tokenizer.decode_bytes(i), s.max_new_tokens, ends, hidden=chat) for i in ids]
     steps = stream(model, idx.to(run.device), s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab,
                    n_samples, lengths, seeds, s.top_p, s.min_p, s.repetition_penalty)
     began, seconds, t = time.perf_counter(), {}, min(map(len, ids))
@@ -128,6 +142,7 @@ def print_samples():
 
 
 if interactive:
-    interact(sampling, lambda text, changed: continue_texts([text or texts[0]], 1, changed))
+    dialogue = Dialogue(template, encode, model.config.block_size) if template else None
+    interact(sampling, lambda text, changed: continue_texts([text or texts[0]], 1, changed), dialogue)
 else:
     print_samples()

@@ -10,6 +10,8 @@ Train a GPT.
 Every setting below can be given in a config file or as --key=value; --help lists them.
 """
 
+from configurator import configure  # first, as it says what this Python lacks
+
 import itertools
 import math
 import os
@@ -20,14 +22,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from configurator import configure
-from model import GPT, GPTConfig
+from model import GPT
 from support.hub.huggingface import load_pretrained
 from support.machine import fsdp, hardware, runtime
 from support.machine.console import print0
 from support.machine.signals import Stopped, StopRequest
 from support.network import lora
-from support.network.diagnostics import Guard, measure, watch_update
+from support.network.diagnostics import Guard, measure_vitals, watch_update
 from support.network.loss import checkpoint_activations, use_lean_loss
 from support.network.matmul import use_fast_products
 from support.network.optim import WeightAverage, configure_optimizer
@@ -35,10 +36,10 @@ from support.network.scoring import BitsPerByte, mean_loss
 from support.run import checkpoint, plan
 from support.run.folder import claim, move_earlier_run, release
 from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
-from support.run.start import check_data, check_ranks, check_settings, find_state, find_vocabulary, restore
-from support.run.state import build_model, load_optimizer, load_weights, model_args
-from support.text.tokens import (SAMPLERS, BatchRamp, eval_windows, fingerprint, open_split, prefetch,
-                                 read_windows)
+from support.run.start import check_data, check_ranks, check_settings, find_state, open_data, restore
+from support.run.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
+from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_windows, fingerprint, prefetch,
+                                 read_windows, target_share)
 
 # ---------------------------------------------------------------------------- settings
 
@@ -142,11 +143,9 @@ ramp, sequences = BatchRamp(micro_steps, batch_ramp_iters), run.world_size * bat
 
 # ---------------------------------------------------------------------------- data
 
-folder = data_dir or os.path.join('data', dataset)
-data = {split: open_split(folder, split) for split in ('train', 'val')}
+folder, data, tokenizer, data_vocab = open_data(config)
 fingerprints = {split: fingerprint(folder, split, tokens) for split, tokens in data.items()}
 check_ranks(config, fingerprints, run)
-tokenizer, data_vocab = find_vocabulary(folder)
 
 # ---------------------------------------------------------------------------- model
 
@@ -156,7 +155,7 @@ changes = {'dropout': dropout} | {k: config[k] for k in ('attn_type', 'pa_norm')
 if state:
     model = build_model(state, changes)
 elif init_from in ('scratch', 'auto'):
-    model = GPT(GPTConfig(vocab_size=data_vocab, **plan.architecture_of(config)))
+    model = GPT(config_from_settings(config, data_vocab))
 else:
     model = load_pretrained(init_from, changes)
 window = min(block_size, model.config.block_size)  # tokens of a sequence
@@ -175,7 +174,7 @@ if activation_checkpointing:
     checkpoint_activations(model)
 model = fsdp.shard(model, run, cpu_offload) if parallel == 'fsdp' else model.to(run.device)
 average = WeightAverage(model, ema_decay)
-print0(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+print0(plan.parameters_in_words(model))
 
 # ---------------------------------------------------------------------------- optimizer
 
@@ -220,12 +219,12 @@ elif parallel == 'ddp' and run.world_size > 1:
 # ---------------------------------------------------------------------------- what the loop calls
 
 def get_batch(iteration, micro_step):
-    """x, y: (B, T), this process's part of the iteration's global batch."""
+    """x, y: (B, T), this process's part of the iteration's global batch, and its weight in the loss."""
     at = ramp.before(iteration) * sequences if sampler == 'epoch' else iteration
-    starts = SAMPLERS[sampler](seed, at, ramp.at(iteration) * sequences, len(data['train']), window)
+    starts = choose_windows(data['train'], sampler, seed, at, ramp.at(iteration) * sequences, window)
     first = (micro_step * run.world_size + run.rank) * batch_size
     x, y = read_windows(data['train'], starts[first:first + batch_size], window)
-    return run.to_device(x), run.to_device(y)
+    return run.to_device(x), run.to_device(y), target_share(data['train'], starts, first, batch_size, window)
 
 
 def get_lr(it):
@@ -263,10 +262,10 @@ def update(iteration, lr, vitals=None):
     meter.begin_iteration()
     with plan.out_of_memory_advice(batch_size, gradient_accumulation_steps):
         for micro_step in range(n_micro):
-            x, y = next(batches)
+            x, y, share = next(batches)
             with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
                 with autocast:
-                    micro_loss = parallel_model(x, y)[1] / n_micro
+                    micro_loss = parallel_model(x, y)[1] * share / n_micro
                 meter.begin_waiting()
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -283,7 +282,7 @@ def update(iteration, lr, vitals=None):
     return loss, grad_norm
 
 
-def save(name, keep=None, with_optimizer=True):
+def save_state(name, keep=None, with_optimizer=True):
     """Write all that an exact resume needs to out_dir, on the first process; all call it. Returns False, on
     all, if the file could not be written: a full disk costs a warning, not the run."""
     with average.in_place():
@@ -294,7 +293,7 @@ def save(name, keep=None, with_optimizer=True):
         'model_args': model_args(model.config),
         'iter_num': iter_num, 'best_val_loss': best_val_loss,
         'config': config,
-        'tokenizer': tokenizer.to_dict(),
+        'tokenizer': tokenizer.to_dict(), 'chat': getattr(data['train'], 'template', None),
         'scaler': scaler.state_dict(), 'guard': guard.state_dict(),
         'data': fingerprints,
         'seconds': meter.seconds, 'n_tokens': meter.tokens,
@@ -329,7 +328,7 @@ if eval_only:
 
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
 end = max(iter_num, max_iters + 1)
-print0(plan.describe(model, run, {k: len(v) for k, v in data.items()}, end - iter_num,
+print0(plan.describe(model, run, {k: epoch_length(v, window) for k, v in data.items()}, end - iter_num,
                      (ramp.before(end) - ramp.before(iter_num)) * sequences, batch_size, out_dir, parallel,
                      activation_checkpointing, cpu_offload))
 if dry_run:
@@ -337,7 +336,7 @@ if dry_run:
     for i in range(iter_num, min(end, iter_num + 12)):
         loss, _ = update(i, get_lr(i))
         print0(f'iter {i}: loss {loss.item():.4f}, time {meter.lap()["ms"]:.2f}ms')
-    n_batches = sum(len(eval_windows(len(v), window, batch_size, eval_iters)) for v in data.values())
+    n_batches = sum(len(eval_windows(v, window, batch_size, eval_iters)) for v in data.values())
     print0('time    ' + plan.time_needed(meter.times, range(iter_num, end), eval_interval,
                                          n_batches / run.world_size, micro_steps))
     run.stop()
@@ -345,8 +344,8 @@ if dry_run:
 
 # ---------------------------------------------------------------------------- training loop
 
-if run.is_master and iter_num == 0 and (earlier := move_earlier_run(out_dir)):
-    print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
+if run.is_master and iter_num == 0:
+    move_earlier_run(out_dir)
 print0('to go on after a stop: the same command with --init_from=auto')
 wandb = Wandb({'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
                'resume': 'allow'} if run.is_master and wandb_log else None)
@@ -354,14 +353,14 @@ log = RunLog(os.path.join(out_dir, 'log.jsonl') if run.is_master else None, iter
 drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, '--low_priority=True']
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
-probe, _ = read_windows(data['val'], eval_windows(len(data['val']), window, batch_size, 1)[0], window)
-flops_per_s = peak_flops or hardware.peak_flops(run.device, run.dtype)
+probe, _ = read_windows(data['val'], eval_windows(data['val'], window, batch_size, 1)[0], window)
+peak = hardware.Peak(run.device, run.dtype, peak_flops)
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
 measuring = run.is_master or not is_alone
-mfu, stopped = math.nan, False  # mfu in percent
+mfu = math.nan  # in percent
 meter.begin_lap()
 
-while iter_num <= max_iters and not (stopped := stop.agreed()):
+while iter_num <= max_iters and not stop.agreed():
     lr = get_lr(iter_num) if decay_lr else learning_rate
 
     # evaluation and saving, before the update; their time doesn't count
@@ -381,16 +380,16 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
                                'tokens': meter.tokens})
                     if measuring:
                         with stop.alone(is_alone):
-                            vitals = measure(model, run, probe, stop.check if is_alone else None)
+                            vitals = measure_vitals(model, run, probe, stop.check if is_alone else None)
                             log.write_later(iter_num, vitals)
                     if iter_num > first_iter:
                         drawing.start()
                     best_before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
                     if iter_num > 0 and (best_val_loss < best_before or always_save_checkpoint):
                         print0(f'saving checkpoint to {out_dir}')
-                        if not save('ckpt.pt', with_optimizer=ckpt_with_optimizer):
+                        if not save_state('ckpt.pt', with_optimizer=ckpt_with_optimizer):
                             best_val_loss = best_before
-                if saving and save('latest.pt', keep='previous.pt'):
+                if saving and save_state('latest.pt', keep='previous.pt'):
                     saved_iter = iter_num
                 if sampling and measuring:
                     with stop.alone(is_alone), average.in_place():
@@ -408,7 +407,7 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
         entry = {'iter': iter_num, 'loss': loss.item(), 'lr': lr, 'grad_norm': grad_norm.item(),
                  'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1)} | meter.lap()
         rate = entry['tokens_per_s'] / run.world_size / window  # sequences/s of a process
-        entry['mfu'] = mfu = 100 * model.estimate_mfu(rate, 1.0, flops_per_s)
+        entry['mfu'] = mfu = peak.percent(model.estimate_mfu(rate, 1.0, 1.0))
         progress.show(entry)
         log.write(entry)
         guard.n_clipped.zero_()
@@ -417,8 +416,9 @@ while iter_num <= max_iters and not (stopped := stop.agreed()):
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
+stopped = iter_num <= max_iters
 guard.stop_if_not_finite(iter_num, last_state())
-if iter_num > saved_iter and (checkpoint_interval or stopped) and not save('latest.pt', keep='previous.pt'):
+if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state('latest.pt', 'previous.pt'):
     raise SystemExit(f'the state of iteration {iter_num} is lost. {last_state()}')
 if stopped:
     print0(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=auto')

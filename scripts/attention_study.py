@@ -3,18 +3,20 @@ Compare types of attention on one text: the same model, windows, seeds and setti
 
     python scripts/attention_study.py                                 # a quarter of an hour on two CPU cores
     python scripts/attention_study.py --types=SM,GK --seeds=1 --max_iters=100
+    python scripts/attention_study.py --data=out-attention-study/attention_study.json    # draw it again
 
-Trains every type under config/attention_study.py, prints a table and draws the validation losses. Runs that
-a stopped study has completed are kept.
+Trains every type under config/attention_study.py, prints a table, and draws by how much the validation losses
+differ from the first type's with the same seed. Runs that a stopped study has completed are kept.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('attention_study.py') + '..')
+sys.path.insert(0, __file__.rpartition('attention_study.py')[0] + '..')
 
 import json
 import os
 import statistics
 import subprocess
+from pathlib import Path
 
 from configurator import ROOT, configure
 
@@ -22,7 +24,8 @@ types = 'SM,GK,GKpoly-2,GKpoly-4,GKpoly-8,PA_gelu,PA_relu,PA_sigmoid,PA_square,P
 seeds = 3
 max_iters = 150
 out_dir = 'out-attention-study'  # with a folder for each run
-picture = 'attention_study.png'  # in out_dir; needs matplotlib
+picture = 'attention_study.png'  # in out_dir, beside attention_study.json; needs matplotlib
+data = ''  # the attention_study.json of a finished study: print and draw it, train nothing
 
 configure(globals())
 
@@ -44,60 +47,84 @@ def train(attn_type, seed):
     return lines, json.loads(done.read_text())
 
 
+def summary(runs):
+    """runs: what `train` returns, for each seed -> a type's figures, as attention_study.json holds them"""
+    losses = {}
+    for lines, _ in runs:
+        for x in lines:
+            if 'val_loss' in x:
+                losses.setdefault(str(x['iter']), []).append(round(x['val_loss'], 5))
+    return {'val_loss': losses,  # {iteration: the loss of each seed}
+            'ms': round(statistics.median(x['ms'] for lines, _ in runs for x in lines if 'ms' in x), 1),
+            'MiB': round(statistics.median(memory for _, memory in runs) / 2**20)}
+
+
 def train_all():
-    """{attn_type: what `train` returns, for each seed}"""
+    """{attn_type: its summary}"""
     runs = {}
     for seed in range(seeds):  # types in turn, so that a busy machine slows them alike
         for attn_type in types.split(','):
             runs.setdefault(attn_type, []).append(train(attn_type, seed))
             last = [x['val_loss'] for x in runs[attn_type][-1][0] if 'val_loss' in x][-1]
             print(f'{attn_type}, seed {seed}: {last:.4f}', flush=True)
-    return runs
+    return {attn_type: summary(found) for attn_type, found in runs.items()}
 
 
-def curve(logs):
-    """{iteration: the validation loss of each seed}"""
-    found = {}
-    for lines in logs:
-        for x in lines:
-            if 'val_loss' in x:
-                found.setdefault(x['iter'], []).append(x['val_loss'])
-    return found
+def differences(study, attn_type, iteration):
+    """Losses minus the first type's, seed by seed; the first type's own are minus their mean."""
+    first, *_ = study
+    losses, base = (study[name]['val_loss'][iteration] for name in (attn_type, first))
+    return [loss - (statistics.mean(base) if attn_type == first else b) for loss, b in zip(losses, base)]
 
 
-def print_table(runs):
-    print(f'\n| attention | validation loss, mean of {seeds} | from - to | ms an iteration | peak memory |')
-    print('|---|---|---|---|---|')
-    for attn_type, found in runs.items():
-        last = curve(lines for lines, _ in found)[max_iters]
-        ms = statistics.median(x['ms'] for lines, _ in found for x in lines if 'ms' in x)
-        memory = statistics.median(m for _, m in found) / 2**20
-        print(f'| {attn_type} | {statistics.mean(last):.4f} | {min(last):.4f} - {max(last):.4f} | {ms:.0f} '
-              f'| {memory:.0f} MiB |')
+def print_table(study):
+    first, *_ = study
+    last = [*study[first]['val_loss']][-1]
+    print(f'\n| attention | validation loss, mean | minus {first}\'s, mean | from - to | ms an iteration '
+          '| peak memory |\n|---|---|---|---|---|---|')
+    for attn_type, found in study.items():
+        change = differences(study, attn_type, last)
+        print(f'| {attn_type} | {statistics.mean(found["val_loss"][last]):.3f} '
+              f'| {statistics.mean(change):+.3f} | {min(change):+.3f} to {max(change):+.3f} '
+              f'| {found["ms"]:.0f} | {found["MiB"]} MiB |')
 
 
-def draw(curves, path):
-    """Mean validation losses over iterations, the best type first in the legend."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
-    ranking = sorted(curves.items(), key=lambda item: statistics.mean(item[1][max_iters]))
-    for i, (attn_type, losses) in enumerate(ranking):
-        at = sorted(set(losses) - {0})
-        axes.plot(at, [statistics.mean(losses[n]) for n in at], label=attn_type, marker='osD^v<>PX*h'[i % 11],
-                  color=pyplot.get_cmap('tab20')(i))
-    axes.set(xlabel='iterations', ylabel=f'validation loss (nats a character), mean of {seeds} seeds',
-             title='Types of attention at equal tokens')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+def draw(study):
+    """A matplotlib figure: the differences at the last three evaluations, a row for each type, the best at
+    the top. A small dot is a seed, a large one the mean."""
+    from matplotlib.figure import Figure  # pyplot would look for a screen
+    first, *_ = study
+    iterations = [*study[first]['val_loss']][-3:]
+    last, n_seeds = iterations[-1], len(study[first]['val_loss'][iterations[-1]])
+    ranking = sorted(study, key=lambda t: (t != first, statistics.mean(differences(study, t, last))))
+    figure = Figure(figsize=(9, 0.5 * len(study) + 1.8), layout='constrained')
+    axes = figure.subplots()
+    for k, iteration in enumerate(iterations, 1 - len(iterations)):  # darker and lower as the run goes on
+        colour = {0: '#08306b', -1: '#4292c6', -2: '#9ecae1'}[k]
+        for row, attn_type in enumerate(ranking):
+            change, y = differences(study, attn_type, iteration), row + 0.24 * (k + 1)
+            axes.plot([min(change), max(change)], [y, y], color=colour, linewidth=1.5)
+            axes.plot(change, [y] * len(change), 'o', color=colour, markersize=3)
+            axes.plot(statistics.mean(change), y, 'o', color=colour, markersize=7,
+                      label=None if row else f'after {iteration} iterations')
+    axes.axvline(0, color='black', linewidth=0.8)
+    axes.set_yticks(range(len(ranking)), ranking)
+    axes.invert_yaxis()
+    axes.grid(axis='x', alpha=0.3)
+    axes.set(xlabel='nats a character', title=f'Validation loss minus that of {first} with the same seed\n'
+             f'(mean and range of {n_seeds} seeds; {first} minus its own mean)')
+    figure.legend(loc='outside lower center', ncols=len(iterations), frameon=False)
+    return figure
 
 
-runs = train_all()
-print_table(runs)
+if data:
+    study = json.loads(Path(data).read_text())
+else:
+    study = train_all()
+    (ROOT / out_dir / 'attention_study.json').write_text(json.dumps(study, indent=1))
+print_table(study)
 try:
-    draw({attn_type: curve(lines for lines, _ in found) for attn_type, found in runs.items()},
-         ROOT / out_dir / picture)
+    figure = draw(study)
+    figure.savefig(ROOT / out_dir / picture, dpi=90)
 except ImportError:
     print('no picture: it needs matplotlib')

@@ -12,7 +12,8 @@ Shakespeare, and no network.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('gpu_report.py') + '..')
+sys.path.insert(0, __file__.rpartition('gpu_report.py')[0] + '..')
+from configurator import ROOT, configure  # first, as it says what this Python lacks
 
 import json
 import math
@@ -26,7 +27,6 @@ import time
 import numpy as np
 import torch
 
-from configurator import ROOT, configure
 from model import GPT, GPTConfig
 from support.machine import hardware, runtime
 from support.run import plan
@@ -46,6 +46,7 @@ configure(globals())
 SIZES = {'124M': (12, 12, 768, 8), '350M': (24, 16, 1024, 4), '774M': (36, 20, 1280, 2),
          '1558M': (48, 25, 1600, 1)}  # layers, heads, channels, sequences of a micro-batch
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2']
+TINY_RUN = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2']
 TARGET = 1.4697  # nats a character, nanoGPT's best validation loss of its Shakespeare config
 # train.py or bench.py, and the most memory that it held
 WITH_MEMORY = '''
@@ -62,7 +63,7 @@ print('peak memory:', hardware.peak_memory(DEVICE))
 '''
 
 
-def check_device():
+def check_gpu():
     """The Runtime that the measurements will have, without its line of output."""
     run = runtime.resolve(device)
     if run.device_type != 'cuda' and not tiny:
@@ -130,10 +131,9 @@ def bench(*args):
 
 def train(config, *args):
     """A run on Shakespeare."""
-    small = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2', '--peak_flops=1e12']
     return [sys.executable, 'train.py', f'config/{config}.py', f'--data_dir={shakespeare}', '--plot=False',
             f'--out_dir={os.path.join(folder, "run")}', f'--device={run.device}', '--checkpoint_interval=0',
-            '--always_save_checkpoint=False', '--wandb_log=False', *args, *(small if tiny else [])]
+            '--always_save_checkpoint=False', '--wandb_log=False', *args, *(TINY_RUN if tiny else [])]
 
 
 def offloaded(flags):
@@ -186,7 +186,8 @@ def shakespeare_rows():
             yield (f'nanoGPT: {config}', [
                 sys.executable, 'train.py', f'config/{config}.py', f'--device={run.device}',
                 f'--dataset={shakespeare}', f'--dtype={run.dtype}', f'--compile={run.compile}',
-                f'--out_dir={os.path.join(folder, "peer")}'], peer, read_losses, {})
+                f'--out_dir={os.path.join(folder, "peer")}', *(TINY_RUN if tiny else [])], peer, read_losses,
+                {})
 
 
 def attention_rows():
@@ -276,7 +277,7 @@ def table(rows):
     return '\n'.join(lines)
 
 
-run = check_device()
+run = check_gpu()
 folder = os.path.abspath(out_dir)
 shakespeare = os.path.abspath(data_dir) if data_dir else str(ROOT / 'data/shakespeare_char')
 BATCH, BLOCK = (2, 32) if tiny else (12, 1024)
@@ -308,5 +309,6 @@ for name, command, where, reader, beforehand in left:
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as file:
         file.write(table(done) + '\n')
 print(f'\n{table(done)}')
-if missing := len(known | {row[0] for row in left}) - len({r['name'] for r in done}):
+missing = len(known | {row[0] for row in left}) - len({r['name'] for r in done})
+if missing:
     print(f'\n{missing} measurements are left: the same command continues')

@@ -7,3 +7,31 @@ What the scripts share, one job a file. Imports go down: run, hub, network, text
     text/      token files, tokenizers, and the preparation of both
     machine/   what a program runs on: console, files, hardware, processes, signals, sharding
 """
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def way_out():
+    """How to start a script with what it needs. This file, like the scripts, parses under Python 3.6."""
+    venv, bin = os.path.join(HERE, '.venv'), 'Scripts' if os.name == 'nt' else 'bin'
+    if os.path.isdir(venv) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
+        activate = os.path.relpath(os.path.join(venv, bin, 'activate'))
+        return 'activate the environment: ' + ('' if os.name == 'nt' else 'source ') + activate
+    return 'install it as README.md shows: pip install -r requirements.txt'
+
+
+def show_missing(kind, error, trace):
+    """sys.excepthook while a script of ours imports: a package that isn't there is one line."""
+    if issubclass(kind, ModuleNotFoundError):
+        print(f'{kind.__name__}: {error} for {sys.executable}; {way_out()}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit(f'Python {sys.version.split()[0]} is too old, 3.11 or newer is needed; {way_out()}')
+if os.path.realpath(getattr(sys.modules['__main__'], '__file__', '')).startswith(HERE + os.sep):
+    sys.excepthook = show_missing

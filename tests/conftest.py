@@ -93,7 +93,7 @@ def train(tmp_path, char_data, monkeypatch, capsys):
     from support.run.folder import release
 
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
-        argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args]
+        argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *map(str, args)]
         monkeypatch.setattr(sys, 'argv', argv)
         hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in stop_signals()}
         capsys.readouterr()

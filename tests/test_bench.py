@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from support.machine import hardware
+
 SIZES = ('--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2', '--num_steps=3',
          '--device=cpu', '--compile=False')
 LINE = r'^time per iteration: \d+\.\d{4}ms, MFU: (\d+\.\d\d%)'
@@ -35,7 +37,16 @@ def test_all_modes_are_in_the_table_and_in_the_json(run_script):
     assert train['flops_per_s'] > 0 and decode['bytes_per_s'] > 0 and data['bytes_per_s'] > 0
     assert all(r['min_s'] <= r['median_s'] <= r['max_s'] for r in report['rows'])
     assert all(limit > 0 for limit in report['measured_limits'].values())
+    assert all(0 < r['share'] <= 1 for r in report['rows'])
+    assert f'MFU: {100 * train["share"]:.2f}%' in done.stdout  # on a CPU, both are of what was measured
     assert all(re.search(rf'^{work} ', done.stdout, re.M) for work in ('train', 'decode', 'data'))
+
+
+def test_nothing_is_above_100_percent_where_the_limits_were_measured_on_a_busy_machine(run_here, monkeypatch):
+    monkeypatch.setattr(hardware, 'measure_matmul', lambda *args: 1.0)
+    monkeypatch.setattr(hardware, 'measure_bandwidth', lambda *args: 1.0)
+    script = run_here('bench.py', *SIZES, '--real_data=False', '--mode=all', '--decode_tokens=5')
+    assert 'MFU: 100.00%' in script['log'] and script['log'].count(' 100.0%\n') == 2  # train, a reader
 
 
 def test_mfu_is_a_share_of_the_given_peak(run_script):

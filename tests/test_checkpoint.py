@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import pickle
 import shutil
 import zipfile
@@ -431,6 +432,46 @@ def test_model_of_a_missing_checkpoint_is_told(tmp_path):
         load_model('resume', tmp_path, CPU)
 
 
+def test_newest_state_stands_in_for_a_missing_ckpt_pt_and_is_named(tmp_path, capsys):
+    weights = {name: GPT(GPTConfig(**TINY)).state_dict() for name in ('ckpt.pt', 'latest.pt', 'previous.pt')}
+    for i, name in enumerate(('previous.pt', 'latest.pt')):
+        checkpoint.save(tmp_path / name, STATE | {'model': weights[name], 'iter_num': 10 + i, 'optimizer': {},
+                                                  'model_args': model_args(GPTConfig(**TINY))})
+    for n_bytes, name, iteration in ((0, 'latest.pt', 11), (100, 'previous.pt', 10)):  # then latest.pt is cut
+        path = tmp_path / 'latest.pt'
+        path.write_bytes(path.read_bytes()[n_bytes:])
+        for how in ('full', 'int8'):
+            capsys.readouterr()
+            model, _, state = load_model('resume', tmp_path, CPU, how)
+            assert state['iter_num'] == iteration
+            assert f'taking {tmp_path / name}, ' in capsys.readouterr().out
+        weight = load_model('resume', tmp_path, CPU)[0].lm_head.weight
+        assert torch.equal(weight, weights[name]['lm_head.weight'])
+    checkpoint.save(tmp_path / 'ckpt.pt', STATE | {'model': weights['ckpt.pt'], 'iter_num': 5,
+                                                   'model_args': model_args(GPTConfig(**TINY))})
+    capsys.readouterr()
+    assert load_model('resume', tmp_path, CPU)[2]['iter_num'] == 5 and 'taking' not in capsys.readouterr().out
+
+
+def test_folder_without_a_whole_state_says_what_is_wrong_with_the_newest(tmp_path):
+    (tmp_path / 'latest.pt').write_bytes(b'no state')
+    with pytest.raises(ValueError, match='latest.pt is not a checkpoint'):
+        load_model('resume', tmp_path, CPU)
+
+
+def test_folder_of_a_run_that_has_just_begun_names_the_one_before(tmp_path):
+    (tmp_path / 'earlier').mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(f'--out_dir={tmp_path / "earlier"}') + '$'):
+        load_model('resume', tmp_path, CPU)
+
+
+@pytest.mark.parametrize('named', ['', 'latest.pt'])
+def test_run_named_as_a_gpt2_is_refused_with_the_setting_for_runs(named, tmp_path):
+    (tmp_path / 'latest.pt').write_bytes(b'a state')
+    with pytest.raises(ValueError, match=re.escape(f'is a run, no GPT-2: --out_dir={tmp_path} reads')):
+        load_model(str(tmp_path / named), 'out', CPU)
+
+
 @pytest.mark.parametrize('more, reason', [({'flux': 1}, "settings that don't exist here: flux"),
                                           ({'residual_scale': True}, 'here: residual_scale')])
 def test_model_settings_that_this_version_does_not_know_are_refused(more, reason, tmp_path):
@@ -513,7 +554,7 @@ def test_a_machine_without_memory_or_rights_does_not_make_a_state_damaged(error,
 
     monkeypatch.setattr(torch, 'load', load)
     with pytest.raises((MemoryError, FileNotFoundError), match='latest.pt'):
-        checkpoint.find(tmp_path, CPU, must_exist=True)
+        checkpoint.load_newest(tmp_path, CPU, must_exist=True)
     assert [p.name for p in tmp_path.iterdir()] == ['latest.pt']
 
 

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from soak import misspellings
 
 from configurator import configure
+from support.machine import console
+from support.machine.settings import find_config
+from support.text.tokenizer import GPT2Tokenizer
 
 SETTINGS = {
     'out_dir': 'out', 'start': '\n', 'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'top_k': 200,
@@ -95,6 +98,7 @@ def test_last_argument_wins(tmp_path):
     ('--batch_size=-1', -1),
     ('--batch_size=1_000', 1000),
     ('--batch_size=0x10', 16),
+    ('--batch_size=1e3', 1000),
     ('--learning_rate=1e-3', 1e-3),
     ('--learning_rate=1', 1.0),
     ('--bias=True', True),
@@ -320,11 +324,49 @@ def test_config_is_found_by_its_bare_name_from_anywhere(monkeypatch, tmp_path):
     assert configured('config/mine.py')['batch_size'] == 99
 
 
-def test_missing_config_is_told_with_the_nearest_name():
-    with pytest.raises(FileNotFoundError, match=r'no config config/eval_gtp2.py \(did you mean .*eval_gpt2'):
-        configured('config/eval_gtp2.py')
-    with pytest.raises(FileNotFoundError, match='no config batch_size=3.*--key=value'):
-        configured('batch_size=3')
+@pytest.mark.parametrize('name', ['train_gpt2', 'train_gpt2.py', 'config/train_gpt2', 'config/train_gpt2.py'])
+def test_config_is_found_with_and_without_its_folder_and_ending(name, monkeypatch, tmp_path):
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        assert find_config(name).resolve() == ROOT / 'config/train_gpt2.py'
+
+
+@pytest.mark.parametrize('args, told', [
+    (['config/eval_gtp2.py'], ' (did you mean config/eval_gpt2.py or '),
+    (['confg/eval_gpt2.py'], ' (did you mean config/eval_gpt2.py or '),
+    (['zzz'], '; settings are written --key=value'),
+    (['-n', '3'], '; settings are written --key=value'),
+    (['batch_size=3'], '; settings are written --batch_size=3'),
+    (['-batch_size=3'], '; settings are written --batch_size=3'),
+    (['--bias', 'False'], '; settings are written --bias=False'),
+    (['--bias', 'config/no_such.py'], 'no config config/no_such.py'),
+    (['out-run'], '; out-run is a folder: --out_dir=out-run'),
+    (['out-run/ckpt.pt'], '; out-run is a folder: --out_dir=out-run'),
+    (['my_text'], '; my_text is a folder'),
+])
+def test_argument_that_is_no_config_is_told_as_it_is_written(args, told, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path in ('out-run/ckpt.pt', 'my_text/train.bin'):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(b'0')
+    with pytest.raises(FileNotFoundError) as error:
+        configured(*args)
+    message = str(error.value)
+    assert message.startswith('no config ') and told in message and len(message) < 200
+    suggested = message.partition('did you mean ')[2]
+    assert f'{args[-1]} ' not in suggested and f'{args[-1]}?' not in suggested
+    if args == ['my_text']:
+        with pytest.raises(FileNotFoundError, match='--data_dir=my_text$'):
+            configured(*args, data_dir='')
+
+
+@pytest.mark.parametrize('args, written', [
+    (['--out_dir', 'out-run'], '--out_dir=out-run'), (['--start', 'two words'], "--start='two words'"),
+    (['--out_dir', '--bias'], '--out_dir=...'), (['--out_dir'], '--out_dir=...'),
+])
+def test_setting_without_its_value_is_told_how_it_is_written(args, written):
+    with pytest.raises(ValueError, match=f'needs a value: {written}$'):
+        configured(*args)
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.stem)
@@ -447,6 +489,43 @@ def test_error_that_nobody_foresaw_keeps_its_traceback(body, kind, tmp_path):
     assert done.returncode != 0
     assert done.stderr.startswith('Traceback') and f'\n{kind}: ' in done.stderr
     assert 'tokens.py' in done.stderr
+
+
+def test_error_is_the_last_line_of_the_output(tmp_path):
+    config_file(tmp_path, '# a long config\n' * 40 + 'batch_size = 3', 'long.py')
+    script = tmp_path / 'script.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom configurator import configure\n'
+                      'batch_size = 1\nconfigure(globals())\nfrom support.machine.files import read_text\n'
+                      'print("reading")\nread_text("nothing.txt")')
+    done = subprocess.run([sys.executable, script, 'long.py'], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.stdout.count('# a long config') == 40
+    assert done.stdout.endswith('\nreading\nFileNotFoundError: nothing.txt is missing\n')
+
+
+@pytest.mark.parametrize('term, no_color, coloured', [('xterm', '', True), ('xterm', '1', False),
+                                                      ('dumb', '', False), (None, '', False)])
+def test_error_stands_out_on_a_terminal(term, no_color, coloured, monkeypatch, capsys):
+    monkeypatch.setenv('TERM', term or 'xterm')
+    monkeypatch.setenv('NO_COLOR', no_color)
+    monkeypatch.setattr(console, 'line_is_live', True)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: term is not None, raising=False)
+    try:
+        find_config('zzz')
+    except FileNotFoundError as error:
+        console.show_error(FileNotFoundError, error, error.__traceback__)
+    line = 'FileNotFoundError: no config zzz; settings are written --key=value'
+    assert capsys.readouterr() == ('\n', f'\x1b[1;31m{line}\x1b[0m\n' if coloured else f'{line}\n')
+
+
+def test_package_that_a_function_misses_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    try:
+        GPT2Tokenizer().encode('a')
+    except ModuleNotFoundError as error:
+        console.show_error(ModuleNotFoundError, error, error.__traceback__)
+    told = capsys.readouterr().err
+    assert 'tiktoken' in told and sys.executable in told and told.count('\n') == 1
 
 
 def test_config_is_utf8_whatever_the_locale(tmp_path):

@@ -151,7 +151,7 @@ def test_recorded_decoding_step_does_not_wait_and_caches_16_bits(cuda, options):
         cache = StaticCache(cache, at)
         logits = model(tokens(3, 1), cache=cache)[0][:, -1]
         logits = decoding.penalize(logits.float(), tokens(3, 32), at, 1.1)
-        token = decoding.draw(logits, tokens(3, 1), 0.8, 5)
+        token = decoding.draw_token(logits, tokens(3, 1), 0.8, 5)
     assert token.shape == (3, 1) and token.device.type == 'cuda'
     assert {t.dtype for kv in cache.kv.values() for t in kv} == {torch.bfloat16}
 
@@ -232,7 +232,7 @@ from torch._dynamo.utils import counters
 from model import GPT, GPTConfig
 from support.machine import fsdp, runtime
 from support.network.decoding import generate
-from support.network.diagnostics import measure
+from support.network.diagnostics import measure_vitals
 from support.network.loss import checkpoint_activations, use_lean_loss
 
 kind, options = sys.argv[2], json.loads(sys.argv[3])
@@ -293,8 +293,8 @@ def sample():
     model.train()
 
 seen = []
-for step in (sample, lambda: measure(model, run, idx.numpy()), train, evaluate, train,
-             lambda: measure(model, run, idx.numpy()), sample, evaluate, train):
+for step in (sample, lambda: measure_vitals(model, run, idx.numpy()), train, evaluate, train,
+             lambda: measure_vitals(model, run, idx.numpy()), sample, evaluate, train):
     step()
     seen.append(len(graphs))
 breaks = dict(counters['graph_break'])

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from support.network import decoding
-from support.network.decoding import (Text, draw, generate, gumbel, keep_likeliest, noise_keys, penalize,
-                                      stream)
+from support.network.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
+                                      penalize, stream)
 from support.network.matmul import fast_linears
 
 
@@ -285,7 +285,7 @@ def test_draws_follow_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, -math.inf]])
     n = 40000
     for options, kept in (({}, 5), ({'top_k': 2}, 2), ({'top_p': 0.6}, 1), ({'min_p': 0.2}, 2)):
-        drawn = draw(logits.expand(n, -1), keys(n), 0.7, **options)
+        drawn = draw_token(logits.expand(n, -1), keys(n), 0.7, **options)
         counts = torch.bincount(drawn.flatten(), minlength=5) / n
         expected = (logits[0] / 0.7).softmax(-1)
         expected[expected < expected.sort(descending=True).values[kept - 1]] = 0
@@ -295,15 +295,15 @@ def test_draws_follow_the_softmax():
 
 def test_draws_stay_among_the_top_k():
     logits = torch.randn(500, 20)
-    drawn = draw(logits, keys(500), 5.0, 3)
+    drawn = draw_token(logits, keys(500), 5.0, 3)
     assert all(token in row.topk(3).indices for token, row in zip(drawn[:, 0], logits, strict=True))
-    assert draw(logits, keys(500), 1.0, 1000).max() < 20  # more than there are: all of them
+    assert draw_token(logits, keys(500), 1.0, 1000).max() < 20  # more than there are: all of them
 
 
 def test_tiny_temperatures_and_one_candidate_are_greedy():
     logits = torch.randn(500, 20) * 10
     for options in ({'temperature': 1e-40}, {'top_k': 1}, {'top_p': 1e-9}, {'min_p': 1.0}):
-        assert torch.equal(draw(logits, keys(500), **options), logits.argmax(-1, keepdim=True))
+        assert torch.equal(draw_token(logits, keys(500), **options), logits.argmax(-1, keepdim=True))
 
 
 @pytest.mark.parametrize('top_k', [None, 1, 30])

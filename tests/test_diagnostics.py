@@ -37,7 +37,7 @@ def entries(folder, key):
 @pytest.mark.parametrize('options', MODELS)
 def test_attention_logit_is_the_largest_of_a_naive_loop(options, monkeypatch):
     model, x = model_and_batch(**options)
-    found = diagnostics.measure(model, RUN, x)['attention_logit']
+    found = diagnostics.measure_vitals(model, RUN, x)['attention_logit']
     largest = []
 
     def naive(q, k, v, *args):
@@ -61,7 +61,7 @@ def test_attention_logit_is_the_largest_of_a_naive_loop(options, monkeypatch):
 @pytest.mark.parametrize('options', MODELS)
 def test_activation_rms_is_that_of_what_the_last_normalisation_gets(options):
     model, x = model_and_batch(**options)
-    found = diagnostics.measure(model, RUN, x)['activation_rms']
+    found = diagnostics.measure_vitals(model, RUN, x)['activation_rms']
     seen = []
     model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_measuring_leaves_the_model_as_it_was():
     attends, weights = [b.attn.attend for b in model.transformer.h], model.state_dict()
     weights = {k: v.clone() for k, v in weights.items()}
     state = torch.random.get_rng_state()
-    diagnostics.measure(model, RUN, x)
+    diagnostics.measure_vitals(model, RUN, x)
     assert model.training and torch.equal(state, torch.random.get_rng_state())
     assert [b.attn.attend for b in model.transformer.h] == attends
     assert not any(m._forward_hooks for m in model.modules())
@@ -135,7 +135,7 @@ def test_training_is_the_same_without_it(train, tmp_path, monkeypatch, optimizer
     args = ('--max_iters=6', '--eval_interval=2', '--dropout=0.2', f'--optimizer={optimizer}')
     train(*args, out_dir=tmp_path / 'with')
     assert [e['iter'] for e in entries(tmp_path / 'with', 'health')] == [0, 2, 4, 6]
-    monkeypatch.setattr(diagnostics, 'measure', lambda *args: {})
+    monkeypatch.setattr(diagnostics, 'measure_vitals', lambda *args: {})
     monkeypatch.setattr(diagnostics, 'watch_update', lambda *args: nullcontext())
     train(*args, out_dir=tmp_path / 'without')
     a, b = ([(e['loss'], e['grad_norm']) for e in entries(tmp_path / name, 'loss')]

@@ -43,13 +43,17 @@ def cells(notebook, kind):
 
 
 def execute(notebook):
-    """Run the code cells one after the other; gives their globals."""
+    """Run the code cells and the solutions folded between them, in order; gives their globals."""
     space = {'__name__': '__main__'}
-    for i, cell in enumerate(cells(notebook, 'code')):
-        exec(compile(''.join(cell['source']), f'{notebook.name}, code cell {i}', 'exec'), space)
+    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        solutions = re.findall(r'^```python\n(.*?)^```', source, re.M | re.S)
+        for code in [source] if cell['cell_type'] == 'code' else solutions:
+            exec(compile(code, f'{notebook.name}, {cell["id"]}', 'exec'), space)
     return space
 
 
+@pytest.mark.filterwarnings('ignore:__array__:DeprecationWarning')  # Matplotlib given tensors
 @pytest.mark.parametrize('text', ['standard library', 'Shakespeare'])
 def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypatch):
     if text == 'Shakespeare':
@@ -57,13 +61,38 @@ def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypa
             pytest.skip(f'{SHAKESPEARE} is not there')
         shutil.copy(SHAKESPEARE, copy / 'data/shakespeare_char/input.txt')
     monkeypatch.setenv('MAX_ITERS', '2')
-    space = execute(copy / 'docs/build_gpt.ipynb')
-    assert len(space['results']) == 9 and all(loss < 10 for _, loss in space['results'].values())
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    pyplot.switch_backend('agg')
+    pictures = []
+    monkeypatch.setattr(pyplot, 'show', lambda: (pictures.extend(pyplot.get_fignums()), pyplot.close('all')))
+    with pyplot.rc_context():
+        space = execute(copy / 'docs/build_gpt.ipynb')
+    assert len(pictures) == 9
+    results, solved = space['results'], {'sixteen heads', 'MLP without GELU', 'with dropout', 'without Muon'}
+    assert {'bigram', 'GPT', 'GPT after 2019', 'the last model'} | solved <= set(results)
+    assert all(loss < 10 for _, loss in results.values())
     assert (space['theirs'] - space['ours']).abs().max() < 1e-4
     assert space['gpt'].get_num_params(non_embedding=False) == space['results']['GPT'][0]
     if text == 'Shakespeare':
         assert space['vocab_size'] == 65 and space['chars'] == space['shakespeare_chars']
         assert space['encode']('hi there') == [46, 47, 1, 58, 46, 43, 56, 43]
+
+
+def test_each_chapter_of_build_gpt_has_an_exercise_with_a_folded_solution():
+    page = '\n'.join(''.join(cell['source']) for cell in cells(NOTEBOOKS[0], 'markdown'))
+    for chapter in re.split(r'^## (?=\d)', page, flags=re.M)[1:]:
+        title, folded = chapter.splitlines()[0], '<details><summary>Solution</summary>'
+        assert len(re.findall(r'^\*\*\d', chapter, re.M)) == chapter.count(folded), title
+        assert chapter.count(folded) == chapter.count('</details>') >= 1, title
+
+
+def test_last_model_of_build_gpt_has_the_lowest_stored_loss():
+    outputs = [o for cell in cells(NOTEBOOKS[0], 'code') for o in cell['outputs']]
+    text = ''.join(''.join(o.get('text', '')) for o in outputs)
+    losses = dict(re.findall(r'^(.*): [\d,]+ parameters, .* val loss ([\d.]+)', text, re.M))
+    *others, (last, lowest) = losses.items()
+    assert len(others) == 9 and last == 'the last model'
+    assert all(float(loss) - float(lowest) > 0.1 for _, loss in others)
 
 
 def test_greeting_of_build_gpt_is_the_known_eight_numbers():
@@ -83,11 +112,12 @@ def test_stored_outputs_are_of_a_whole_run_and_name_no_machine(notebook):
     outputs = [o for cell in cells(notebook, 'code') for o in cell['outputs']]
     assert [cell['execution_count'] for cell in cells(notebook, 'code')] == [
         i + 1 for i in range(len(cells(notebook, 'code')))]
-    assert len(outputs) > 10 and {o['output_type'] for o in outputs} <= {'stream', 'execute_result'}
+    assert len(outputs) > 10 and {o['output_type'] for o in outputs} <= {
+        'stream', 'execute_result', 'display_data'}
     assert not [o for o in outputs if o.get('name') == 'stderr']
     assert not re.search(r'/(tmp|home|root|Users|work|usr)\b', json.dumps(outputs))
     assert not any(cell['metadata'] for kind in ('code', 'markdown') for cell in cells(notebook, kind))
-    assert notebook.stat().st_size < 300_000
+    assert notebook.stat().st_size < 700_000
 
 
 # ---------------------------------------------------------------------------- quick starts
@@ -163,6 +193,16 @@ def all_commands(page):
     return found
 
 
+def test_demo_of_the_makefile_ends_with_how_to_go_on():
+    recipe = re.search(r'^demo:.*\n((?:\t.*\n)+)', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M)[1]
+    last = recipe.split('$(PYTHON) sample.py')[1]
+    commands = [shlex.split(line) for line in re.findall(r"@echo '    (python .*)'", last)]
+    assert '$(ACTIVATE)' in last
+    assert [command[1] for command in commands] == ['sample.py', 'data/text/prepare.py', 'train.py']
+    for _, script, *args in commands:
+        assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r'\]\((?!http)([^)]+)\)', page.read_text(encoding='utf-8')):
@@ -217,8 +257,8 @@ def test_scripts_configs_and_settings_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
 def test_flags_that_a_page_names_are_some_script_s_or_torchrun_s(page):
-    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'data/text/prepare.py',
-               'data/openwebtext/prepare.py', 'data/shakespeare/prepare.py']
+    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py',
+               *(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))]
     known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
     placeholders = {'key', '이름', 'nome', '名称'}
     if page.name == 'options.md':

@@ -1,19 +1,27 @@
 """export.py: the folder that it writes, as transformers and as our own scripts read it."""
 
+import itertools
 import json
+import os
+import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 
 from model import GPT, GPTConfig
+from support.hub.huggingface import load_pretrained
 from support.network.decoding import generate as generate_fast
 from support.run import checkpoint
 from support.run.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
+RECIPE = {'pos_emb': 'rope', 'activation': 'swiglu', 'qk_norm': True, 'value_residual': True, 'ngram': 4,
+          'ngram_rows': 512, 'n_kv_head': 1, 'bias': False}  # as config/best_shakespeare_char_cpu.py
 CHARS = CharTokenizer.of_text('abcdefghijk .,\n')
+FULL = {'vocab_size': CHARS.n_vocab}  # as train.py makes it: each id is a character
 
 
 @pytest.fixture
@@ -42,34 +50,101 @@ def export(run_here, tmp_path):
     return run
 
 
-@pytest.mark.parametrize('changes', [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA], ids=str)
-@pytest.mark.parametrize('ours', [CHARS, GPT2Tokenizer()], ids=['char', 'gpt2'])
-def test_transformers_gives_the_same_logits_and_greedy_text(save, export, bpe, ours, changes):
+def test_newest_state_is_exported_where_there_is_no_ckpt_pt(save, run_here, tmp_path):
+    save()
+    state = checkpoint.load(tmp_path / 'run/ckpt.pt') | {'optimizer': {}}
+    checkpoint.save(tmp_path / 'run/latest.pt', state)
+    (tmp_path / 'run/ckpt.pt').unlink()
+    log = run_here('export.py', f'--out_dir={tmp_path}/run', f'--export_dir={tmp_path}/exported')['log']
+    assert 'latest.pt, the state of iteration 250' in log and (tmp_path / 'exported/config.json').is_file()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def modules_cache(tmp_path_factory):
+    """Where transformers puts the code of folders."""
+    from transformers import dynamic_module_utils
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
+        patch.setattr(sys, 'path', [*sys.path])
+        yield
+
+
+BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA]
+ONLY_CHARS = [FULL, LLAMA | FULL, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
+              {'pos_emb': 'alibi', 'activation': 'relu2'}]
+
+
+@pytest.mark.parametrize('ours, changes', [*itertools.product([CHARS, GPT2Tokenizer()], BOTH),
+                                           *((CHARS, changes) for changes in ONLY_CHARS)],
+                         ids=lambda x: str(x) if isinstance(x, dict) else x.to_dict()['kind'])
+def test_transformers_gives_the_same_logits_and_greedy_text(save, export, bpe, ours, changes, caplog):
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers.utils import logging
     model, folder = save(ours, **changes), export()
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    trust = {'trust_remote_code': True} if (folder / 'model.py').exists() else {}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left', **trust)
     assert theirs.config.eos_token_id == tokenizer.eos_token_id == (None if ours is CHARS else 50256)
-    prompt = 'bad cafe,\n  head'
-    ids = ours.encode(prompt)
-    assert tokenizer(prompt)['input_ids'] == ids
-    idx = torch.tensor([ids])
+    prompts = ['bad cafe,\n  head', 'a']
+    ids = [ours.encode(prompt) for prompt in prompts]
+    assert tokenizer(prompts)['input_ids'] == ids
+    n_vocab = model.config.vocab_size
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=0, atol=1e-5)
-    expected = ours.decode(generate_fast(model, idx, 25, temperature=0, n_vocab=ours.n_vocab)[0].tolist())
-    generate = pipeline('text-generation', model=str(folder))
-    assert generate(prompt, max_new_tokens=25, do_sample=False)[0]['generated_text'] == expected
-    assert len(generate(prompt, return_tensors=True)[0]['generated_token_ids']) <= 48  # no index out of range
+        idx = torch.tensor([ids[0]])
+        torch.testing.assert_close(theirs(idx).logits[:, :, :n_vocab], model(idx, idx)[0], rtol=0, atol=1e-5)
+    expected = [ours.decode(generate_fast(model, torch.tensor([i]), 25, temperature=0, n_vocab=ours.n_vocab)[
+        0].tolist()) for i in ids]
+    logging.enable_propagation()
+    generate = pipeline('text-generation', model=str(folder), **trust)
+    assert generate(prompts[0], max_new_tokens=25, do_sample=False)[0]['generated_text'] == expected[0]
+    assert len(generate(prompts[0], return_tensors=True)[0]['generated_token_ids']) <= 48  # block_size
+    batch = tokenizer(prompts, padding=True, return_tensors='pt')
+    assert set(batch) == {'input_ids', 'attention_mask'}
+    out = theirs.generate(**batch, max_new_tokens=25, do_sample=False)
+    assert tokenizer.batch_decode(out, skip_special_tokens=True) == expected
+    assert not [record for record in caplog.records if record.levelname == 'WARNING']
 
 
-@pytest.mark.parametrize('changes', [{'bias': True}, {'bias': False}, {'tie_weights': False, 'dropout': 0.25},
-                                     {'activation': 'gelu_tanh'}], ids=str)
+def test_our_own_code_gives_padded_rows_the_logits_and_the_loss_of_whole_ones(save, export):
+    from transformers import AutoModelForCausalLM
+    model, folder = save(**RECIPE), export()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    idx = torch.randint(CHARS.n_vocab, (4, 9))
+    mask = torch.tensor([[1] * 9, [0, 0, 0] + [1] * 6, [1] * 5 + [0] * 4, [0, 1, 1, 0, 1, 1, 1, 0, 0]])
+    idx[mask == 0] = CHARS.n_vocab + 13  # an id without a row
+    found = theirs(idx, mask, labels=idx.masked_fill(mask == 0, -100))
+    for row, which, logits in zip(idx, mask.bool(), found.logits):
+        alone = row[which][None]
+        torch.testing.assert_close(logits[which], model(alone, alone)[0][0], rtol=1e-5, atol=2e-5)
+    alone = idx[:1]
+    loss = theirs(alone, labels=alone).loss
+    torch.testing.assert_close(loss, model(alone[:, :-1], alone[:, 1:])[1])
+    with pytest.raises(AssertionError, match='49 positions, but block_size is 48'):
+        theirs(torch.zeros(1, 49, dtype=torch.long))
+    assert theirs.generate(torch.zeros(1, 47, dtype=torch.long), max_new_tokens=4).shape == (1, 51)
+
+
+@pytest.mark.parametrize('changes', [
+    {'bias': True}, {'bias': False}, {'tie_weights': False, 'dropout': 0.25}, {'activation': 'gelu_tanh'},
+    FULL, LLAMA, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
 def test_round_trip_through_init_from_is_exact(save, export, changes):
     model = save(**changes)
-    again = GPT.from_pretrained(str(export()))
+    again = load_pretrained(str(export()))
     assert again.config == model.config
     weights, others = model.state_dict(), again.state_dict()
     assert list(weights) == list(others)
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_vocabulary_without_a_free_id_gets_one_that_is_as_unlikely_as_its_rarest_character(save, export):
+    from transformers import AutoModelForCausalLM
+    save(**FULL)
+    theirs = AutoModelForCausalLM.from_pretrained(export())
+    idx = torch.arange(CHARS.n_vocab)[:, None]
+    with torch.no_grad():
+        p = theirs(idx).logits[:, 0].softmax(dim=-1).amax(dim=0)
+    assert len(p) == CHARS.n_vocab + 1 and p[-1] == p.min() and theirs.generation_config.suppress_tokens == [
+        CHARS.n_vocab]
 
 
 def test_an_exported_folder_is_sampled_from_in_its_characters(save, export, run_here):
@@ -98,11 +173,35 @@ def test_the_folder_is_what_the_hub_expects(save, export, tmp_path):
     assert '/home/me' not in card
 
 
-def test_models_without_a_counterpart_are_refused_and_nothing_is_written(save, export, tmp_path):
-    save(qk_norm=True, pos_emb='rope')
-    with pytest.raises(ValueError, match='Llama, differs in activation=gelu, norm=layernorm, qk_norm=True'):
-        export()
-    assert not (tmp_path / 'exported').exists()
+def test_models_without_a_counterpart_carry_their_code_and_say_so(save, export, run_here, tmp_path):
+    save(qk_norm=True, ngram=2)
+    done = run_here('export.py', f'--out_dir={tmp_path}/run', f'--export_dir={tmp_path}/exported')
+    assert 'its own code, model.py (trust_remote_code=True), for qk_norm=True, ngram=2, iter' in done['log']
+    folder = tmp_path / 'exported'
+    assert (folder / 'model.py').read_bytes() == (ROOT / 'model.py').read_bytes()
+    assert {path.name for path in folder.iterdir()} >= {'modeling_gpt.py', 'attention.py'}
+    assert ', trust_remote_code=True)' in (folder / 'README.md').read_text(encoding='utf-8')
+    done = run_here('sample.py', f'--init_from={folder}', '--start=bad', '--num_samples=1',
+                    '--max_new_tokens=5', '--device=cpu')
+    assert set(done['log'].splitlines()[-2]) <= set(CHARS.stoi)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no umask')
+def test_files_are_readable_as_the_umask_says(save, export):
+    save()
+    before = os.umask(0o027)
+    try:
+        modes = {path.stat().st_mode & 0o777 for path in export().iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {0o640}
+
+
+def test_gpt2_s_config_has_what_llama_cpp_and_mlx_lm_read(save, export):
+    save()
+    config = json.loads((export() / 'config.json').read_text())
+    assert config['n_ctx'] == config['n_positions'] == 48
+    assert {'n_embd', 'n_head', 'n_layer', 'layer_norm_epsilon', 'vocab_size', 'model_type'} <= set(config)
 
 
 def test_push_uploads_the_folder(save, export, monkeypatch):

@@ -56,6 +56,14 @@ def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
 
 
+def test_share_of_a_measured_peak_is_never_above_100_percent(monkeypatch):
+    monkeypatch.setattr(hardware, 'measure_matmul', lambda *args: 1e9)  # on a busy machine
+    peak = hardware.Peak('cpu', 'float32')
+    assert peak.percent(0.5e9) == 50
+    assert peak.percent(4e9) == 100 and peak.percent(1e9) == 25  # what was reached is possible
+    assert hardware.Peak('cpu', 'float32', given=2e9).percent(3e9) == 150  # as the user wants
+
+
 def test_measured_time_is_that_of_the_fastest_call(monkeypatch):
     clock, calls = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0]), []
     monkeypatch.setattr(hardware, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -2,13 +2,15 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 from conftest import TINY
 
 from model import GPT, GPTConfig
-from support.hub.huggingface import folder_tokenizer, load_pretrained, to_transformers, write_tokenizer
+from support.hub.huggingface import (beyond, folder_tokenizer, load_pretrained, to_transformers,
+                                     write_tokenizer)
 from support.run.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
@@ -36,7 +38,7 @@ def converted(model):
 
 
 @pytest.mark.parametrize('changes', [
-    {'bias': True}, {'bias': False}, {'activation': 'gelu_tanh'}, {'activation': 'relu2', 'bias': False},
+    {'bias': True}, {'bias': False}, {'activation': 'gelu_tanh'},
     {'tie_weights': False}, {'n_kv_head': 2},
     LLAMA, LLAMA | {'n_head': 4, 'n_kv_head': 2}, LLAMA | {'n_head': 4, 'n_kv_head': 1, 'tie_weights': False},
     LLAMA | {'bias': True, 'n_embd': 36, 'init': 'zero_proj'},
@@ -52,29 +54,28 @@ def test_logits_equal_those_of_the_converted_model(changes):
 
 
 @pytest.mark.parametrize('changes, named', [
-    ({'qk_norm': True}, 'GPT-2, differs in qk_norm=True'),
-    ({'value_residual': True, 'ngram': 2}, 'value_residual=True, ngram=2'),
-    ({'logit_softcap': 15.0}, 'logit_softcap=15.0'),
-    ({'n_head': 4, 'n_kv_head': 2}, 'GPT-2, differs in n_kv_head=2'),
-    ({'pos_emb': 'alibi'}, 'GPT-2, differs in pos_emb=alibi'),
-    ({'pos_emb': 'rope'}, 'Llama, differs in activation=gelu, norm=layernorm'),
-    (LLAMA | {'value_residual': True}, 'Llama, differs in value_residual=True'),
-])
-def test_options_that_transformers_lacks_are_refused_by_name(changes, named):
+    ({'qk_norm': True}, ['qk_norm=True']),
+    ({'value_residual': True, 'ngram': 2}, ['value_residual=True', 'ngram=2']),
+    ({'logit_softcap': 15.0}, ['logit_softcap=15.0']),
+    ({'activation': 'relu2'}, ['activation=relu2']),
+    ({'n_head': 4, 'n_kv_head': 2}, ['n_kv_head=2']),
+    ({'pos_emb': 'alibi'}, ['pos_emb=alibi']),
+    (LLAMA | {'value_residual': True}, ['value_residual=True']),
+    ({'attn_type': 'GK'}, ['attn_type=GK']), ({'pos_emb': 'learned'}, []), (LLAMA, []),
+], ids=str)
+def test_options_that_transformers_lacks_are_named_and_take_our_own_code(changes, named):
     model = random_model(**changes)
-    with pytest.raises(ValueError, match=named):
-        to_transformers(model_args(model.config), model.state_dict())
+    args = model_args(model.config)
+    assert min(beyond('gpt2', args), beyond('llama', args), key=len) == named
+    config, weights = to_transformers(args, model.state_dict())
+    assert (config.model_type == 'own_gpt') == bool(named)
+    if named:
+        assert config.model_args == args and all(name.startswith('gpt.') for name in weights)
 
 
-def test_settings_unknown_here_are_refused_by_name():
-    model = random_model()
-    with pytest.raises(ValueError, match='attn_type=GK'):
-        to_transformers(model_args(model.config) | {'attn_type': 'GK'}, model.state_dict())
-
-
-def test_weights_that_are_no_gpt2_are_refused(tmp_path):
-    converted(random_model(**LLAMA)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='of type llama, not a GPT-2'):
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    (tmp_path / 'config.json').write_text('{"model_type": "mistral"}')
+    with pytest.raises(ValueError, match='holds a model of type mistral, not of gpt2, llama or own_gpt'):
         load_pretrained(str(tmp_path))
 
 
@@ -131,6 +132,8 @@ def test_their_bpe_equals_tiktoken(tmp_path, bpe):
     for text in texts():
         ids = ours.encode(text)
         assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
+    merges = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
+    assert len(merges) == 50_000 and merges[:3] == [['\u0120', 't'], ['\u0120', 'a'], ['h', 'e']]
     assert len(theirs) == 50257 and theirs.eos_token_id == theirs.bos_token_id == 50256
     assert isinstance(folder_tokenizer(tmp_path), GPT2Tokenizer)
 
@@ -143,7 +146,7 @@ def test_their_characters_equal_ours(tmp_path):
     for text in texts():
         ids = ours.encode(text)
         assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
-    assert len(theirs) == ours.n_vocab
+    assert len(theirs) == ours.n_vocab + 1 and theirs.pad_token_id == ours.n_vocab
     assert folder_tokenizer(tmp_path).itos == ours.itos
     with pytest.raises(Exception, match='Missing'):
         theirs('\u4e00')
@@ -202,3 +205,121 @@ def test_a_tokenizer_of_the_folder_s_own_is_refused_not_replaced(name, content, 
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f'{name} is neither GPT-2\'s tokenizer nor one of characters'):
         folder_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize('left', [0, 7, 500, -1])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_truncated_file_is_one_line(left, kind, gpt2_folder, tmp_path):
+    folder = gpt2_folder if kind == 'gpt2' else llama_folder(tmp_path / 'llama')
+    content = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(content[:left])
+    with pytest.raises((ValueError, FileNotFoundError), match=str(folder)) as caught:
+        load_pretrained(str(folder))
+    assert re.search('SafetensorError: .*header|config.json asks for', str(caught.value))
+    assert '\n' not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- Llama
+
+def llama_folder(folder, **changes):
+    """A small Llama as transformers saves it, its weights and norms random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = {'vocab_size': 64, 'hidden_size': 48, 'intermediate_size': 128, 'max_position_embeddings': 32,
+             'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2}
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes | {'rms_norm_eps': 1e-5} | changes))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(std=0.3)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'tie_word_embeddings': True}, {'num_key_value_heads': 4}, {'num_key_value_heads': 1, 'head_dim': 12},
+    {'attention_bias': True, 'mlp_bias': True}, {'attention_bias': True}, {'mlp_bias': True},
+    {'attention_dropout': 0.25}, {'dtype': torch.bfloat16},
+], ids=str)
+def test_a_llama_of_transformers_gives_the_same_logits_and_comes_back_bit_for_bit(changes, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
+    folder = llama_folder(tmp_path, **changes)
+    ours = load_pretrained(str(folder)).eval()
+    theirs = LlamaForCausalLM.from_pretrained(folder).float().eval()
+    idx = torch.randint(64, (3, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+        assert theirs(idx).logits.std() > 0.1
+    assert ours.config.n_kv_head == changes.get('num_key_value_heads', 2) % 4  # 0 stands for n_head
+    assert ours.config.dropout == changes.get('attention_dropout', 0.0)
+    config, weights = to_transformers(model_args(ours.config), ours.state_dict())
+    before = load_file(folder / 'model.safetensors')
+    assert config.model_type == 'llama' and all(torch.equal(weights[k], v.float()) for k, v in before.items())
+    assert not any(weights[k].any() for k in set(weights) - set(before))  # biases that it didn't have
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'rms_norm_eps': 1e-6}, 'rms_norm_eps=1e-06'), ({'intermediate_size': 192}, 'intermediate_size=192'),
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, 'rope_theta=500000.0'),
+    ({'rope_parameters': {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0}}, 'rope_type=linear'),
+    ({'hidden_act': 'gelu'}, 'hidden_act=gelu'), ({'head_dim': 16}, 'head_dim=16'),
+], ids=str)
+def test_a_llama_that_computes_something_else_is_refused_by_name(changes, named, tmp_path):
+    with pytest.raises(ValueError, match=f'model.py doesn\'t compute this Llama: {named} ') as caught:
+        load_pretrained(str(llama_folder(tmp_path, **changes)))
+    assert '\n' not in str(caught.value)
+
+
+def test_a_llama_of_transformers_4_is_read(tmp_path):
+    folder = llama_folder(tmp_path)
+    before = load_pretrained(str(folder)).state_dict()
+    config = json.loads((folder / 'config.json').read_text())
+    del config['rope_parameters']
+    (folder / 'config.json').write_text(json.dumps(config | {'rope_theta': 10000.0, 'rope_scaling': None}))
+    spoil(folder, lambda w: w.update({'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(6)}))
+    after = load_pretrained(str(folder)).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (folder / 'config.json').write_text(json.dumps(config | {'rope_theta': 5e5, 'rope_scaling': None}))
+    with pytest.raises(ValueError, match='rope_theta=500000.0'):
+        load_pretrained(str(folder))
+
+
+UP = 'model.layers.1.mlp.up_proj.weight'
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda w: w.pop(UP), f'missing: {UP}'), (lambda w: w.update(extra=torch.ones(3)), 'unexpected: extra'),
+    (lambda w: w.update({UP: w[UP][:64].clone()}), r'mismatched: .*c_fc.weight, \(192, 48\)'),
+    (lambda w: w[UP].view(-1)[7].fill_(float('nan')), 'not finite: transformer.h.1.mlp.c_fc.weight'),
+], ids=['missing', 'unexpected', 'shape', 'nan'])
+def test_weights_that_are_not_those_of_the_llama_are_refused_by_name(change, told, tmp_path):
+    folder = llama_folder(tmp_path)
+    spoil(folder, change)
+    with pytest.raises(ValueError, match=told) as caught:
+        load_pretrained(str(folder))
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('changes, told', [
+    ({'num_hidden_layers': 10**7}, 'asks for 10,000,000 layers'), ({'vocab_size': 10**9}, 'mismatched'),
+    ({'tie_word_embeddings': True}, 'ties lm_head.weight to model.embed_tokens.weight, which differs'),
+    ({'num_attention_heads': 'four'}, 'holds no model of type llama'),
+], ids=str)
+def test_a_config_that_is_not_of_the_llama_s_weights_is_refused(changes, told, tmp_path):
+    folder = llama_folder(tmp_path)
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=told) as caught:
+        load_pretrained(str(folder))
+    assert '\n' not in str(caught.value)
+
+
+def test_a_llama_in_several_files_is_read_and_one_without_weights_refused(tmp_path):
+    from transformers import LlamaForCausalLM
+    whole = llama_folder(tmp_path / 'whole')
+    LlamaForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / 'parts', max_shard_size='20KB')
+    assert len([*(tmp_path / 'parts').glob('model-*.safetensors')]) > 1
+    one, many = (load_pretrained(str(tmp_path / name)).state_dict() for name in ('whole', 'parts'))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    (whole / 'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='type llama, but no model.safetensors'):
+        load_pretrained(str(whole))

@@ -24,10 +24,10 @@ def products(monkeypatch):
     """Chooses the library of float32 products."""
     def choose(library):
         monkeypatch.setenv('FLOAT32_PRODUCTS', library)
-        hardware.prefers_onednn.cache_clear()
+        hardware.measure_onednn.cache_clear()
     yield choose
     monkeypatch.undo()
-    hardware.prefers_onednn.cache_clear()
+    hardware.measure_onednn.cache_clear()
 
 
 def is_attached(model):
@@ -97,9 +97,21 @@ def test_a_hundred_iterations_equal_the_plain_path(products, train):
         products(library)
         script = train('--max_iters=100', '--eval_interval=100', '--dropout=0.1', '--learning_rate=1e-2')
         assert is_attached(script['model']) == (library == 'onednn' and torch.backends.mkldnn.is_available())
-        assert f'products: {"oneDNN" if is_attached(script["model"]) else "default"}' in script['log']
+        assert f'products: {"onednn" if is_attached(script["model"]) else "default"}' in script['log']
         found[library] = [*script['losses'].values(), script['loss'].item()]
     assert found['default'] == pytest.approx(found['onednn'], abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs oneDNN')
+def test_resumed_run_multiplies_by_the_library_of_its_start(products, train, monkeypatch):
+    monkeypatch.setattr(hardware, 'measure_onednn', lambda: (True, True))
+    monkeypatch.setenv('FLOAT32_PRODUCTS', 'default')
+    assert train('--max_iters=4')['config']['products'] == 'default'
+    monkeypatch.delenv('FLOAT32_PRODUCTS')
+    script = train('--max_iters=6', '--init_from=resume')
+    assert 'float32 products: default, as before the stop\n' in script['log']
+    assert not is_attached(script['model']) and script['config']['products'] == 'default'
+    assert is_attached(train('--max_iters=1', '--out_dir=out-new')['model'])
 
 
 @pytest.mark.parametrize('attach', [lambda model: None, use_lean_loss, checkpoint_activations])
@@ -163,9 +175,9 @@ def test_a_library_that_rounds_more_is_not_taken(monkeypatch):
     for wanted in ('', 'onednn'):
         monkeypatch.setenv('FLOAT32_PRODUCTS', wanted)
         monkeypatch.setattr(hardware, 'OneDNN', Rounding)
-        hardware.prefers_onednn.cache_clear()
+        hardware.measure_onednn.cache_clear()
         assert not hardware.prefers_onednn()
-    hardware.prefers_onednn.cache_clear()
+    hardware.measure_onednn.cache_clear()
 
 
 def test_flag_is_put_back_and_an_unknown_choice_is_refused():

@@ -46,12 +46,22 @@ def test_table_counts_data_parameters_tokens_epochs_and_flops(model):
     rows = table(model)
     assert list(rows) == ['data', 'model', 'run', 'memory', 'disk']
     assert rows['data'] == '100,000 tokens to train on, 5,000 to validate'
-    assert rows['model'] == (f'{N_PARAMS:,} parameters: 2 layers of 32, 2 heads, block_size 32, '
-                             'vocabulary 64')
+    assert rows['model'] == '2 layers of 32, 2 heads, block_size 32, vocabulary 64'
     per_iter = 4 * 6 * T  # 768
     flops = 100 * per_iter * (6 * (N_PARAMS - T * C) + 12 * L * C * T)
     assert rows['run'] == (f'100 iterations of {per_iter} tokens: 76,800 tokens, 0.77 epochs, '
                            f'{flops:.1e} FLOPs')
+
+
+@pytest.mark.parametrize('changes, counted, without', [
+    ({}, N_PARAMS - T * C, ', without the 1,024 of positions'),
+    ({'pos_emb': 'rope', 'tie_weights': False, 'ngram': 2, 'ngram_rows': 64}, N_PARAMS - T * C,
+     ', without the 2,048 of n-grams and the 2,048 of tokens'),
+    ({'pos_emb': 'none'}, N_PARAMS - T * C, ''),
+])
+def test_number_of_parameters_says_what_it_leaves_out(changes, counted, without):
+    told = plan.parameters_in_words(GPT(GPTConfig(**TINY | changes, bias=False)))
+    assert told == f'number of parameters: {counted / 1e6:.2f}M{without}'
 
 
 def test_table_of_a_run_that_is_done_has_nothing_to_do(model):

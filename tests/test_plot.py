@@ -71,11 +71,14 @@ def same(a, b):
 @pytest.mark.filterwarnings('error')
 def test_picture_is_in_the_first_folder(plot, tmp_path):
     a, b = write(tmp_path / 'a', entries()), write(tmp_path / ('a name of many words ' * 5), entries(last=10))
+    assert f'drawn to {a / "loss.png"}' in plot(a, pixels=True)['said']
+    own = (a / 'loss.png').read_bytes()
     said = plot(a, b, '--health', pixels=True)['said']
-    data = (a / 'loss.png').read_bytes()
+    data = (a / 'comparison.png').read_bytes()
     width, height = struct.unpack('>II', data[16:24])
     assert data.startswith(b'\x89PNG') and width == 1500 and height > 1000
-    assert f'drawn to {a / "loss.png"}' in said and not (b / 'loss.png').exists()
+    assert (a / 'loss.png').read_bytes() == own  # a comparison doesn't replace the run's own
+    assert f'drawn to {a / "comparison.png"}' in said and not list(b.glob('*.png'))
 
 
 def test_drawn_values_are_the_logged_ones(plot, tmp_path):
@@ -118,6 +121,16 @@ def test_log_without_counted_tokens_gives_the_same_places(plot, tmp_path):
     for a, b in zip(new[:3], old[:3]):
         for label in ('training, each logged batch', 'validation'):
             assert same(line(a, label), line(b, label))
+
+
+def test_long_noisy_runs_get_medians_over_the_logged_values(plot, tmp_path):
+    log = [e | ({'tokens_per_s': 10.0 if e['iter'] % 7 == 3 else 256.0} if 'loss' in e else {})
+           for e in entries(last=399)]
+    axes = plot(write(tmp_path / 'a', log))['axes']
+    logged, medians = axes[5].lines
+    assert set(logged.get_ydata()) == {10.0, 256.0} and len(logged.get_xdata()) == 400
+    assert same(medians.get_xdata(), np.arange(50) * 8 + 3.5) and same(medians.get_ydata(), 256.0)
+    assert len(axes[3].lines) == 1 and 'medians' in axes[5].get_xlabel()
 
 
 def test_evaluations_between_lines_are_where_they_were(plot, tmp_path):

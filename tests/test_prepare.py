@@ -491,6 +491,42 @@ def test_limit_takes_the_first_documents_and_text_column_their_text(corpus, tmp_
     texts = [t for ids in (train, val) for t in documents_of(ids)]
     assert sorted(texts) == sorted(DOCUMENTS[:9])
 
+def test_limit_reads_no_more_than_it_takes(corpus, tmp_path):
+    write_table(tmp_path / 'copy/a.jsonl', DOCUMENTS[:9])
+    (tmp_path / 'copy/b.jsonl').write_text('{"text": \n')  # damaged
+    documents = corpus.load_documents(str(tmp_path / 'copy'), 'text', limit=5)
+    assert documents['text'][:] == DOCUMENTS[:5]
+    with pytest.raises(ValueError, match='can.t load .*copy'):
+        corpus.load_documents(str(tmp_path / 'copy'), 'text', limit=0)
+
+
+def test_documents_of_a_limit_are_told_from_others(corpus, tmp_path):
+    """So that a stopped preparation goes on with its own parts, and with no others."""
+    def key(limit):
+        return corpus.load_documents(str(tmp_path / 'a.jsonl'), 'text', limit)._fingerprint
+
+    write_table(tmp_path / 'a.jsonl', DOCUMENTS[:9])
+    first = [key(5), key(5), key(6)]
+    write_table(tmp_path / 'a.jsonl', DOCUMENTS[1:9])
+    assert first[0] == first[1] and len({*first, key(5)}) == 3
+
+
+def test_hub_streams_what_a_limit_takes_of_a_subset(corpus, monkeypatch, tmp_path):
+    import datasets
+    write_table(tmp_path / 'a.parquet', DOCUMENTS[:50])
+    build, asked = datasets.load_dataset_builder, []
+
+    def load_dataset_builder(path, **how):
+        asked.append({'path': path, **how})
+        return build('parquet', data_files=str(tmp_path / 'a.parquet'))
+
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets, 'load_dataset_builder', load_dataset_builder)
+    corpus.prepare_corpus(tmp_path / 'out', 'me/corpus', limit=20, subset='small', num_proc=1)
+    train, val, _ = read(tmp_path / 'out')
+    assert asked == [{'path': 'me/corpus', 'name': 'small'}]
+    assert sorted(documents_of(train) + documents_of(val)) == sorted(DOCUMENTS[:20])
+
 
 def test_folder_of_several_formats_takes_no_metadata_for_a_document(corpus, tmp_path):
     for i in range(3):
@@ -671,9 +707,97 @@ def test_hub_is_asked_for_both_splits(dataset, where, column, rows, documents, p
     assert (train, val) == (plain(documents['train']), plain(documents['validation']))
 
 
+def test_fineweb_takes_a_subset_of_the_hub_s(prepare_here, monkeypatch):
+    import datasets
+    asked = []
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, **how: asked.append({'path': path, **how})
+                        or datasets.Dataset.from_dict({'text': DOCUMENTS[:30], 'id': [*range(30)]}))
+    train, val, _ = prepare_here('fineweb')
+    assert asked == [{'path': 'HuggingFaceFW/fineweb-edu', 'name': 'sample-10BT', 'split': 'train'}]
+    assert sorted(documents_of(train) + documents_of(val)) == sorted(DOCUMENTS[:30])
+
+
 @pytest.mark.parametrize('dataset', ['tinystories', 'wikitext', 'lambada', 'ptb'])
 def test_corpus_out_of_reach_is_one_line_that_names_local_files(dataset, bpe, prepare):
     assert_mistake(prepare(dataset, ok=False, **CUT_OFF), 'ValueError', 'can\'t load', '--source=PATH')
+
+
+# ---------------------------------------------------------------------------- tokens that are ready
+
+SHARDS = {'fineweb_val_000000.bin': 3000, **{f'fineweb_train_{i:06}.bin': 4000 + i for i in (1, 2, 3)}}
+
+
+@pytest.fixture
+def take_shards(tmp_path, prepare, monkeypatch):
+    """Runs data/fineweb/prepare.py in this process on the files in .held; .folder has the result."""
+    def run(*args, source=tmp_path / 'held'):
+        script = run.folder / 'prepare.py'
+        hook, path = sys.excepthook, list(sys.path)
+        monkeypatch.setattr(sys, 'argv', [str(script), f'--shards_from={source}', *args])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        finally:
+            sys.excepthook, sys.path[:] = hook, path
+
+    run.folder, run.held = prepare.data / 'fineweb', tmp_path / 'held'
+    run.held.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in SHARDS.items():
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, count
+        ids = generator.integers(0, 50257, count).astype(np.uint16)
+        (run.held / name).write_bytes(header.tobytes() + ids.tobytes())
+    return run
+
+
+@pytest.mark.parametrize('where', ['folder', 'hub'])
+def test_ready_files_are_taken_as_they_are(where, take_shards, capsys, monkeypatch):
+    import huggingface_hub
+    wanted = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda source, repo_type, allow_patterns:
+                        wanted.extend(allow_patterns) or str(take_shards.held))
+    for _ in range(2):
+        take_shards('--shards=2', **({'source': 'me/shards'} if where == 'hub' else {}))
+    names = ['fineweb_train_000001.bin', 'fineweb_train_000002.bin', 'fineweb_val_000000.bin']
+    assert sorted(p.name for p in take_shards.folder.iterdir()) == [*names, 'prepare.py']
+    for name in names:
+        assert (take_shards.folder / name).read_bytes() == (take_shards.held / name).read_bytes()
+    assert 'train has 8,003 tokens in 2 files' in capsys.readouterr().out
+    assert len(open_split(take_shards.folder, 'train')) == 8003
+    assert wanted[:3] == (['*_val_*.bin', '*_train_000001.bin', '*_train_000002.bin'] * (where == 'hub'))
+
+
+def spoil(path, *numbers, size=None):
+    header = np.fromfile(path, dtype=np.int32, count=256)
+    header[:len(numbers)] = numbers
+    path.write_bytes(header.tobytes() + path.read_bytes()[1024:size])
+
+
+@pytest.mark.parametrize('how, words', [
+    (lambda folder: spoil(folder / 'fineweb_train_000002.bin', 20240520, 1, 100_000_000),
+     ['_000002.bin has 4,002 tokens, but 100,000,000 by its header']),
+    (lambda folder: spoil(folder / 'fineweb_val_000000.bin', size=5000), ['val_000000.bin', 'by its header']),
+    (lambda folder: spoil(folder / 'fineweb_val_000000.bin', 20240520, 2), ['20240520, 2']),
+    (lambda folder: spoil(folder / 'fineweb_train_000001.bin', 0), ['_000001.bin has no header']),
+    (lambda folder: (folder / 'fineweb_train_000001.bin').unlink(), ['_000001.bin is missing']),
+    (lambda folder: (folder / 'fineweb_val_000000.bin').unlink(), ['0 for validation']),
+    (lambda folder: (folder / 'fineweb_train_000003.bin').unlink(), ['2 training files', '--shards=3']),
+])
+def test_ready_file_whose_header_lies_is_one_line_and_nothing_is_written(how, words, take_shards):
+    how(take_shards.held)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        take_shards('--shards=3')
+    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words)
+    assert [p.name for p in take_shards.folder.iterdir()] == ['prepare.py']
+
+
+def test_ready_files_are_not_put_beside_others(take_shards):
+    (take_shards.folder / 'train.bin').write_bytes(b'ab')
+    with pytest.raises(ValueError, match='has train.bin, which is not among these files'):
+        take_shards('--shards=3')
+    assert len(list(take_shards.folder.iterdir())) == 2
+    with pytest.raises(ValueError, match='shards=-1 must be at least 0'):
+        take_shards('--shards=-1')
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='SIGKILL')

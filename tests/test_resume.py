@@ -15,6 +15,7 @@ import pytest
 import soak
 import torch
 from conftest import ROOT, TINY_ARGS, evaluations, losses
+from test_masks import ANSWERS, write_conversations
 
 from support.machine.signals import stop_signals
 from support.run import checkpoint
@@ -448,6 +449,19 @@ def test_processes_that_start_at_different_times_find_the_same_state(two_ranks, 
     assert [r.error for r in replies] == [None, None] and 'resuming at iteration 4' in replies[0].output
     assert checkpoint.load(tmp_path / 'latest.pt')['iter_num'] == 7
     assert (tmp_path / 'latest.pt.damaged1').read_bytes() == b'damaged'
+
+
+def test_two_processes_of_two_micro_steps_on_conversations_equal_one_of_one(one_rank, two_ranks, tmp_path):
+    """Where micro-batches have different numbers of targets."""
+    args = (*ANSWERS, '--dropout=0.0', f'--data_dir={write_conversations(tmp_path / "data")}')
+    whole = ('--gradient_accumulation_steps=1', '--batch_size=8')
+    replies = one_rank.train(*args, *whole, f'--out_dir={tmp_path / "one"}')
+    replies += two_ranks.train(*args, f'--out_dir={tmp_path / "two"}')
+    assert [r.error for r in replies] == [None] * 3
+    one, two = (checkpoint.load(tmp_path / name / 'latest.pt') for name in ('one', 'two'))
+    assert one['best_val_loss'] == pytest.approx(two['best_val_loss'], abs=1e-6)
+    for name, tensor in one['model'].items():
+        torch.testing.assert_close(tensor, two['model'][name], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- a second run, odd folders

@@ -31,7 +31,7 @@ def test_cpu_gets_float32_uncompiled_with_gloo(without_gpu, capsys):
     assert (run.device, run.dtype, run.compile, run.backend) == ('cpu', 'float32', False, 'gloo')
     assert (run.rank, run.world_size, run.is_master, run.device_type) == (0, 1, True, 'cpu')
     line = capsys.readouterr().out
-    assert re.fullmatch(r'device: cpu \(\d+ threads\), dtype: float32, products: (oneDNN|default), '
+    assert re.fullmatch(r'device: cpu \(\d+ threads\), dtype: float32, products: (onednn|default), '
                         r'compile: False, backend: gloo, processes: 1\n', line)
 
 
@@ -56,6 +56,7 @@ def test_cpu_is_called_a_cpu(device, capsys):
     ({'dtype': 'bf16'}, 'dtype=bf16 is not one of'),
     ({'compile': 'maybe'}, 'compile=maybe is not one of True, False, auto'),
     ({'device': 'tpu'}, 'device=tpu is not on this machine'),
+    ({'device': 'gpu'}, r'device=gpu is not on this machine, .*; GPUs are called cuda \(NVIDIA, AMD\)'),
     ({'device': 'cpu:7'}, 'device=cpu:7 is not on this machine'),
     ({'device': ''}, 'device= is not on this machine'),
     ({'device': 'cpu:'}, 'device=cpu: is not on this machine'),

@@ -76,7 +76,7 @@ def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
         windows = 32, 2, n_batches
         losses = {split: mean_loss(model, run, tokens, *windows) for split, tokens in data.items()}
         found, nats, n_bytes = BitsPerByte(run, tokenizer, data, *windows)(losses), 0, 0
-        for starts in eval_windows(len(data['val']), *windows):
+        for starts in eval_windows(data['val'], *windows):
             for x, y in zip(*read_windows(data['val'], starts, 32)):
                 x, y = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
                 with torch.no_grad():

@@ -130,7 +130,7 @@ def test_negative_seed_is_a_seed_too():
 def test_whole_split_has_every_target_exactly_once(n_tokens, block_size, batch_size):
     tokens = np.arange(n_tokens, dtype=np.uint16)
     targets = []
-    for starts in eval_windows(n_tokens, block_size, batch_size, 0):
+    for starts in eval_windows(range(n_tokens), block_size, batch_size, 0):
         assert starts.shape == (batch_size,)
         x, y = read_windows(tokens, starts, block_size)
         assert (x + 1 == y)[y >= 0].all()
@@ -141,11 +141,11 @@ def test_whole_split_has_every_target_exactly_once(n_tokens, block_size, batch_s
 @settings(deadline=None, max_examples=200)
 @given(st.integers(2, 2000), st.integers(1, 40), st.integers(1, 7), st.integers(1, 9))
 def test_eval_windows_are_distinct_and_spread_evenly(n_tokens, block_size, batch_size, n_batches):
-    batches = eval_windows(n_tokens, block_size, batch_size, n_batches)
-    np.testing.assert_array_equal(batches, eval_windows(n_tokens, block_size, batch_size, n_batches))
+    batches = eval_windows(range(n_tokens), block_size, batch_size, n_batches)
+    np.testing.assert_array_equal(batches, eval_windows(range(n_tokens), block_size, batch_size, n_batches))
     n_windows = -(-(n_tokens - 1) // block_size)
     if n_batches * batch_size >= n_windows:
-        np.testing.assert_array_equal(batches, eval_windows(n_tokens, block_size, batch_size, 0))
+        np.testing.assert_array_equal(batches, eval_windows(range(n_tokens), block_size, batch_size, 0))
         return
     assert batches.shape == (n_batches, batch_size) and batches.dtype == np.int64
     starts = np.append(batches, n_windows * block_size)
@@ -154,7 +154,7 @@ def test_eval_windows_are_distinct_and_spread_evenly(n_tokens, block_size, batch
 
 
 def test_eval_windows_of_a_long_split_do_not_overflow():
-    starts = eval_windows(9_035_582_198, 1024, 12, 200)
+    starts = eval_windows(range(9_035_582_198), 1024, 12, 200)
     assert starts.shape == (200, 12) and starts[0, 0] == 0
     assert 9_035_582_198 * 0.999 < starts[-1, -1] < 9_035_582_198 - 1024
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_ARGS, evaluations, losses
 
+import support.text.dataset
 from model import GPT, GPTConfig
 from support.run import checkpoint
 from support.text.prepare import write_text_dataset, write_tokens
@@ -20,7 +22,7 @@ from support.text.prepare import write_text_dataset, write_tokens
 LINES = [
     r'^tokens per iteration will be: 64$',
     r'^found vocab_size = \d+ \(inside .*meta\.pkl\)$',
-    r'^number of parameters: \d+\.\d\dM$',
+    r'^number of parameters: \d+\.\d\dM(, |$)',
     r'^num decayed parameter tensors: 10, with [\d,]+ parameters$',
     r'^num non-decayed parameter tensors: 5, with 160 parameters$',
     r'^step 0: train loss \d\.\d{4}, val loss \d\.\d{4}, train \d\.\d{4} bits/byte, val \d\.\d{4} bits/byte$',
@@ -364,6 +366,49 @@ def test_a_run_is_not_resumed_on_data_of_another_tokenizer(train, tmp_path, char
     (tmp_path / 'bpe/dataset.json').unlink()
     with pytest.raises(ValueError, match='another tokenizer'):
         train('--init_from=resume', data_dir=tmp_path / 'bpe')
+
+
+def test_settings_that_the_checkpoint_overrules_are_told_in_one_line(train):
+    train('--max_iters=2')
+    log = train('--max_iters=3', '--init_from=auto', '--n_layer=6', '--bias=True', '--n_kv_head=2')['log']
+    assert '\nas in the checkpoint: n_layer=2 (not 6), bias=False (not True)\n' in log  # 2 of 2 heads are all
+    assert 'as in the checkpoint' not in train('--max_iters=4', '--init_from=auto', '--dropout=0.1')['log']
+
+
+def test_run_stopped_before_its_first_model_can_be_fine_tuned_and_evaluated(train, tmp_path):
+    train('--max_iters=2')
+    (tmp_path / 'out/ckpt.pt').unlink()
+    for args in (['--init_from=finetune', f'--finetune_from={tmp_path / "out"}'],
+                 ['--init_from=resume', '--eval_only', f'--out_dir={tmp_path / "out"}']):
+        log = train('--max_iters=0', *args, out_dir=tmp_path / 'other')['log']
+        assert f'taking {tmp_path / "out/latest.pt"}, the state of iteration 3' in log
+
+
+def test_run_named_as_a_gpt2_is_refused_with_the_ways_to_go_on_from_it(train, tmp_path):
+    train('--max_iters=0')
+    with pytest.raises(ValueError, match='--init_from=finetune --finetune_from=.*out .*--init_from=resume'):
+        train(f'--init_from={tmp_path / "out"}', out_dir=tmp_path / 'other')
+
+
+def test_dataset_is_looked_for_in_the_repository_too(train, char_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(support.text.dataset, 'ROOT', tmp_path / 'repository')
+    shutil.copytree(char_data, tmp_path / 'repository/data/words')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    there = f'there is no {os.path.join("data", "words")} here: using {tmp_path / "repository/data/words"}'
+    script = train('--max_iters=0', '--dataset=words', data_dir='')
+    assert script['log'].count(there) == 1 and script['folder'] == str(tmp_path / 'repository/data/words')
+    shutil.copytree(char_data, tmp_path / 'elsewhere/data/words')
+    assert train('--max_iters=0', '--dataset=words', data_dir='')['folder'] == os.path.join('data', 'words')
+
+
+def test_run_without_settings_names_small_data_first(train, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(support.text.dataset, 'ROOT', tmp_path)
+    with pytest.raises(FileNotFoundError, match='^to begin small, .*train_shakespeare_char_cpu.py; .*90 GB'):
+        train(data_dir='')
+    with pytest.raises(FileNotFoundError, match='^data.words.train.bin is missing'):
+        train('--dataset=words', data_dir='')
 
 
 def test_no_gradient_scaler_on_a_cpu(train):

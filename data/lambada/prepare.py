@@ -12,12 +12,13 @@ text file of a local source is one document.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'cimec/lambada'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 name = ''  # the dataset's folder in data/; empty: lambada
 text_column = 'text'
 tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
@@ -28,4 +29,4 @@ val_fraction = 0.0005  # of the documents, where the source has no validation sp
 
 configure(globals())
 prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction)
+               tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)

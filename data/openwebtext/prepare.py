@@ -11,13 +11,14 @@ another folder, data/openwebtext-10k or data/mine.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.text.prepare import dataset_folder, name_after, prepare_corpus
 
 OPENWEBTEXT = 'Skylion007/openwebtext'
 source = OPENWEBTEXT  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 name = ''  # the dataset's folder in data/; empty: openwebtext, or one named after another source
 text_column = 'text'
 tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
@@ -30,4 +31,4 @@ configure(globals())
 if not name and source != OPENWEBTEXT:
     name = name_after(source)
 prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, tokenizer=tokenizer,
-               vocab_size=vocab_size, val_fraction=val_fraction)
+               vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)

@@ -11,12 +11,13 @@ with files named train... and valid... .
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'ptb-text-only/ptb_text_only'  # a Hugging Face dataset, or a local folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 revision = 'refs/convert/parquet'  # on the hub, as `datasets` no longer runs scripts; empty: main
 name = ''  # the dataset's folder in data/; empty: ptb
 text_column = 'sentence'
@@ -31,4 +32,5 @@ def whole(sentences):
 
 configure(globals())
 prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, own_splits=True, regroup=whole,
-               rows_are_lines=True, revision=revision or None, tokenizer=tokenizer, vocab_size=vocab_size)
+               rows_are_lines=True, revision=revision or None, tokenizer=tokenizer, vocab_size=vocab_size,
+               subset=subset)

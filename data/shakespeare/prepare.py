@@ -8,7 +8,7 @@ Writes 301,966 tokens to train.bin and 36,059 to val.bin.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

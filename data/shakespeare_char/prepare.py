@@ -8,7 +8,7 @@ Writes 1,003,854 tokens to train.bin and 111,540 to val.bin, with a vocabulary o
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ validation. Another Python version gives another text.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import sysconfig
 from pathlib import Path

@@ -12,7 +12,7 @@ many gigabytes use `data/openwebtext/prepare.py --source=FOLDER`.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.text.prepare import dataset_folder, write_text_dataset

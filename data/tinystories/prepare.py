@@ -11,12 +11,13 @@ train... and valid... . In text files, lines of <|endoftext|> separate the stori
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.text.prepare import dataset_folder, prepare_corpus
 
 source = 'roneneldan/TinyStories'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
+subset = ''  # a configuration of the dataset on the hub, if it has several
 name = ''  # the dataset's folder in data/; empty: tinystories
 text_column = 'text'
 tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
@@ -40,4 +41,5 @@ def stories(lines):
 
 configure(globals())
 prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               regroup=stories, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction)
+               regroup=stories, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
+               subset=subset)

@@ -11,7 +11,7 @@ val.bin; the test split is left for testing.
 """
 
 import sys
-sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import re
 from configurator import configure
@@ -43,5 +43,5 @@ def articles(lines):
 
 configure(globals())
 prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               regroup=articles, rows_are_lines=True, name=subset or None, tokenizer=tokenizer,
+               regroup=articles, rows_are_lines=True, subset=subset, tokenizer=tokenizer,
                vocab_size=vocab_size, val_fraction=val_fraction)

@@ -1,22 +1,36 @@
-"""Standard output: lines of the first process only; on a terminal some are live or have a style."""
+"""Standard output and errors: lines of the first process only, some of them live; an error is one line."""
 
+import atexit
 import contextlib
+import linecache
 import os
 import shutil
 import sys
+import traceback
+from pathlib import Path
 
-STYLES = {'bold': 1, 'cyan': 36}  # codes of ECMA-48, "select graphic rendition"
+import support
+
+STYLES = {'bold': '1', 'cyan': '36', 'bold red': '1;31'}  # codes of ECMA-48, "select graphic rendition"
+ROOT = Path(__file__).resolve().parents[2]  # the repository
 has_failed = False  # whether standard output could not be written
 line_is_live = False  # whether the next line replaces the terminal's last one
 
 
-def is_terminal():
-    """Whether standard output is a terminal that understands ECMA-48's control sequences."""
+def is_terminal(stream):
+    """Whether a stream is a terminal that understands ECMA-48's control sequences."""
     try:
-        return (sys.stdout.isatty() and os.environ.get('TERM') != 'dumb'
+        return (stream.isatty() and os.environ.get('TERM') != 'dumb'
                 and (os.name != 'nt' or 'WT_SESSION' in os.environ))
     except (AttributeError, ValueError):  # None, closed
         return False
+
+
+def styled(text, style, stream):
+    """The text in one of STYLES, or as it is: no terminal, or NO_COLOR is set."""
+    if not style or os.environ.get('NO_COLOR') or not is_terminal(stream):
+        return text
+    return f'\x1b[{STYLES[style]}m{text}\x1b[0m'
 
 
 def print0(text, live=False, style=None):
@@ -26,14 +40,12 @@ def print0(text, live=False, style=None):
     global line_is_live
     if (os.environ.get('RANK') or '0') != '0':
         return
-    if not is_terminal():
+    if not is_terminal(sys.stdout):
         write(text + '\n')
         return
     if live:
         text = text[:shutil.get_terminal_size().columns - 1]
-    if style and not os.environ.get('NO_COLOR'):
-        text = f'\x1b[{STYLES[style]}m{text}\x1b[0m'
-    write('\r\x1b[K' * line_is_live + text + ('' if live else '\n'))
+    write('\r\x1b[K' * line_is_live + styled(text, style, sys.stdout) + ('' if live else '\n'))
     line_is_live = live
 
 
@@ -63,3 +75,53 @@ def flush():
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
+
+
+def prepare_streams():
+    """Make a script's streams UTF-8, its errors one line, and its end silent where nobody reads any more."""
+    sys.excepthook = show_error
+    atexit.register(flush_or_drop)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # redirected output on Windows can't encode most of Unicode
+            stream.reconfigure(encoding='utf-8', errors='backslashreplace')
+
+
+def flush_or_drop():
+    """At exit: what can't be written any more is dropped without a word."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # broken, closed, None
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def is_broken(stream):
+    """Whether nobody reads a stream any more, as where `| head` has ended."""
+    try:
+        print(file=stream, flush=True)  # what could not be written is no longer in the buffer
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):
+        return False
+    return False
+
+
+def show_error(kind, error, trace):
+    """sys.excepthook: what this repository raises on purpose is one line, the output's last; all else keeps
+    its traceback."""
+    if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
+        return
+    keep_line()
+    flush()
+    last = traceback.extract_tb(trace)[-1] if trace else None
+    path = Path(last.filename).resolve() if last else Path()
+    is_ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
+    is_raised = last and linecache.getline(last.filename, last.lineno).strip().startswith('raise ')
+    if is_ours and is_raised and issubclass(
+            kind, (ValueError, FileNotFoundError, FloatingPointError, MemoryError)):
+        print(styled(f'{kind.__name__}: {error}', 'bold red', sys.stderr), file=sys.stderr)
+    elif is_ours:
+        support.show_missing(kind, error, trace)
+    else:
+        sys.__excepthook__(kind, error, trace)

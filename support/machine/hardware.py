@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+kept_products = ''  # see keep_products
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -54,17 +55,36 @@ def device_name(device):
     return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
 
 
-def peak_flops(device, dtype):
-    """FLOP/s that the device can reach: looked up for a known GPU, measured with a matrix product elsewhere.
+def data_sheet_flops(device, dtype):
+    """FLOP/s of a known GPU by its data sheet, else None.
 
     The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that rate on data
-    centre GPUs and at other shares of it elsewhere, so that is measured too.
+    centre GPUs and at other shares of it elsewhere.
     """
     kinds = []
     if device.startswith('cuda') and dtype != 'float32':
         name = torch.cuda.get_device_name(device)
         kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
-    return GPUS[max(kinds, key=len)].flops if kinds else measure_matmul(device, dtype, 4096)
+    return GPUS[max(kinds, key=len)].flops if kinds else None
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can reach: by its data sheet, else measured with a matrix product."""
+    return data_sheet_flops(device, dtype) or measure_matmul(device, dtype, 4096)
+
+
+class Peak:
+    """The FLOP/s of which the MFU is a share: given, looked up, or measured, which a busy machine makes too
+    low. What a run reaches is possible, so it raises the peak; a given one stays as it is."""
+
+    def __init__(self, device, dtype, given=0.0):
+        self.flops, self.is_given = given or peak_flops(device, dtype), bool(given)
+
+    def percent(self, flops):
+        """The share that `flops` a second are, in percent."""
+        if not self.is_given:
+            self.flops = max(self.flops, flops)
+        return 100 * flops / self.flops
 
 
 def synchronize(device_type):
@@ -109,28 +129,44 @@ class OneDNN:
         torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
 
 
-@functools.cache
 def prefers_onednn():
-    """Whether oneDNN multiplies float32 matrices faster here than the default library, and as exactly;
-    measured within milliseconds. FLOAT32_PRODUCTS=onednn or default overrules the choice."""
-    wanted = os.environ.get('FLOAT32_PRODUCTS', '')
+    """Whether float32 products on a CPU are oneDNN's: where they are exact and faster, or as `keep_products`
+    or, before it, FLOAT32_PRODUCTS=onednn or default in the environment says."""
+    wanted = os.environ.get('FLOAT32_PRODUCTS') or kept_products
     if wanted not in ('', 'onednn', 'default'):
         raise ValueError(f'FLOAT32_PRODUCTS={wanted} is not one of onednn, default')
-    if wanted == 'default' or not torch.backends.mkldnn.is_available():
-        return False
-    x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (768, 512))  # a small GPT's layer
+    is_exact, is_faster = measure_onednn()
+    return is_exact and (is_faster or wanted == 'onednn') and wanted != 'default'
+
+
+def products():
+    return 'onednn' if prefers_onednn() else 'default'
+
+
+def keep_products(library):
+    """Multiply by 'onednn' or 'default', as an earlier part of a run did or its first process does, for
+    libraries round differently. Empty: by the faster one of this process."""
+    global kept_products
+    kept_products = library
+
+
+@functools.cache
+def measure_onednn():
+    """Whether oneDNN multiplies float32 matrices as exactly as the default library, and whether faster, on a
+    small GPT's layer; a matter of milliseconds."""
+    if not torch.backends.mkldnn.is_available():
+        return False, False
+    x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (768, 512))
     exact = x.double() @ w.double().T
     contexts, errors, times = (nullcontext(), OneDNN()), [], [math.inf, math.inf]
     for context in contexts:
         with context:
             errors.append((x @ w.T - exact).abs().max().item())
-    if errors[1] > 4 * errors[0] or wanted == 'onednn':
-        return errors[1] <= 4 * errors[0]
     for _ in range(8):  # in turn, so that a busy machine slows both alike
         for i, context in enumerate(contexts):
             with context:
                 times[i] = min(times[i], best_time(lambda: x @ w.T, 'cpu', repeats=3))
-    return times[1] < 0.9 * times[0]
+    return errors[1] <= 4 * errors[0], times[1] < 0.9 * times[0]
 
 
 def measure_bandwidth(device):

@@ -73,7 +73,7 @@ STAND_INS = [
 ]
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # Python's own: the one in C makes room for any memo index
 
     def find_class(self, module, name):
         for stand_in, allowed in STAND_INS:

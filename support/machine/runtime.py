@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from support.machine.console import flush, print0
-from support.machine.hardware import DTYPES, device_name, prefers_onednn, synchronize
+from support.machine.hardware import DTYPES, device_name, keep_products, products, synchronize
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,12 @@ class Runtime:
             torch.set_float32_matmul_precision('high')
         if self.device_type == 'cpu':
             keep_freed_memory()
+            keep_products('')
+            keep_products(self.broadcast(products()) if self.world_size > 1 else '')
         torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
         on_cpu = self.device_type == 'cpu' and self.dtype == 'float32'
-        products = f'products: {"oneDNN" if prefers_onednn() else "default"}, ' if on_cpu else ''
-        print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, {products}compile: '
+        library = f'products: {products()}, ' if on_cpu else ''
+        print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, {library}compile: '
                f'{self.compile}, backend: {self.backend}, processes: {self.world_size}')
 
     def stop(self):
@@ -250,7 +252,8 @@ def check_device(device):
     index = device.partition(':')[2] if ':' in device else '0'
     if kind not in count or not index.isdigit() or int(index) >= count[kind]:
         here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
-        raise ValueError(f'device={device} is not on this machine, which has: {here}')
+        names = '' if kind in count else '; GPUs are called cuda (NVIDIA, AMD) or mps (Apple)'
+        raise ValueError(f'device={device} is not on this machine, which has: {here}{names}')
     return kind
 
 

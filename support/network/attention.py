@@ -20,16 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 def attention(config):
     """The function (q, k, v, dropout, bias) -> y of config.attn_type."""
-    kind, parameter = find(config.attn_type)
+    kind, parameter = find_type(config.attn_type)
     return ATTN_TYPES[kind][1](config, parameter)
 
 
 def canonical_attn_type(name):
     """The name as it is stored, from any case: GK, GKpoly-8, PA_relu. ValueError for an unknown one."""
-    return ''.join(find(name))
+    return ''.join(find_type(name))
 
 
-def find(name):
+def find_type(name):
     """A key of ATTN_TYPES, and the parameter that follows it in the name."""
     for kind, (parameters, _) in ATTN_TYPES.items():
         parameter = name.lower().removeprefix(kind.lower())

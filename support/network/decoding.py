@@ -37,7 +37,7 @@ class StaticCache(KVCache):
         return self.at, self.n_positions
 
     def append(self, layer, k, v):
-        """k, v: (B, nh, 1, hs) -> keys and values, (B, nh, n_positions, hs), and the mask of those so far."""
+        """k, v: (B, nh, 1, hs) -> keys, values, (B, nh, n_positions, hs), and the mask of the filled ones."""
         keys, values = (t.index_copy_(2, self.at, new) for t, new in zip(self.kv[layer], (k, v)))
         return keys, values, self.mask
 
@@ -85,46 +85,55 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
     Keys and values of past tokens are cached while the text fits into block_size. Past it the window slides
     and every position changes, so each token costs a whole window. The weights must not change meanwhile.
     """
-    end, block_size = idx.shape[1] + max_new_tokens, model.config.block_size
-    first = idx.shape[1] if lengths is None else int(lengths.min())  # the first position to fill
-    out = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)  # (B n_samples, end)
-    given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]  # (B n_samples, 1)
-    keys = noise_keys(seeds, *out.shape).to(idx.device)  # (B n_samples, end)
-    at = torch.tensor([first], device=idx.device)  # to fill; a graph freezes plain numbers
-    cache = KVCache(min(block_size, end)) if first < block_size else None
+    block_size, rows = model.config.block_size, Rows(idx, max_new_tokens, n_samples, lengths, seeds)
+    cache = KVCache(min(block_size, rows.end)) if rows.first < block_size else None
     recording = cache is not None and can_record(model, idx.device)
-
-    def fill(logits):
-        """Draw each row's token of position `at`. logits: (B n_samples, 1, V)"""
-        logits = penalize(logits[:, -1].float(), out, at, repetition_penalty)[:, :n_vocab]
-        token = draw(logits, keys.index_select(1, at), temperature, top_k, top_p, min_p)  # (B n_samples, 1)
-        if given is not None:
-            token = torch.where(at < given, out.index_select(1, at), token)
-        out.index_copy_(1, at, token)
-        at.add_(1)
+    fill = partial(rows.fill, n_vocab=n_vocab, penalty=repetition_penalty, temperature=temperature,
+                   top_k=top_k, top_p=top_p, min_p=min_p)
 
     def step():
         """One more position, from the cache."""
-        last = at - 1
+        last = rows.at - 1
         if recording:
             cache.at = last
-        fill(model(out.index_select(1, last), cache=cache)[0])
+        fill(model(rows.ids.index_select(1, last), cache=cache)[0])
 
-    with fast_linears(model, len(out)), folded_queries(model) if recording else nullcontext():
-        for t in range(first, end):
-            if t == first:  # the prompt, once for all its samples
+    with fast_linears(model, len(rows.ids)), folded_queries(model) if recording else nullcontext():
+        for t in range(rows.first, rows.end):
+            if t == rows.first:  # the prompt, once for all its samples
                 logits, _ = model(idx[:, max(0, t - block_size):t], cache=cache)
                 if cache is not None:
                     repeat_rows(cache, n_samples)
-                    cache = StaticCache(cache, at) if recording else cache
+                    cache = StaticCache(cache, rows.at) if recording else cache
                 fill(logits.repeat_interleave(n_samples, dim=0))
             elif cache is not None and t <= block_size:
-                if recording and t == first + N_EAGER:
+                if recording and t == rows.first + N_EAGER:
                     step = record(step)
                 step()
             else:
-                fill(model(out[:, t - block_size:t])[0])
-            yield out[:, t:t + 1]
+                fill(model(rows.ids[:, t - block_size:t])[0])
+            yield rows.ids[:, t:t + 1]
+
+
+class Rows:
+    """Token ids, (B n_samples, end), filled one position at a time. The arguments are stream's."""
+
+    def __init__(self, idx, max_new_tokens, n_samples, lengths, seeds):
+        self.ids = F.pad(idx, (0, max_new_tokens)).repeat_interleave(n_samples, dim=0)
+        self.first = idx.shape[1] if lengths is None else int(lengths.min())  # the first position to fill
+        self.end = self.ids.shape[1]
+        self.given = None if lengths is None else lengths.repeat_interleave(n_samples)[:, None]
+        self.keys = noise_keys(seeds, *self.ids.shape).to(idx.device)  # (B n_samples, end)
+        self.at = torch.tensor([self.first], device=idx.device)  # to fill; a graph freezes plain numbers
+
+    def fill(self, logits, n_vocab, penalty, **options):
+        """Draw each row's token of position `at`. logits: (B n_samples, 1, V); options: draw_token's."""
+        logits = penalize(logits[:, -1].float(), self.ids, self.at, penalty)[:, :n_vocab]
+        token = draw_token(logits, self.keys.index_select(1, self.at), **options)  # (B n_samples, 1)
+        if self.given is not None:
+            token = torch.where(self.at < self.given, self.ids.index_select(1, self.at), token)
+        self.ids.index_copy_(1, self.at, token)
+        self.at.add_(1)
 
 
 def can_record(model, device):
@@ -168,7 +177,7 @@ def attend_folded(attend, q, k, v, dropout=0.0, bias=None):
     return y.flatten(1, 2)[:, :, None]
 
 
-def draw(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+def draw_token(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """Token ids (B, 1), drawn from softmax(logits / temperature) over the likeliest. logits: (B, V), keys:
     (B, 1), each of which decides its row's draw.
 
@@ -186,9 +195,9 @@ def draw(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
 def keep_likeliest(logits, top_k=None, top_p=1.0, min_p=0.0):
     """logits: (B, V) -> those to draw from and their ids, (B, K) each, -inf for what is left out.
 
-    top_k: only the k likeliest. top_p: of these, the fewest that together have probability top_p (Holtzman
-    et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1). min_p: of these, the ones at
-    least min_p times as likely as the likeliest (Nguyen et al. 2024, "Turning Up the Heat").
+    top_k keeps the k likeliest; top_p then the fewest whose probabilities add up to top_p (Holtzman et al.
+    2020, "The Curious Case of Neural Text Degeneration", section 3.1); min_p then those at least min_p times
+    as likely as the likeliest (Nguyen et al. 2024, "Turning Up the Heat").
     """
     V = logits.shape[-1]
     if top_k is None and top_p == 1:
@@ -245,13 +254,14 @@ class Text:
     `ended` is None, then 'stop' after a stop string, or 'length' after max_new_tokens.
     """
 
-    def __init__(self, prompt, max_new_tokens, stop=()):
-        """prompt: the prompt's bytes. stop: strings that end the text, and aren't shown."""
+    def __init__(self, prompt, max_new_tokens, stop=(), hidden=False):
+        """prompt: the prompt's bytes; hidden: it isn't shown. stop: strings that end the text, and aren't
+        shown."""
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         self.text = self.decoder.decode(prompt)
         self.start = len(self.text)  # where the continuation begins
         self.stop, self.max_new_tokens = stop, max_new_tokens
-        self.n_tokens = self.taken = 0
+        self.n_tokens, self.taken = 0, self.start if hidden else 0
         self.ended = None if max_new_tokens else 'length'
 
     def add(self, token):

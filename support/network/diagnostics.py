@@ -5,7 +5,7 @@ Numbers that blow up, and what goes on inside a network while it trains.
     optimizer.step()                            # skipped by the optimizer itself if they aren't finite
     guard.stop_if_not_finite(iter_num, where)   # now and then: it waits for the device
 
-    record = measure(model, run, x)             # at an evaluation, before the update
+    record = measure_vitals(model, run, x)             # at an evaluation, before the update
     with watch_update(model, record):           # needs the memory of a copy of the blocks' weights
         optimizer.step()
 
@@ -13,7 +13,7 @@ A record has tensors on the device, with a number for each layer:
     activation_rms    root mean square of the residual stream after the block
     attention_logit   the largest |q . k| / sqrt(hs), for Gaussian kernels |q - k|^2 / (2 sqrt(hs)), of a
                       position with itself or one before it
-    out_of_range      GKpoly-n only: how many of these exceed 2^n, where its polynomial rises again
+    out_of_range      GKpoly-n only: how many of them exceed 2^n, where its polynomial rises again
     update_ratio      root mean square of an update over that of the weights before it, for the block's
                       trained matrices
 """
@@ -91,7 +91,7 @@ class AttentionProbe:
 
 
 @torch.no_grad()
-def measure(model, run, x, check=None):
+def measure_vitals(model, run, x, check=None):
     """A record without update_ratio, from one forward pass of x, an array (B, T), as in an evaluation.
     check: called after each block; it may raise an exception, but not where the model is sharded."""
     blocks, rms = model.transformer.h, []

@@ -40,7 +40,7 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     was_training = model.training
     model.eval()
     losses, counts = [torch.zeros((), device=run.device)], [0]
-    batches = eval_windows(len(tokens), block_size, batch_size, n_batches)
+    batches = eval_windows(tokens, block_size, batch_size, n_batches)
     # pad with batches without targets: a sharded model needs all processes for each forward pass
     batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
     try:
@@ -62,7 +62,7 @@ def count_targets(run, tokens, token_bytes, block_size, batch_size, n_batches=0)
     """Number of targets in the windows that `mean_loss` reads, and of the bytes of their text. token_bytes:
     (n_vocab,) int64; an id beyond it has no text."""
     n_targets, n_bytes, token_bytes = 0, 0, np.pad(token_bytes, (0, max(0, 65536 - len(token_bytes))))
-    for starts in eval_windows(len(tokens), block_size, batch_size, n_batches)[run.rank::run.world_size]:
+    for starts in eval_windows(tokens, block_size, batch_size, n_batches)[run.rank::run.world_size]:
         _, y = read_windows(tokens, starts, block_size)
         n_targets, n_bytes = n_targets + int((y >= 0).sum()), n_bytes + int(token_bytes[y[y >= 0]].sum())
     return run.sum(n_targets, n_bytes)

@@ -191,7 +191,29 @@ def newest(out_dir):
     return path, states.get(path), damaged
 
 
-def find(out_dir, run, must_exist, dry_run=False):
+def load_trained(out_dir):
+    """path, state: ckpt.pt, the model to sample from; where that is missing, the newest state to resume from,
+    which is told. Raises what `load` does."""
+    path = Path(out_dir, 'ckpt.pt')
+    if not path.is_file():
+        found, state, damaged = newest(out_dir)
+        if found:
+            print0(f'{path} is missing: taking {found}, the state of iteration {state["iter_num"]}')
+            return found, state
+        if damaged:
+            raise next(iter(damaged.values()))
+        if (earlier := Path(out_dir, 'earlier')).is_dir():
+            raise FileNotFoundError(f'{path} is missing; the run before has its own: --out_dir={earlier}')
+    return path, load(path)
+
+
+def run_folder(path):
+    """The folder of the run that a path names, as such or by one of its states; None if it isn't one."""
+    folder = Path(path).parent if Path(path).name in RESUMABLE else Path(path)
+    return folder if any(Path(folder, name).is_file() for name in RESUMABLE) else None
+
+
+def load_newest(out_dir, run, must_exist, dry_run=False):
     """The state to resume from, the same on all processes; if there is none, None or, with `must_exist`, an
     error. Damaged files are reported and, except in a dry run, renamed, so that nothing overwrites them."""
     path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from support.machine.console import print0
 from support.machine.files import lock, reason_of, unlock
 from support.run.checkpoint import RESUMABLE
 
@@ -54,8 +55,8 @@ def release(out_dir):
 
 def move_earlier_run(out_dir):
     """Move an earlier run's checkpoints and log to `out_dir`/earlier, in place of the run that is there.
-    Returns that folder, or None if there are no checkpoints. A kill in between loses nothing: the next run
-    begins with `undo_half_move`."""
+    Tells and returns that folder, or returns None if there are no checkpoints. A kill in between loses
+    nothing: the next run begins with `undo_half_move`."""
     found = [Path(out_dir, name) for name in FILES if Path(out_dir, name).is_file()]
     if not any(path.name in RESUMABLE for path in found):
         return None
@@ -67,6 +68,7 @@ def move_earlier_run(out_dir):
         earlier.rename(replaced)
     moving.rename(earlier)  # from here on the move is done
     shutil.rmtree(replaced, ignore_errors=True)
+    print0(f'{out_dir} holds an earlier run: its checkpoints are in {earlier} now')
     return earlier
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
 from support.network.loss import chunk_of, use_lean_loss
 from support.network.matmul import use_fast_products
+from support.run.state import config_from_settings
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
@@ -33,7 +34,6 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, par
     processes. Counts and sizes are exact, but memory is an estimate.
     """
     c = model.config
-    n_params = model.get_num_params(non_embedding=False)
     to_see = sequences * c.block_size
     micro_steps = -(-sequences // (max(1, iterations) * batch_size * run.world_size))
     setup = Setup(run.world_size, batch_size, micro_steps, parallel == 'fsdp', activation_checkpointing,
@@ -43,8 +43,8 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, par
     disk, free = 4 * checkpoint_bytes(model), free_disk(out_dir)  # three files, and one being written
     rows = {
         'data': f'{tokens["train"]:,} tokens to train on, {tokens["val"]:,} to validate',
-        'model': f'{n_params:,} parameters: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size '
-                 f'{c.block_size}, vocabulary {c.vocab_size:,}',
+        'model': f'{c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size {c.block_size}, vocabulary '
+                 f'{c.vocab_size:,}',
         'run': f'{iterations:,} iterations of {to_see // max(1, iterations):,} tokens: {to_see:,} tokens, '
                f'{to_see / tokens["train"]:.2f} epochs, {model.estimate_mfu(sequences, 1.0, 1.0):.1e} FLOPs',
         'memory': f'about {size(memory)}' + (f' of {size(there)} on {run.device}' if there else '')
@@ -56,6 +56,15 @@ def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, par
     if (speedup := bfloat16_speedup(c, run, batch_size, parallel)) >= 1.5:
         rows['dtype'] = f'--dtype=bfloat16 would be about {speedup:.1f} times as fast on this machine'
     return '\n'.join(f'{name:8}{text}' for name, text in rows.items())
+
+
+def parameters_in_words(model):
+    """'number of parameters: 10.65M, without the 98,304 of positions', which are only looked up"""
+    t = model.transformer
+    tables = {'positions': t.wpe, 'n-grams': t.wne, 'tokens': None if model.config.tie_weights else t.wte}
+    found = [f'the {table.weight.numel():,} of {name}' for name, table in tables.items() if table is not None]
+    counted = f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
+    return f'{counted}, without {" and ".join(found)}' if found else counted
 
 
 def bfloat16_speedup(config, run, batch_size, parallel='ddp'):
@@ -184,15 +193,9 @@ STRATEGIES = {
 def scale_of(config):
     """`scale` for the settings of train.py."""
     with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **architecture_of(config)))
+        model = GPT(config_from_settings(config, PADDED_GPT2_VOCAB))
     sequences = config['gradient_accumulation_steps'] * config['batch_size']
     return scale(model, config['plan_gpus'], config['plan_gpu'], sequences, config['max_iters'] + 1)
-
-
-def architecture_of(config):
-    """The settings of train.py that are fields of GPTConfig."""
-    names = [f.name for f in dataclasses.fields(GPTConfig)]
-    return {k: config[k] for k in names if config.get(k, 'auto') != 'auto'}
 
 
 def scale(model, n_gpus, gpu, sequences, iterations):

@@ -12,7 +12,8 @@ import re
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 
-from configurator import convert, nearest, parse
+from support.machine.settings import convert, nearest, parse
+from support.text.chat import render
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,43 @@ class Sampling:
 TYPES = {f.name: typing.get_args(f.type) or (f.type,) for f in fields(Sampling)}
 
 
-def interact(sampling, continue_text):
-    """Ask for prompts until the input ends.
+class Dialogue:
+    """A conversation with a model. Its prompts leave room for an answer of max_new_tokens, but for no more
+    than half of block_size: when it is full, the oldest questions go, with their answers."""
+
+    def __init__(self, template, encode, block_size):
+        self.template, self.encode, self.block_size = template, encode, block_size
+        self.system, self.messages = '', []
+
+    def ask(self, text, max_new_tokens):
+        """The prompt to a message of the user's."""
+        room = self.block_size - min(max_new_tokens, self.block_size // 2)
+        asked = [*self.messages, {'role': 'user', 'content': text}]
+        first = [{'role': 'system', 'content': self.system}] if self.system else []
+        while len(self.encode(prompt := render(first + asked, self.template, is_question=True))) > room:
+            later = [i for i, m in enumerate(asked) if m['role'] == 'user' and i > 0]
+            if not later:
+                break
+            asked = asked[later[0]:]
+        self.asked = asked
+        return prompt
+
+    def obeys(self, line):
+        """Whether a line is nothing or a command to the dialogue: /new, or /system with an instruction."""
+        if line == '/new' or re.match(r'/system\b', line):
+            self.messages = []
+            self.system = self.system if line == '/new' else line.removeprefix('/system').strip()
+        elif line:
+            return False
+        return True
+
+    def hear(self, answer):
+        """Keep the answer to the last question."""
+        self.messages = [*self.asked, {'role': 'assistant', 'content': answer}]
+
+
+def interact(sampling, continue_text, dialogue=None):
+    """Ask for prompts until the input ends, or for messages of a dialogue.
 
     continue_text(prompt, sampling) yields (piece, None), and with the last piece (piece, sample as a dict).
     """
@@ -65,17 +101,22 @@ def interact(sampling, continue_text):
     while True:
         try:
             line = input('> ')
-            if line == '/quit':
+            if line.strip() == '/quit':
                 return
+            if dialogue and dialogue.obeys(line.strip()):
+                continue
             if line.startswith('/'):
                 sampling, reply = obey(line, sampling)
                 print(reply)
                 continue
-            for piece, sample in continue_text(line, sampling):  # noqa: B007, the last piece brings it
+            prompt = dialogue.ask(line, sampling.max_new_tokens) if dialogue else line
+            for piece, sample in continue_text(prompt, sampling):  # noqa: B007, the last piece brings it
                 print(piece, end='', flush=True)
             print(f'\n[seed {sample["seed"]}, {sample["tokens"]} tokens, {sample["tokens_per_s"]} tokens/s, '
                   f'ended by {sample["ended"]}]')
             sampling = replace(sampling, seed=sampling.seed + 1)
+            if dialogue:
+                dialogue.hear(sample['text'])
         except ValueError as error:
             print(error)
         except KeyboardInterrupt:
@@ -97,6 +138,7 @@ def obey(line, sampling):
             *(f'  /{name} {value}' for name, value in asdict(sampling).items()),
             'Each sample uses the next seed; to repeat one, set its seed again.',
             'An empty line continues the prompt of --start.',
+            'With --chat=True, /new begins another conversation, /system TEXT one with an instruction.',
             'Ctrl-C stops a sample, /quit or Ctrl-D quits.'])
     if name not in TYPES:
         raise ValueError(f'no command /{name}{nearest(name, [*TYPES, "help", "quit"])}; /help lists them')

@@ -7,10 +7,12 @@ from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
 from support.machine.fsdp import check_parallel
+from support.machine.hardware import keep_products, products
 from support.network.lora import check_adapters
 from support.run import checkpoint
+from support.text.dataset import find_dataset
 from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer, read_vocabulary
-from support.text.tokens import SAMPLERS, check_split
+from support.text.tokens import SAMPLERS, check_split, open_split
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
            'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
@@ -64,31 +66,53 @@ def check_ranks(config, fingerprints, run):
             raise ValueError(f'rank {rank} was started otherwise than rank 0: {", ".join(differing)}')
 
 
-def find_vocabulary(folder):
-    """tokenizer, vocab_size of a dataset's folder; tells which file names them, if one does."""
+def open_data(config):
+    """A dataset's folder, its splits as {'train': tokens, 'val': tokens}, its tokenizer and vocab_size.
+    Raises as `open_split` does; a run without settings, which asks for OpenWebText, is told of small data.
+    """
+    folder = find_dataset(config['data_dir'], config['dataset'])
+    try:
+        data = {split: open_split(folder, split) for split in ('train', 'val')}
+    except FileNotFoundError as error:
+        if config['data_dir'] or config['dataset'] != 'openwebtext':
+            raise
+        raise FileNotFoundError(
+            'to begin small, run: python data/shakespeare_char/prepare.py, then python train.py '
+            f'config/train_shakespeare_char_cpu.py; for OpenWebText, 90 GB: {error}') from None
     tokenizer, vocab_size, path = read_vocabulary(folder)
     if path:
         print0(f'found vocab_size = {vocab_size} (inside {path})')
-    return tokenizer, vocab_size
+    return folder, data, tokenizer, vocab_size
 
 
 def find_state(config, run):
     """The state that init_from names, or None, and whether the run resumes it."""
     state, init_from, out_dir = None, config['init_from'], config['out_dir']
     if init_from == 'finetune':
-        state = checkpoint.load(os.path.join(config['finetune_from'] or out_dir, 'ckpt.pt'))
+        _, state = checkpoint.load_trained(config['finetune_from'] or out_dir)
     elif config['eval_only'] and init_from == 'resume':
-        state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+        _, state = checkpoint.load_trained(out_dir)
     elif init_from in ('resume', 'auto'):
-        state = checkpoint.find(out_dir, run, must_exist=init_from == 'resume', dry_run=config['dry_run'])
+        state = checkpoint.load_newest(out_dir, run, init_from == 'resume', config['dry_run'])
+    elif folder := checkpoint.run_folder(init_from):
+        raise ValueError(f'init_from={init_from} is a run, no GPT-2: --init_from=finetune '
+                         f'--finetune_from={folder} starts from its model, --init_from=resume '
+                         f'--out_dir={folder} goes on with it')
     is_resumed = state is not None and init_from != 'finetune'
     check_adapters(config, state, is_resumed)
+    if run.device_type == 'cpu':
+        if is_resumed and (earlier := state.get('config', {}).get('products', products())) != products():
+            keep_products(earlier)
+            print0(f'float32 products: {products()}, as before the stop')
+        config['products'] = products()
     return state, is_resumed
 
 
 def check_data(config, folder, data, window, model_config, vocab_size, tokenizer, fingerprints, state,
                is_resumed):
-    """ValueError for data that the model or the run can't continue on; tells a change of attention."""
+    """ValueError for data that the model or the run can't continue on; tells which settings the checkpoint
+    overrules, and a change of attention."""
+    tell_overruled(config, model_config)
     if config['sample_interval']:
         tokenizer.decode([])  # raises an error if the tokens have no text
     if state:
@@ -104,6 +128,17 @@ def check_data(config, folder, data, window, model_config, vocab_size, tokenizer
     if is_resumed and not may_change and state.get('data', fingerprints) != fingerprints:
         raise ValueError(f'{folder} is not the data that {config["out_dir"]} was trained on: to resume on '
                          'other data, add --allow_changed_data=True')
+
+
+def tell_overruled(config, model_config):
+    """Print the settings of the architecture in whose place the model has a checkpoint's. block_size and
+    dropout may be changed, and `init` has done its work."""
+    kept = {k: v for k, v in vars(model_config).items() if k not in ('block_size', 'dropout', 'init')}
+    asked = {k: config[k] for k in kept if config.get(k, 'auto') != 'auto'}
+    for settings in (kept, asked):
+        settings['n_kv_head'] = settings['n_kv_head'] or settings['n_head']
+    if other := [f'{k}={kept[k]} (not {v})' for k, v in asked.items() if v != kept[k]]:
+        print0(f'as in the checkpoint: {", ".join(other)}')
 
 
 def check_tokenizer(init_from, folder, tokenizer, vocab_size, model_vocab_size):

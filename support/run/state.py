@@ -6,24 +6,29 @@ What a checkpoint's state holds, as a model, a tokenizer and an optimizer.
     load_optimizer(optimizer, state['optimizer'])
 """
 
-import os
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 
-from configurator import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from model import GPT, GPTConfig
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure
+from support.machine.settings import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
 from support.network.matmul import use_fast_products
 from support.network.quantize import build_int8
-from support.run.checkpoint import load
+from support.run.checkpoint import load, load_trained, run_folder
+from support.text.dataset import find_dataset
 from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, read_tokenizer, tokenizer_from
 
 MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
 BUFFERS = ({'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}, set())  # AdamW's, Muon's, before the first
+
+
+def config_from_settings(settings, vocab_size):
+    """The GPTConfig that train.py's settings describe."""
+    names = [f.name for f in fields(GPTConfig) if settings.get(f.name, 'auto') != 'auto']
+    return GPTConfig(**{k: settings[k] for k in names}, vocab_size=vocab_size)
 
 
 def model_args(config):
@@ -61,6 +66,10 @@ def checked_config(state, changes):
     if wrong := [name for name in asked | found if asked.get(name) != found.get(name)]:
         raise ValueError(f'the checkpoint\'s model_args ask for {wrong[0]} of {asked.get(wrong[0], "no")} '
                          f'numbers, it has {found.get(wrong[0], "none")}; {len(wrong)} tensors differ')
+    head, wte = weights['lm_head.weight'], weights['transformer.wte.weight']
+    if config.tie_weights and head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
+        print0('the checkpoint\'s lm_head.weight differs from its wte.weight: read with tie_weights=False')
+        config.tie_weights = False
     return config
 
 
@@ -76,7 +85,7 @@ def tokenizer_of(state):
     if 'tokenizer' in state:
         return tokenizer_from(state['tokenizer'])
     config, size = state.get('config', {}), state['model_args'].get('vocab_size', GPT2_VOCAB)
-    tokenizer = read_tokenizer(config.get('data_dir') or os.path.join('data', config.get('dataset', '')))
+    tokenizer = read_tokenizer(find_dataset(config.get('data_dir'), config.get('dataset', '')))
     if tokenizer.n_vocab > size:
         return NoTokenizer(size, 'the data folder that the checkpoint names is missing, or has no vocabulary '
                                  f'of {size}')
@@ -84,17 +93,18 @@ def tokenizer_of(state):
 
 
 def load_model(init_from, out_dir, run, weights='full'):
-    """model, tokenizer, state: of out_dir/ckpt.pt if init_from is 'resume', else of a GPT-2 by its name or
+    """model, tokenizer, state: of the run in out_dir if init_from is 'resume', else of a GPT-2 by its name or
     folder, whose state is {}. The model is on the run's device, in evaluation mode. weights: 'full', or
     'int8', which reads a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
     if init_from == 'resume':
-        path = Path(out_dir, 'ckpt.pt')
-        state = load(path)
+        path, state = load_trained(out_dir)
         if weights == 'int8':
             model = build_int8(checked_config(state, {'dropout': 0.0}), tensors_in_turn(path))
         else:
             model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
+    elif folder := run_folder(init_from):
+        raise ValueError(f'init_from={init_from} is a run, no GPT-2: --out_dir={folder} reads its model')
     else:
         state, tokenizer = {}, folder_tokenizer(init_from)
         if weights == 'int8':

@@ -7,16 +7,26 @@ The files of a dataset's folder: which make up a split, in which format, and wha
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from support.machine.console import print0
+from support.machine.console import ROOT, print0
 from support.machine.files import explain_failure
 
 AS_UINT16 = 'write it with array.astype(numpy.uint16).tofile(path)'
 say_once = functools.cache(print0)
+
+
+def find_dataset(data_dir, dataset):
+    """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the repository's."""
+    here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
+    if data_dir or not dataset or os.path.isdir(here) or not there.is_dir():
+        return data_dir or here
+    say_once(f'there is no {here} here: using {there}')
+    return str(there)
 
 
 def split_files(data_dir, split):
@@ -71,6 +81,13 @@ def width_of(tokens):
     if abs(low - high).sum() < len(tokens) / 2 and np.count_nonzero(high) > 8:  # bytes of one distribution
         return 8
     return 32 if tokens[1::2].max() < 16 <= 256 <= tokens[::2].max() else 16
+
+
+def check_length(tokens):
+    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
+    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
+        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
+                         'then resume')
 
 
 def read_info(data_dir):

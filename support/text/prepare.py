@@ -15,16 +15,15 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from support.machine.files import explain_failure, go_offline_if_cut_off, replacing
+from support.machine.files import replacing
 from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
-from support.text.reading import reason_to_leave_out, tell_files
+from support.text.documents import FORMATS, SPLIT_NAMES, has_own_splits, load_documents, tell_files_of
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 from support.text.tokens import pieces
 from support.text.writing import write_dataset, write_tokens
@@ -84,34 +83,33 @@ def name_after(source):
     return re.sub(r'[^\w.-]', '_', path.stem if path.suffix in FORMATS else path.name) or 'corpus'
 
 
-def check_cut(n, val_fraction, source):
-    """The number of a text's n characters for training. ValueError if there is nothing to split."""
+def check_cut(n, val_fraction, source, unit='characters'):
+    """How many of n characters (or other units) are for training. ValueError if there is nothing to split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
     cut = int(n * (1 - val_fraction))
     if not 0 < cut < n:
-        raise ValueError(f'{source} has {n:,} characters, too few to split')
+        raise ValueError(f'{source} has {n:,} {unit}, too few to split')
     return cut
 
 
 # ---------------------------------------------------------------------------- corpora of documents
 
-FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.raw': 'text'}
-SPLIT_NAMES = {'train': r'(?<![a-z])train', 'validation': r'(?<![a-z])(val|dev)'}  # in the paths of files
 PART = 2048  # documents
 
 
 def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_fraction=0.0005, seed=2357,
-                   own_splits=False, tokenizer='gpt2', vocab_size=4096, **how):
+                   own_splits=False, tokenizer='gpt2', vocab_size=4096, subset='', **how):
     """Encode every document of `source`, each followed by <|endoftext|>, into folder/{train,val}.bin.
 
     source: a Hugging Face dataset id, or a local parquet, jsonl or text file, or a folder with such files; a
     text file is one document. num_proc: threads, 0 for all cores. limit: use only the first documents.
     own_splits: use the source's own validation split, if it is on the hub or a folder with files named
     train... and val... or dev...; otherwise val_fraction of the shuffled documents. tokenizer: 'gpt2', 'bpe'
-    (trained on the training part, of vocab_size entries), or a tokenizer.json or a folder with one. how:
-    further arguments of `load_documents`.
+    (trained on the training part, of vocab_size entries), or a tokenizer.json or a folder with one. subset: a
+    configuration of a dataset on the hub. how: further arguments of `load_documents`.
     """
+    how |= {'name': subset} if subset else {}
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
     coder = check_tokenizer_name(tokenizer, vocab_size, ('gpt2', 'bpe'))
@@ -160,85 +158,6 @@ def trained_tokenizer(parts, documents, text_column, vocab_size):
         with replacing(path) as temporary:
             temporary.write_bytes(trained.json.encode())
     return BPETokenizer(path.read_text(encoding='utf-8'))
-
-
-def has_own_splits(source):
-    path = Path(source)
-    return not path.exists() or path.is_dir() and all(files_of(source, name) for name in SPLIT_NAMES)
-
-
-def files_of(source, split=None):
-    """Files with documents in a local source, sorted; split: only those with its name in their path."""
-    path = Path(source)
-    files = sorted(p for p in path.rglob('*') if p.is_file() and not reason_to_leave_out(
-        p.relative_to(path), FORMATS)) if path.is_dir() else [path]
-    return [f for f in files
-            if not split or re.search(SPLIT_NAMES[split], f.relative_to(path).as_posix().lower())]
-
-
-def tell_files_of(source, splits):
-    """Print how many files of a local folder are in these splits (None: in any), and why others aren't."""
-    path = Path(source)
-    if path.is_dir():
-        read = {file for split in splits for file in files_of(source, split)}
-        others = (p for p in path.rglob('*') if p.is_file() and p not in read)
-        tell_files(len(read), Counter(reason_to_leave_out(p.relative_to(path), FORMATS) or 'of another split'
-                                      for p in others))
-
-
-def format_of(source, files):
-    """The format of local files, None for a source on the hub. Raises ValueError if formats are mixed."""
-    if not Path(source).exists():
-        if Path(source).suffix in FORMATS or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', source):
-            raise ValueError(f'{source} doesn\'t exist; a dataset on the hub is named like owner/name')
-        return None
-    kinds = sorted({p.suffix for p in files})
-    if len(kinds) > 1:
-        raise ValueError(f'{source} mixes {", ".join(kinds)} files: name a file, or a folder with one kind')
-    if not kinds or kinds[0] not in FORMATS:
-        raise ValueError(f'{source} has no {", ".join(FORMATS)} files')
-    return FORMATS[kinds[0]]
-
-
-def load_documents(source, text_column, limit, split=None, regroup=None, rows_are_lines=False, **hub):
-    """The documents as a datasets.Dataset. Raises ValueError if the source can't be read or has no text.
-
-    split: 'train' or 'validation'; None takes the hub's training split, or all local files. regroup: a
-    function from lines to documents, for text files, and for a table's rows if rows_are_lines. hub: further
-    arguments of datasets.load_dataset, for sources on the hub.
-    """
-    go_offline_if_cut_off()
-    import datasets
-    files = files_of(source, split)
-    kind = format_of(source, files)
-    with explain_failure(f'can\'t load {source}; local parquet, jsonl or text files will do: --source=PATH',
-                         datasets.exceptions.DatasetGenerationError):
-        if kind:
-            how = {'sample_by': 'line' if regroup else 'document', 'keep_linebreaks': True,
-                   'encoding': 'utf-8-sig'}
-            documents = datasets.load_dataset(kind, data_files=[str(f) for f in files], split='train',
-                                              **(how if kind == 'text' else {}))
-        else:
-            documents = datasets.load_dataset(source, split=split or 'train', **hub)
-    if kind == 'text' and text_column != 'text':
-        documents = documents.rename_column('text', text_column)
-    if text_column not in documents.column_names:
-        raise ValueError(f'{source} has no column {text_column}, only {", ".join(documents.column_names)}: '
-                         'name one with --text_column')
-    if documents.features[text_column].dtype not in ('string', 'large_string') \
-            or documents.data.column(text_column).null_count:
-        raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
-                         '--text_column')
-    if regroup and (kind == 'text' or rows_are_lines):
-        documents = datasets.Dataset.from_generator(regrouped, gen_kwargs={
-            'rows': documents, 'text_column': text_column, 'regroup': regroup})
-    return documents.select(range(min(limit or len(documents), len(documents))))
-
-
-def regrouped(rows, text_column, regroup):
-    """The rows of a new dataset, one for each document."""
-    lines = (line for batch in rows.iter(PART) for line in batch[text_column])
-    return ({text_column: document} for document in regroup(lines))
 
 
 def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):

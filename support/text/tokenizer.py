@@ -22,6 +22,7 @@ from support.text.dataset import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
+PAD = '<pad>'  # of an exported vocabulary of characters; its id follows theirs
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
 
 
@@ -213,6 +214,7 @@ def load_tokenizer(path):
             return GPT2Tokenizer()
         vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
         if content['model'].get('type') == 'WordLevel':
+            vocab.pop(PAD, None)
             if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < MOST_IDS
                        for c, i in vocab.items()):
                 raise ValueError('its tokens are words')

@@ -5,6 +5,7 @@ A dataset is a folder, `data/<name>/`:
     train.bin, val.bin   token ids, uint16 in machine order, no header; either may be cut into train_000.bin,
                          train_001.bin, ..., files of any size; or llm.c's and modded-nanogpt's files, with a
                          header and names like fineweb_train_000001.bin
+    train.mask, val.mask optional: what to learn of conversations (support/text/masks.py)
     tokenizer.json       of a tokenizer of its own
     meta.pkl             {'vocab_size': int}, and for characters 'itos': {id: char}, 'stoi': {char: id}
     dataset.json         optional: source, tokenizer, number of tokens, checksums
@@ -16,21 +17,22 @@ A batch is a function, not state: the windows of iteration n depend only on (see
 import functools
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from support.machine.files import explain_failure
-from support.text.dataset import AS_UINT16, header_size, is_older, read_info, say_once, split_files, width_of
+from support.text.dataset import (AS_UINT16, check_length, header_size, is_older, read_info, say_once,
+                                  split_files, width_of)
+from support.text.masks import Conversations, with_mask
 
 
 # ---------------------------------------------------------------------------- reading
 
 def open_split(data_dir, split):
     """The tokens of `split` ('train' or 'val') as a read-only array, (N,) uint16: a memory map of SPLIT.bin,
-    or Shards of several files.
+    or Shards of several files; Conversations if there is a mask.
 
     Raises FileNotFoundError, or ValueError if a file is empty, of an odd size or of another length than its
     header or dataset.json says.
@@ -45,7 +47,7 @@ def open_split(data_dir, split):
     if len(tokens) != expected:
         raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated, '
                          'or written by another program. Prepare it again, or delete dataset.json')
-    return tokens
+    return with_mask(tokens, data_dir, split)
 
 
 def count_tokens(path):
@@ -67,13 +69,6 @@ def open_tokens(path):
                                                    and not start[1::2].any()):
         raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: {AS_UINT16}')
     return tokens
-
-
-def check_length(tokens):
-    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
-    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
-        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
-                         'then resume')
 
 
 class Shards:
@@ -116,7 +111,7 @@ def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
 
     Of a split with more than `at_most` tokens, only 64 pieces spread over the file are read.
     """
-    if len(tokens) <= block_size:
+    if len(tokens) <= block_size and not isinstance(tokens, Conversations):
         raise ValueError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
                          f'most --block_size={len(tokens) - 1}, or more text')
     largest, width = max(int(piece.max()) for piece in pieces(tokens, at_most)), width_of(tokens[:4096])
@@ -131,19 +126,31 @@ def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
 
 def fingerprint(data_dir, split, tokens, at_most=1 << 26):
     """SHA-256 of a split in hex: of the whole file if it has at most `at_most` tokens, else of its length and
-    64 pieces spread over it. Raises ValueError if dataset.json has another SHA-256 for the whole file."""
+    64 pieces spread over it; with its mask, if it has one. Raises ValueError if dataset.json has another
+    SHA-256 for the whole file."""
     is_whole = len(tokens) <= at_most
     digest = hashlib.sha256(b'' if is_whole else str(len(tokens)).encode())
     for piece in pieces(tokens, at_most):
         digest.update(piece)
-    expected = read_info(data_dir).get('sha256', {}).get(f'{split}.bin')
-    if is_whole and expected not in (None, digest.hexdigest()):
-        if is_older(data_dir, split):
-            say_once(f'ignoring the SHA-256 of {split}.bin in dataset.json, which is older than that file')
-            return digest.hexdigest()
-        raise ValueError(f'{Path(data_dir, split)}.bin doesn\'t match its SHA-256 in dataset.json: damaged, '
-                         'or written by another program. Prepare the data again, or delete dataset.json')
+    if is_whole:
+        check_sha256(data_dir, f'{split}.bin', split, digest.hexdigest())
+    if isinstance(tokens, Conversations):
+        if is_whole:
+            check_sha256(data_dir, f'{split}.mask', split, hashlib.sha256(tokens.mask).hexdigest())
+        for piece in pieces(tokens.mask, at_most):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def check_sha256(data_dir, name, split, found):
+    """ValueError if dataset.json has another SHA-256 for a file and is newer than the split's."""
+    if read_info(data_dir).get('sha256', {}).get(name) in (None, found):
+        return
+    if is_older(data_dir, split):
+        say_once(f'ignoring the SHA-256 of {name} in dataset.json, which is older than that file')
+    else:
+        raise ValueError(f'{Path(data_dir, name)} doesn\'t match its SHA-256 in dataset.json: damaged, '
+                         'or written by another program. Prepare the data again, or delete dataset.json')
 
 
 # ---------------------------------------------------------------------------- windows
@@ -216,25 +223,54 @@ def shuffled(at, n, keys):
     return x.astype(np.int64)
 
 
+def epoch_length(tokens, block_size):
+    """Positions in an epoch: the split's tokens; of conversations, those of all windows."""
+    return len(tokens.windows(block_size)) * block_size if isinstance(tokens, Conversations) else len(tokens)
+
+
 SAMPLERS = {'random': train_windows, 'epoch': epoch_windows}
 
 
-def eval_windows(n_tokens, block_size, batch_size, n_batches=0):
+def choose_windows(tokens, sampler, seed, at, count, block_size):
+    """Starts of `count` training windows, (count,) int64: at is the iteration for the sampler 'random', the
+    number of windows before for 'epoch'."""
+    if not isinstance(tokens, Conversations):
+        return SAMPLERS[sampler](seed, at, count, len(tokens), block_size)
+    windows = tokens.windows(block_size)
+    room = {'random': 1, 'epoch': 2}[sampler]  # the samplers' numbers are then those of the windows
+    return windows[SAMPLERS[sampler](seed, at, count, len(windows) + room, 1)]
+
+
+def target_share(tokens, starts, first, batch_size, block_size):
+    """What a micro-batch weighs in the mean of the micro-batches' losses, if that is to be the mean over all
+    targets in the windows at `starts`: 1 where each window has as many."""
+    if not isinstance(tokens, Conversations):
+        return 1.0
+    counts = tokens.count_targets(starts, block_size)
+    return float(counts[first:first + batch_size].mean() / counts.mean())
+
+
+def eval_windows(tokens, block_size, batch_size, n_batches=0):
     """Starts of n_batches * batch_size windows, spread evenly over those that lie side by side in a split:
     (n_batches, batch_size) int64. n_batches=0 takes all windows. The last batch is padded with starts at
-    n_tokens, which have no targets."""
-    n_windows = -(-(n_tokens - 1) // block_size)
+    len(tokens), which have no targets."""
+    windows = tokens.windows(block_size) if isinstance(tokens, Conversations) else None
+    n_windows = -(-(len(tokens) - 1) // block_size) if windows is None else len(windows)
     count = min(n_batches * batch_size, n_windows) or n_windows
-    starts = np.arange(count) * n_windows // count * block_size
-    return np.pad(starts, (0, -count % batch_size), constant_values=n_tokens).reshape(-1, batch_size)
+    at = np.arange(count) * n_windows // count
+    starts = at * block_size if windows is None else windows[at]
+    return np.pad(starts, (0, -count % batch_size), constant_values=len(tokens)).reshape(-1, batch_size)
 
 
 def read_windows(tokens, starts, block_size):
-    """x, y: (B, T) int64, y one token ahead of x and -1 past the end of the split."""
+    """x, y: (B, T) int64, y one token ahead of x, -1 past the end of the split and at what is no target."""
     check_length(tokens)
     at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-    return ids[:, :-1], np.where(at[:, 1:] < len(tokens), ids[:, 1:], -1)
+    is_target = at[:, 1:] < len(tokens)
+    if isinstance(tokens, Conversations):
+        is_target &= tokens.is_target(at[:, 1:])
+    return ids[:, :-1], np.where(is_target, ids[:, 1:], -1)
 
 
 def prefetch(function, arguments):

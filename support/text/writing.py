@@ -46,8 +46,9 @@ def write_ids(path, chunks):
     return {'tokens': int(counts.sum()), 'largest_id': largest, 'sha256': digest.hexdigest()}, counts
 
 
-def write_dataset(data_dir, splits, tokenizer, source):
-    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays.
+def write_dataset(data_dir, splits, tokenizer, source, masks=None, template=None):
+    """Write a dataset's files. splits: {'train': chunks, 'val': chunks}, each an iterable of id arrays. Of
+    conversations, masks: {split: (N,) uint8}, and template: of `template_for`.
 
     Until all tokens are written, the files that were there stay. From the first that is replaced to the last,
     dataset.json says `unfinished`, so that tokens are never read with another tokenizer.
@@ -61,7 +62,13 @@ def write_dataset(data_dir, splits, tokenizer, source):
                 'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
                 'source': str(source),
                 'sha256': {f'{split}.bin': w['sha256'] for split, (w, _) in written.items()}}
+        for split, mask in (masks or {}).items():
+            mask.tofile(stack.enter_context(replacing(data_dir / f'{split}.mask')))
+            info['sha256'][f'{split}.mask'] = hashlib.sha256(mask).hexdigest()
+        info |= {'chat': template} if template else {}
         write_info(data_dir, {'unfinished': True})
+        for split in splits if masks is None else ():
+            (data_dir / f'{split}.mask').unlink(missing_ok=True)  # of what was here before
         info['sha256'] |= write_vocabulary(data_dir, tokenizer)
     write_info(data_dir, info)
     print_sizes({split: counts for split, (_, counts) in written.items()}, tokenizer)

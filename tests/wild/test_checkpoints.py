@@ -81,6 +81,20 @@ def test_other_model_settings_are_refused_by_name_all_at_once(model_args, names,
         load_model('resume', folder, CPU)
 
 
+def test_an_output_layer_of_its_own_is_kept_though_model_args_don_t_tell(saved, capsys):
+    folder, model = saved()
+    state = torch.load(folder / 'ckpt.pt')
+    state['model'] |= {'lm_head.weight': state['model']['lm_head.weight'].clone()}
+    torch.save(state, folder / 'ckpt.pt')
+    assert load_model('resume', folder, CPU)[0].config.tie_weights and 'tie' not in capsys.readouterr().out
+    state['model']['lm_head.weight'] += 1
+    torch.save(state, folder / 'ckpt.pt')
+    loaded, _, _ = load_model('resume', folder, CPU)
+    assert 'lm_head.weight differs from its wte.weight: read with tie' in capsys.readouterr().out
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight + 1)
+    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
+
+
 def test_a_run_resumes_from_such_a_checkpoint(saved, train):
     folder, _ = saved({'vocab_size': None, 'add_lora': False, 'n_head': np.int64(2)}, '_orig_mod.module.',
                       iter_num=np.int64(3), best_val_loss=np.float64(9.0), config={'data_dir': Path('/x')})

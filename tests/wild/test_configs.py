@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 from test_configurator import config_file, settings_of
 
-from configurator import OTHER_NAMES, configure
+from configurator import configure
+from support.machine.settings import OTHER_NAMES
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_other_files_are_refused_in_one_line(meta, tmp_path):
     with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary') as error:
         read_meta(tmp_path)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('data', [
+    b'\x80\x04}r\xff\xff\xff\x7f.', b'\x80\x04\x8e' + b'\xff' * 6 + b'\0\0.'], ids=['memo', 'bytes'])
+def test_a_few_bytes_that_ask_for_much_memory_are_refused(data, tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary'):
+        read_meta(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ WILD = Path(__file__).parent
 
 @pytest.fixture
 def folder(tmp_path, char_data):
-    """A folder as somebody has it: our two files, scripts and a config of their own, data."""
+    """A folder as somebody has it: our files, scripts and a config of their own, data."""
     for path in [ROOT / 'configurator.py', ROOT / 'model.py', *WILD.glob('own_*.py')]:
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / 'support', tmp_path / 'support')
     (tmp_path / 'config').mkdir()
     (tmp_path / 'config/mine.py').write_text('import math\nn_embd = int(math.sqrt(4096)) // 2\n'
                                              'batch_size = 3\ndef double(x):\n    return 2 * x\n'
@@ -95,18 +96,20 @@ def test_help_lists_the_script_s_settings_and_its_docstring(folder):
 
 
 def test_script_without_a_file_takes_settings(folder):
-    code = 'n = 1\nexec(open("configurator.py").read())\nprint(n, ROOT if "ROOT" in globals() else "clean")'
-    for cwd, path in ((folder, 'configurator.py'), ('/', str(ROOT / 'configurator.py'))):
-        done = run('-c', code.replace('configurator.py', path), '--n=5', cwd=cwd)
-        assert done.stdout.splitlines()[-1] == '5 clean'
-        assert '  n=1' in run('-c', code.replace('configurator.py', path), '--help', cwd=cwd).stdout
+    code = 'n = 1\nexec(open("configurator.py").read())\nprint(n, "configure" in globals())'
+    assert run('-c', code, '--n=5', cwd=folder).stdout.splitlines()[-1] == '5 False'
+    assert '  n=1' in run('-c', code, '--help', cwd=folder).stdout
 
 
-def test_importing_configurator_does_nothing(folder):
-    (folder / 'nanoGPT').mkdir()
-    shutil.copy(ROOT / 'configurator.py', folder / 'nanoGPT')
-    code = ('import sys\nhook = sys.excepthook\nimport configurator\nimport nanoGPT.configurator\n'
-            'print(sys.excepthook is hook, configurator.ROOT == nanoGPT.configurator.ROOT.parent)')
-    (folder / 'imports.py').write_text(code)
-    assert run('imports.py', '--no_such=3', 'none.py', cwd=folder).stdout == 'True True\n'
-    assert run('configurator.py', '--no_such=3', cwd=folder).stdout == ''
+def test_script_in_a_folder_of_its_own_takes_settings(folder):
+    (folder / 'tools').mkdir()
+    (folder / 'tools/count.py').write_text('n = 1\nexec(open("configurator.py").read())\nprint(n)\n')
+    assert run('tools/count.py', '--n=5', cwd=folder).stdout.splitlines()[-1] == '5'
+
+
+def test_importing_configurator_does_nothing(folder, tmp_path_factory):
+    code = 'import sys\nhook = sys.excepthook\nimport configurator\nprint(sys.excepthook is hook)'
+    elsewhere = tmp_path_factory.mktemp('elsewhere')  # a script beside ours is told what its Python lacks
+    (elsewhere / 'imports.py').write_text(code)
+    told = run('imports.py', '--no_such=3', 'none.py', cwd=elsewhere, PYTHONPATH=str(folder)).stdout
+    assert told == 'True\n'

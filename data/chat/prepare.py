@@ -1,0 +1,63 @@
+"""
+Conversations, to train a model that answers: files of JSON lines such as {"messages": [{"role": "user",
+"content": "..."}, {"role": "assistant", "content": "..."}]}, or with Alpaca's or ShareGPT's fields.
+
+    python data/chat/prepare.py                                     # example.jsonl, about this repository
+    python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=gpt2     # to fine-tune GPT-2
+    python train.py config/train_chat_cpu.py
+    python sample.py --out_dir=out-chat --interactive=True --chat=True
+
+Writes data/<name>/, with train.mask and val.mask beside the tokens: only what the assistant says is learned.
+"""
+
+import sys
+sys.path.insert(0, __file__.removesuffix('prepare.py') + '../..')
+
+from pathlib import Path
+
+import numpy as np
+
+from configurator import configure
+from support.text.bpe import END, check_vocab_size, train_bpe
+from support.text.chat import MARKERS, encode_conversation, read_conversations, render, template_for
+from support.text.prepare import check_cut, check_tokenizer_name, dataset_folder
+from support.text.tokenizer import CharTokenizer
+from support.text.writing import write_dataset
+
+name = 'chat'  # the dataset's folder in data/
+tokenizer = 'bpe'  # bpe (of these conversations), gpt2, char, or a tokenizer.json or a folder with one
+vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
+val_fraction = 0.1  # of the conversations, drawn at random
+
+configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+
+
+def make_tokenizer(conversations):
+    """A tokenizer of these conversations' own: bpe, with a token for each marker, or char."""
+    if tokenizer == 'bpe':
+        return train_bpe((m['content'] for messages in conversations for m in messages), vocab_size,
+                         (END, *MARKERS.values()))
+    template = template_for(CharTokenizer.of_text('-'))
+    return CharTokenizer.of_text(''.join(render(messages, template) for messages in conversations)
+                                 + ''.join(template.values()))
+
+
+paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
+folder = dataset_folder(__file__, name)
+coder = check_tokenizer_name(tokenizer, vocab_size, ('bpe', 'gpt2', 'char'))
+if tokenizer == 'bpe':
+    check_vocab_size(vocab_size, (END, *MARKERS.values()))
+conversations = [messages for path in paths for messages in read_conversations(path)]
+cut = check_cut(len(conversations), val_fraction, ', '.join(map(str, paths)), 'conversations')
+shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
+coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
+template = template_for(coder)
+encoded = [encode_conversation(messages, template, coder) for messages in shuffled]
+parts = {'train': encoded[:cut], 'val': encoded[cut:]}
+ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
+masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
+source = ', '.join(Path(path).name for path in paths)
+write_dataset(folder, ids, coder, source, masks, template)
+lengths = sorted(len(ids) for ids, _ in encoded)
+print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
+      f'longest {lengths[-1]:,}; a window holds one, so no block_size needs to be larger')
