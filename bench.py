@@ -56,6 +56,7 @@ weights = 'full'  # full, or with mode=decode int8
 activation_checkpointing = False  # in training
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
+threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile
 profile = False  # write bench_trace.json and print the ten most expensive operators
@@ -90,7 +91,7 @@ def load_tokens():
     return tokens, vocab_size
 
 
-run = runtime.start(device, dtype, compile, seed=seed)
+run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 tokens, vocab_size = load_tokens()
 config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
 model = GPT(config).to(run.device)

@@ -44,6 +44,7 @@ batch_size = 16
 json = ''  # a file for the results; empty: they are the last line of the output
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
+threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 weights = 'full'  # full, or int8: a quarter of the memory, less exact
 compile: bool | str = False  # torch.compile
@@ -67,7 +68,7 @@ items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].nee
          for t in own_tasks if t in TASKS}
 if lm_eval_tasks:
     from support.hub.lm_eval_adapter import evaluate_with_lm_eval
-run = runtime.start(device, dtype, compile, seed=seed)
+run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 model, tokenizer, state = load_model(init_from, out_dir, run, weights)
 if run.compile:
     model.compile(dynamic=True)

@@ -54,6 +54,7 @@ stop: str | None = None  # a string that ends a sample and isn't shown, or sever
 batch_size = 32  # samples generated at once; fewer need less memory
 seed = 1337  # of the first sample; the next one's is seed + 1
 device = 'auto'  # cuda, cuda:1, mps, cpu
+threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 weights = 'full'  # full, or int8: a quarter of the memory and several times the rate on a CPU, less exact
 compile: bool | str = False  # torch.compile
@@ -76,7 +77,7 @@ if prompts is not None:
     if not texts:
         raise ValueError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):
-    run = runtime.start(device, dtype, compile)
+    run = runtime.start(device, dtype, compile, threads=threads)
     model, tokenizer, state = load_model(init_from, out_dir, run, weights)
 if run.compile:
     model.compile(dynamic=True)

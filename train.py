@@ -57,8 +57,7 @@ always_save_checkpoint = True  # ckpt.pt at every evaluation, not only when the 
 checkpoint_interval = 1000  # iterations between states to resume from; 0: only when told to stop
 ckpt_with_optimizer = True  # False: ckpt.pt is a third of the size, and only latest.pt can be resumed
 dry_run = False  # print what the run needs, time a few iterations, write nothing
-plan_gpus = 0  # with dry_run: only print what the run would need on this many GPUs
-plan_gpu = 'H100'  # A100, H100, H200, B200, RTX 4090
+plan_gpus = ''  # with dry_run: only print what the run would need on these, such as 8xH100
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
@@ -116,6 +115,7 @@ cpu_offload = False  # fsdp on GPUs: keep parameters and optimizer in the machin
 backend = 'auto'  # nccl, gloo
 dist_timeout = 600.0  # seconds a process waits for the others before the run ends
 device = 'auto'  # cuda, cuda:1, mps, cpu
+threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
@@ -129,7 +129,7 @@ if dry_run and plan_gpus:
 
 # ---------------------------------------------------------------------------- machine
 
-run = runtime.resolve(device, dtype, compile, backend, dist_timeout)
+run = runtime.resolve(device, dtype, compile, backend, dist_timeout, threads)
 check_settings(config, run)
 if run.world_size > 1:
     dist.init_process_group(run.backend, timeout=timedelta(seconds=dist_timeout),

@@ -20,6 +20,7 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from model import GPT, GPTConfig
+from support.machine import hardware
 from support.machine.runtime import Runtime
 from support.network import decoding, optim
 from support.network.decoding import StaticCache, repeat_rows
@@ -125,6 +126,7 @@ def test_update_does_not_wait(cuda, muon):
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_training_step_needs_no_number_on_the_host(options, muon):
     """Backward pass included; on the CPU, whose autograd takes fake tensors too."""
+    hardware.prefers_onednn()  # measured once, on true tensors
     with FakeTensorMode():
         model = GPT(GPTConfig(**SIZES | options))
         use_lean_loss(model)

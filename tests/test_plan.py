@@ -376,7 +376,7 @@ def test_best_tokens_make_the_lowest_loss_of_the_same_arithmetic():
 
 
 def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(run_script, tmp_path):
-    done = run_script('train.py', *TINY_ARGS, '--dry_run', '--plan_gpus=8', '--plan_gpu=A100', '--n_layer=48',
+    done = run_script('train.py', *TINY_ARGS, '--dry_run', '--plan_gpus=8xA100', '--n_layer=48',
                       '--n_head=25', '--n_embd=1600', '--block_size=1024', '--batch_size=8',
                       '--gradient_accumulation_steps=64', '--data_dir=nowhere',
                       f'--out_dir={tmp_path / "out"}')
@@ -401,7 +401,9 @@ def test_every_gpu_of_the_table_can_be_planned_for(gpu):
 
 
 @pytest.mark.parametrize('args, message', [
-    (('--plan_gpus=8', '--plan_gpu=H9'), 'plan_gpu=H9 is not one of A100, H100'),
+    (('--plan_gpus=8xH9',), 'plan_gpus: H9 is not one of A100, H100'),
+    (('--plan_gpus=H100',), 'plan_gpus=H100 is no number and kind of GPUs, such as 8xH100'),
+    (('--plan_gpus=0',), 'plan_gpus=0 is no number'),
     (('--plan_gpus=7',), "= 4 sequences an iteration can't be shared by 7 GPUs"),
 ])
 def test_plan_that_cannot_be_made_is_one_line(args, message, train):

@@ -26,6 +26,17 @@ def without_gpu(monkeypatch):
 
 # ---------------------------------------------------------------------------- settings
 
+def test_number_of_threads_can_be_set_and_is_told(capsys):
+    before = torch.get_num_threads()
+    try:
+        runtime.start('cpu', threads=1)
+        assert torch.get_num_threads() == 1 and 'device: cpu (1 threads)' in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match='threads=-1 must be at least 0'):
+        runtime.start('cpu', threads=-1)
+
+
 def test_cpu_gets_float32_uncompiled_with_gloo(without_gpu, capsys):
     run = runtime.start()
     assert (run.device, run.dtype, run.compile, run.backend) == ('cpu', 'float32', False, 'gloo')

@@ -148,16 +148,17 @@ class Runtime:
             atexit.register(end_at_once)  # a thread of Gloo's that needs Python while it ends would abort
 
 
-def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337):
+def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, threads=0):
     """The Runtime of a script of one process, ready. Raises ValueError as `resolve` does."""
-    run = resolve(device, dtype, compile, backend)
+    run = resolve(device, dtype, compile, backend, threads=threads)
     run.begin(seed)
     return run
 
 
-def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout=600.0):
+def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout=600.0, threads=0):
     """What to run on, as a Runtime; torchrun's environment says which process this is. Makes the device the
-    current one. Raises ValueError if this machine doesn't have what was asked for."""
+    current one and, unless threads is 0, sets a CPU's threads. Raises ValueError if this machine doesn't have
+    what was asked for."""
     rank, local_rank, world_size = read_ranks()
     device = best_device() if device == 'auto' else device
     device_type = check_device(device)
@@ -166,6 +167,10 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout
         check_device(device)
     if device_type == 'cuda':
         torch.cuda.set_device(device)  # before anything asks the current device
+    if threads < 0:
+        raise ValueError(f'threads={threads} must be at least 0')
+    if threads:
+        torch.set_num_threads(threads)
     dtype = best_dtype(device_type) if dtype == 'auto' else dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')

@@ -48,6 +48,8 @@ OTHER_NAMES = {  # settings of other repositories, and of this one's earlier ver
     'num_layers': 'n_layer',
     'num_heads': 'n_head',
     'muon_weight_decay': 'weight_decay',
+    'plan_gpu': 'plan_gpus',
+    'num_threads n_threads': 'threads',
     'vocab_size meta_vocab_size': FROM_DATA,
     'residual_scale skip_spikes muon_momentum': REMOVED,
 }

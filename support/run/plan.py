@@ -195,7 +195,10 @@ def scale_of(config):
     with torch.device('meta'):
         model = GPT(config_from_settings(config, PADDED_GPT2_VOCAB))
     sequences = config['gradient_accumulation_steps'] * config['batch_size']
-    return scale(model, config['plan_gpus'], config['plan_gpu'], sequences, config['max_iters'] + 1)
+    count, _, gpu = config['plan_gpus'].partition('x')
+    if not re.fullmatch('0*[1-9][0-9]*', count):
+        raise ValueError(f'plan_gpus={config["plan_gpus"]} is no number and kind of GPUs, such as 8xH100')
+    return scale(model, int(count), gpu or 'H100', sequences, config['max_iters'] + 1)
 
 
 def scale(model, n_gpus, gpu, sequences, iterations):
@@ -205,7 +208,7 @@ def scale(model, n_gpus, gpu, sequences, iterations):
     """
     kind = next((k for k in GPUS if squeeze(k) == squeeze(gpu)), None)
     if kind is None:
-        raise ValueError(f'plan_gpu={gpu} is not one of {", ".join(GPUS)}')
+        raise ValueError(f'plan_gpus: {gpu} is not one of {", ".join(GPUS)}')
     if sequences % n_gpus:
         raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
                          f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')

@@ -20,7 +20,7 @@ RANGES = {  # (least, first value that is too large): settings
     (0, math.inf): ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'lora_alpha',
                     'logit_softcap', 'peak_flops', 'dist_timeout'),
     (0, 1): ('dropout', 'beta1', 'beta2', 'ema_decay'),
-    (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'plan_gpus', 'batch_ramp_iters',
+    (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'batch_ramp_iters',
                  'max_iters', 'warmup_iters', 'lr_decay_iters', 'lora_rank', 'n_kv_head'),
     (1, 2**63): ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
                  'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'),
