@@ -33,5 +33,8 @@ def show_missing(kind, error, trace):
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit(f'Python {sys.version.split()[0]} is too old, 3.11 or newer is needed; {way_out()}')
+if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
+    # spins of a waiting thread: libgomp's 300,000 take the time of those waited for where other programs run
+    os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 if os.path.realpath(getattr(sys.modules['__main__'], '__file__', '')).startswith(HERE + os.sep):
     sys.excepthook = show_missing

@@ -2,9 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+
+from conftest import ROOT
 
 from support.machine import runtime
 
@@ -25,6 +29,16 @@ def without_gpu(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- settings
+
+@pytest.mark.parametrize('given, expected', [
+    ({}, '3000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'passive'}, None)], ids=str)
+def test_waiting_threads_spin_briefly_unless_the_environment_says_otherwise(given, expected):
+    env = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    code = ('import sys, os, configurator; print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env | given, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout == f'{expected} False\n'
+
 
 def test_number_of_threads_can_be_set_and_is_told(capsys):
     before = torch.get_num_threads()
