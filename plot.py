@@ -43,7 +43,7 @@ UNITS = {  # of horizontal axes; the largest unit of which a run has at least 2 
     'iter': ((1, 'iterations'),),
     'tokens': tuple((10**n, f'{word} of tokens') for n, word in
                     ((9, 'billions'), (6, 'millions'), (3, 'thousands'), (0, 'ones'))),
-    'seconds': tuple((size, f'training time ({unit}), without evaluations') for size, unit in
+    'seconds': tuple((size, f'training time ({unit})') for size, unit in
                      ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))),
 }
 TITLES = {'loss': 'loss (nats/token)', 'bits_per_byte': 'bits per byte of text'}

@@ -95,6 +95,7 @@ pa_norm = 'auto'  # divisor of PA_f: length, block_size, none; auto: as in the c
 optimizer = 'adamw'  # adamw, muon (for the matrices of the blocks, with AdamW for the rest)
 muon_lr = 0.02  # Muon's highest learning rate; learning_rate is then AdamW's
 learning_rate = 6e-4  # the highest, after the warm-up
+embedding_lr = 0.0  # that of the token embedding, with tie_weights=False; 0: learning_rate
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
@@ -119,7 +120,6 @@ threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
-peak_flops = 0.0  # FLOP/s of a device, for mfu; 0: looked up or measured
 seed = 1337
 
 config = configure(globals())
@@ -179,8 +179,10 @@ print0(plan.parameters_in_words(model))
 # ---------------------------------------------------------------------------- optimizer
 
 muon = {'lr_scale': muon_lr / learning_rate, 'weight_decay': weight_decay} if optimizer == 'muon' else None
-opt = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2), run.device_type, muon)
-for name, group in zip(('decayed', 'non-decayed', 'Muon'), opt.param_groups):
+opt = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2), run.device_type, muon,
+                          embedding_lr)
+kinds = ['decayed', 'non-decayed', *(['embedding'] if embedding_lr else []), 'Muon']
+for name, group in zip(kinds, opt.param_groups):
     count = sum(p.numel() for p in group['params'])
     print0(f'num {name} parameter tensors: {len(group["params"])}, with {count:,} parameters')
 
@@ -296,8 +298,7 @@ def save_state(name, keep=None, with_optimizer=True):
         'tokenizer': tokenizer.to_dict(), 'chat': getattr(data['train'], 'template', None),
         'scaler': scaler.state_dict(), 'guard': guard.state_dict(),
         'data': fingerprints,
-        'seconds': meter.seconds, 'n_tokens': meter.tokens,
-        'wandb_id': wandb_id,
+        'seconds': meter.seconds, 'n_tokens': meter.tokens, 'wandb_id': wandb_id,
     }
     if ema_decay or lora_rank:
         state['trained'] = fsdp.full_model_state(model)
@@ -354,7 +355,7 @@ drawing = Drawing([os.path.join(os.path.dirname(__file__), 'plot.py'), out_dir, 
                   if run.is_master and plot else None)
 progress, stop = Progress(max_iters), StopRequest(run)
 probe, _ = read_windows(data['val'], eval_windows(data['val'], window, batch_size, 1)[0], window)
-peak = hardware.Peak(run.device, run.dtype, peak_flops)
+peak = hardware.Peak(run.device, run.dtype)
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
 measuring = run.is_master or not is_alone
 mfu = math.nan  # in percent

@@ -143,7 +143,7 @@ def offloaded(flags):
             '--plot=False',
             '--parallel=fsdp', f'--cpu_offload={run.device_type == "cuda"}', f'--device={run.device}',
             '--gradient_accumulation_steps=1', '--max_iters=3', '--activation_checkpointing=True',
-            '--peak_flops=1e12', *flags, *(TINY if tiny else [])]
+            *flags, *(TINY if tiny else [])]
 
 
 def random_tokens():

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # GPTConfig arguments
 TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu',
              '--compile=False', '--gradient_accumulation_steps=1', '--warmup_iters=2', '--learning_rate=1e-3',
-             '--peak_flops=1e12', '--eval_iters=2', '--plot=False')
+             '--eval_iters=2', '--plot=False')
 
 
 @pytest.fixture(autouse=True)

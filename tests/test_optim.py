@@ -69,6 +69,26 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
     assert parts['transformer.h.0.mlp.c_fc.weight'] == [128]
 
 
+@pytest.mark.parametrize('muon', [None, {'lr_scale': 2.0, 'weight_decay': 0.0}], ids=['adamw', 'muon'])
+def test_embedding_of_its_own_has_its_own_learning_rate(muon):
+    model = GPT(GPTConfig(**TINY, tie_weights=False))
+    optimizer = configure_optimizer(model, 0.0, 1e-2, (0.9, 0.95), 'cpu', muon, embedding_lr=0.1)
+    assert [g.get('lr_scale', 1.0) for g in optimizer.param_groups] == [1, 1, 10] + [2] * (muon is not None)
+    owned = [p for g in optimizer.param_groups for p in g['params']]
+    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+    wte, head = model.transformer.wte.weight, model.lm_head.weight
+    before = wte.detach().clone(), head.detach().clone()
+    for group in optimizer.param_groups:
+        group['lr'] = 1e-2 * group.get('lr_scale', 1.0)
+    idx = torch.randint(64, (4, 32))
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    moved = [(p - b).abs().max().item() for p, b in zip((wte, head), before)]
+    assert moved == pytest.approx([0.1, 0.01], rel=1e-3)  # AdamW's first step
+    with pytest.raises(ValueError, match='embedding_lr=0.1 needs an embedding of its own: tie_weights=False'):
+        configure_optimizer(GPT(GPTConfig(**TINY)), 0.0, 1e-2, (0.9, 0.95), 'cpu', muon, embedding_lr=0.1)
+
+
 def test_momentum_rises_from_085_in_the_warm_up():
     """By its definition: the buffer after each step of constant gradients, and the plain step afterwards."""
     p = torch.nn.Parameter(torch.zeros(8, 8))

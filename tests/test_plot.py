@@ -111,7 +111,7 @@ def test_axes_are_labelled_with_units(plot, tmp_path):
     axes = plot(write(tmp_path / 'a', entries()), '--health')['axes']
     assert len(axes) == 10 and all(a.get_title() and a.get_xlabel() for a in axes)
     assert [a.get_xlabel() for a in axes[:3]] == [
-        'iterations', 'thousands of tokens', 'training time (seconds), without evaluations']
+        'iterations', 'thousands of tokens', 'training time (seconds)']
     assert axes[0].get_yscale() == 'log' and len(axes[0].get_yticks()) > 3
 
 

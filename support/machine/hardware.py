@@ -74,16 +74,15 @@ def peak_flops(device, dtype):
 
 
 class Peak:
-    """The FLOP/s of which the MFU is a share: given, looked up, or measured, which a busy machine makes too
-    low. What a run reaches is possible, so it raises the peak; a given one stays as it is."""
+    """The FLOP/s of which the MFU is a share: looked up, or measured, too low on a busy machine. What
+    a run reaches is possible, so it raises the peak."""
 
-    def __init__(self, device, dtype, given=0.0):
-        self.flops, self.is_given = given or peak_flops(device, dtype), bool(given)
+    def __init__(self, device, dtype):
+        self.flops = peak_flops(device, dtype)
 
     def percent(self, flops):
         """The share that `flops` a second are, in percent."""
-        if not self.is_given:
-            self.flops = max(self.flops, flops)
+        self.flops = max(self.flops, flops)
         return 100 * flops / self.flops
 
 

@@ -12,10 +12,18 @@ import torch.distributed as dist
 from support.machine.hardware import fastest_float32
 
 
-def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None):
-    """AdamW with GPT.configure_optimizers' two groups. muon: settings of a third group, the matrices of the
-    blocks, for Muon."""
+def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None, embedding_lr=0.0):
+    """AdamW with GPT.configure_optimizers' two groups. embedding_lr: the learning rate of a third one, of the
+    token embedding, unless it is 0; ValueError if the output layer has the same weights. muon: settings of a
+    last group, the matrices of the blocks, for Muon."""
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, AdamW)
+    if embedding_lr:
+        if model.config.tie_weights:
+            raise ValueError(f'embedding_lr={embedding_lr} needs an embedding of its own: tie_weights=False')
+        wte, decayed = model.transformer.wte.weight, adamw.param_groups[0]
+        decayed['params'] = [p for p in decayed['params'] if p is not wte]
+        adamw.add_param_group({'params': [wte], 'weight_decay': weight_decay,
+                               'lr_scale': embedding_lr / learning_rate})
     if muon is None:
         return adamw
     rows = [n * model.config.n_embd // model.config.n_head for n in model.transformer.h[0].attn.heads]

@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
         self.register_buffer('scale', linear.weight.new_empty(len(linear.weight)))
-        self.bias = linear.bias
+        self.bias, self.ones = linear.bias, None
 
     def forward(self, x):
         """x: (..., in) -> (..., out), in autocast's type or, without autocast, in that of x"""
@@ -59,7 +59,9 @@ class Int8Linear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if kind == 'cpu' and can_pack(x):
-            y = packed_product(x, self.weight)
+            if self.ones is None:
+                self.ones = torch.ones(len(self.weight), dtype=torch.bfloat16)
+            y = packed_product(x, self.weight, self.ones)
         elif dtype == torch.float16:  # without its scale a product may exceed float16
             return F.linear(x.to(dtype), self.full_weight(dtype), self.bias if self.bias is None else
                             self.bias.to(dtype))
@@ -92,10 +94,9 @@ def can_pack(x):
     return HAS_PACKED and n_in % PACKED_MULTIPLE == 0 and x.numel() <= MAX_PACKED_ROWS * n_in
 
 
-def packed_product(x, weight):
+def packed_product(x, weight, ones):
     """x (..., in), weight (out, in) int8 -> (..., out) bfloat16, summed in float32; reads int8 from memory.
-    Its own scales are bfloat16, too coarse for ours: it gets ones."""
-    ones = torch.ones(len(weight), dtype=torch.bfloat16)
+    Its own scales are bfloat16, too coarse for ours: it gets `ones`, (out,)."""
     rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
     return torch.ops.aten._weight_int8pack_mm(rows, weight, ones).view(*x.shape[:-1], -1)
 

@@ -17,8 +17,8 @@ from support.text.tokens import SAMPLERS, check_split, open_split
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
            'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
 RANGES = {  # (least, first value that is too large): settings
-    (0, math.inf): ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'lora_alpha',
-                    'logit_softcap', 'peak_flops', 'dist_timeout'),
+    (0, math.inf): ('learning_rate', 'embedding_lr', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip',
+                    'lora_alpha', 'logit_softcap', 'dist_timeout'),
     (0, 1): ('dropout', 'beta1', 'beta2', 'ema_decay'),
     (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'batch_ramp_iters',
                  'max_iters', 'warmup_iters', 'lr_decay_iters', 'lora_rank', 'n_kv_head'),
@@ -37,9 +37,9 @@ def check_settings(config, run):
         for name in names:
             if not least <= config[name] < end:  # nan isn't
                 raise ValueError(f'{name}={config[name]} must be {range_in_words(least, end)}')
-    if config['optimizer'] == 'muon' and config['learning_rate'] == 0:
-        raise ValueError('learning_rate=0 with optimizer=muon: muon_lr follows its schedule, so it must be '
-                         'above 0')
+    if config['learning_rate'] == 0 and (config['optimizer'] == 'muon' or config['embedding_lr']):
+        raise ValueError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its schedule: it '
+                         'must be above 0')
     check_parallel(config['parallel'], run, config['optimizer'], config['cpu_offload'])
     if config['gradient_accumulation_steps'] % run.world_size:
         raise ValueError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
