@@ -26,7 +26,7 @@ from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
 name = 'chat'  # the dataset's folder in data/
-tokenizer = 'bpe'  # bpe (of these conversations), gpt2, char, or a tokenizer.json or a folder with one
+tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, or a tokenizer.json or a folder with one
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
 
@@ -34,7 +34,7 @@ configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 
 
 def make_tokenizer(conversations):
-    """A tokenizer of these conversations' own: bpe, with a token for each marker, or char."""
+    """A tokenizer for these conversations: bpe, with a token for each marker, or char."""
     if tokenizer == 'bpe':
         return train_bpe((m['content'] for messages in conversations for m in messages), vocab_size,
                          (END, *MARKERS.values()))

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import model
-from support.hub.layouts import (LAYOUTS, LLAMA, NO_TOKENS, OWN_CODE, read_config, read_layout, to_llama,
-                                 to_own_code)
+from support.hub.layouts import (LAYOUTS, LLAMA, NO_TOKENS, OWN_CODE, read_config_json, read_layout,
+                                 to_llama, to_own_code)
 from support.machine.files import UNREADABLE, explain_failure, go_offline_if_cut_off, reason_of
 from support.text.bpe import END
 from support.text.chat import check_template, jinja
@@ -50,7 +50,7 @@ def load_pretrained(model_type, override_args=None):
 
 def read_pretrained(model_type):
     """Arguments of GPTConfig and a state dict of GPT; otherwise like `load_pretrained`."""
-    config = read_config(model_type)
+    config = read_config_json(model_type)
     kind = config.get('model_type', 'gpt2')
     if kind not in ('gpt2', *LAYOUTS):
         raise ValueError(f'{model_type} holds a model of type {kind}, not of gpt2, {" or ".join(LAYOUTS)}')
@@ -86,7 +86,7 @@ def check_size(folder):
     """ValueError if a folder's config.json asks for more parameters than its weights' files have bytes:
     transformers would take the memory first."""
     sizes = {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50257, 'n_positions': 1024}  # defaults
-    c = sizes | read_config(folder)
+    c = sizes | read_config_json(folder)
     with explain_failure(f'no GPT-2 weights in {folder}; name a folder that holds them: --init_from=PATH'):
         if wrong := [f'{k}={c[k]!r:.40}' for k in sizes if not isinstance(c[k], int) or c[k] < 1]:
             raise ValueError(f'config.json has {", ".join(wrong)}')

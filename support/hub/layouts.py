@@ -109,7 +109,7 @@ def write_model(folder, config, weights, n_tokens, pad):
 
 # ---------------------------------------------------------------------------- from a folder
 
-def read_config(folder):
+def read_config_json(folder):
     """config.json of a folder as a dict, {} if there is none; ValueError if it can't be read."""
     path = Path(folder, 'config.json')
     if not path.is_file():
@@ -124,7 +124,7 @@ def read_layout(folder):
     Raises FileNotFoundError if it has no weights, and ValueError, before any is used, if they aren't those of
     its config.json, or if model.py can't compute the model exactly.
     """
-    kind = read_config(folder)['model_type']
+    kind = read_config_json(folder)['model_type']
     paths = sorted(Path(folder).glob('model*.safetensors'))
     if not paths:
         raise FileNotFoundError(f'{folder} has a config.json of type {kind}, but no model.safetensors')
@@ -193,7 +193,7 @@ def llama_layout(folder):
 
 def own_layout(folder):
     """Like `llama_layout`, of an export with its own code, which isn't run."""
-    return read_config(folder)['model_args'], lambda name: [f'gpt.{name}'], lambda name: False
+    return read_config_json(folder)['model_args'], lambda name: [f'gpt.{name}'], lambda name: False
 
 
 LAYOUTS = {'llama': llama_layout, OWN_CODE: own_layout}

@@ -86,7 +86,7 @@ def read_conversations(path):
         with explain_failure(f'{path} is no JSON list'):
             rows = [(f'item {i}', row) for i, row in enumerate(json.loads(text), 1)]
     else:
-        rows = [(f'line {i}', parse(path, i, line))
+        rows = [(f'line {i}', parse_line(path, i, line))
                 for i, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1) if line.strip()]
     if not rows:
         raise ValueError(f'{path} has no conversations')
@@ -99,7 +99,7 @@ def read_conversations(path):
     return found
 
 
-def parse(path, number, line):
+def parse_line(path, number, line):
     with explain_failure(f'{path}, line {number} is no JSON', RecursionError):
         return json.loads(line)
 

@@ -103,7 +103,7 @@ def load_rows(where, split, limit, **how):
 
 
 def check_text(source, rows, text_column, names):
-    """ValueError unless the rows, of these columns, have strings in one; rows may be a stream."""
+    """ValueError unless the column is there and has strings. rows: may be a stream; names: its columns."""
     if text_column not in names:
         raise ValueError(f'{source} has no column {text_column}, only {", ".join(names)}: name one with '
                          '--text_column')

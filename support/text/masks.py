@@ -5,10 +5,10 @@ Which tokens of a split are targets, and where its conversations begin: SPLIT.ma
     starts = tokens.windows(block_size)
     tokens.is_target(starts[:, None] + np.arange(1, block_size + 1))
 
-A mask has a byte for each token: 1 for a target, 0 for a token that is only read, 2 for one that begins a
-conversation, which is only read too. A window begins with a conversation, or goes on with one that is longer
-than a window, and nothing after the conversation's end is a target. So each answer is learned from its own
-conversation alone, as it will be asked for.
+A mask has a byte for each token: 1 for a target, 0 for a token that is read but not learned, 2 for the first
+token of a conversation, which isn't learned either. A window holds one conversation, or a further piece of
+one that is longer than a window; what follows the conversation's end is no target. So each answer is learned
+from its own conversation alone.
 """
 
 import functools

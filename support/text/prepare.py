@@ -117,17 +117,14 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
         coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
     elif coder and coder.end is None:
         raise ValueError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
-    with_own = own_splits and has_own_splits(source)
-    tell_files_of(source, SPLIT_NAMES if with_own else [None])
-    if with_own:
+    if own_splits and has_own_splits(source):
+        tell_files_of(source, SPLIT_NAMES)
         splits = {part: load_documents(source, text_column, limit, name, **how)
                   for part, name in (('train', 'train'), ('test', 'validation'))}
     else:
+        tell_files_of(source, [None])
         documents = load_documents(source, text_column, limit, **how)
-        if len(documents) < 2:
-            raise ValueError(f'{source} has {len(documents)} documents, too few to split; for one long text '
-                             'use data/text/prepare.py --tokenizer=gpt2')
-        splits = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+        splits = split_documents(documents, source, val_fraction, seed)
     # parts of another text, or of another size, go to another folder
     key = json.dumps([[split._fingerprint for split in splits.values()], text_column, PART,
                       coder.to_dict() if coder else [vocab_size, SAMPLE]])
@@ -142,6 +139,14 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
     chunks = {'train': encode('train', 'train'), 'val': encode('val', 'test')}
     write_dataset(folder, chunks, coder, source)
     shutil.rmtree(parts)
+
+
+def split_documents(documents, source, val_fraction, seed):
+    """{'train': documents, 'test': documents}, shuffled, val_fraction of them in the second."""
+    if len(documents) < 2:
+        raise ValueError(f'{source} has {len(documents)} documents, too few to split; for one long text '
+                         'use data/text/prepare.py --tokenizer=gpt2')
+    return documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
 
 
 def trained_tokenizer(parts, documents, text_column, vocab_size):
