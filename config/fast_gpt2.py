@@ -9,11 +9,12 @@ zero, after modded-nanogpt's track 3 baseline, which reports 3.28 after 3250 ste
 8 H100. Written for one node of 8 GPUs; neither its time nor its loss has been measured yet.
 
 What differs from that recipe:
-    learning rates   one for all that AdamW trains; there 0.7 for the embedding (initial deviation 1,
-                     normalised), 0.004 for the output layer, 0.015 for vectors
-    decay            linear from the end of the warm-up on; there over the last 70 %
+    learning rates   0.04 for the embedding, 10 times that of the output layer and of vectors, which was best in
+                     a small ablation (docs/ablations.md); there 0.7 for an embedding of initial deviation 1
+                     that is then normalised, 0.015 for vectors
+    decay            linear from the end of the warm-up on; there over the last 70 %, which gained nothing
     weight decay     0.05 for the embedding and the output layer too; there for Muon's matrices
-    rotary positions over all channels of a head; there over half of them
+    rotary positions over all channels of a head; there over half of them, which gained nothing
     value residuals  here, not there
 """
 
@@ -34,7 +35,8 @@ init = 'zero_proj'
 
 optimizer = 'muon'
 muon_lr = 0.025
-learning_rate = 4e-3  # of embedding, output layer and vectors: the recipe's for the output layer
+learning_rate = 4e-3  # of the output layer, as in the recipe, and of vectors
+embedding_lr = 4e-2
 weight_decay = 0.05
 beta1 = 0.8
 beta2 = 0.95
