@@ -9,8 +9,8 @@ zero, after modded-nanogpt's track 3 baseline, which reports 3.28 after 3250 ste
 8 H100. Written for one node of 8 GPUs; neither its time nor its loss has been measured yet.
 
 What differs from that recipe:
-    learning rates   0.04 for the embedding, 10 times that of the output layer and of vectors, which was best in
-                     a small ablation (docs/ablations.md); there 0.7 for an embedding of initial deviation 1
+    learning rates   0.04 for the embedding, 10 times that of the output layer and of vectors, the best of a
+                     small ablation (docs/ablations.md); there 0.7 for an embedding of initial deviation 1
                      that is then normalised, 0.015 for vectors
     decay            linear from the end of the warm-up on; there over the last 70 %, which gained nothing
     weight decay     0.05 for the embedding and the output layer too; there for Muon's matrices
