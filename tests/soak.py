@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -883,6 +884,19 @@ def attack(cases, command, plain, count):
             f'and {max(0, largest):.0f} MB more than a whole one'), lost
 
 
+def save_deep(state, path):
+    """torch.save of what is nested more deeply than the stack of a main thread allows."""
+    limit, size = sys.getrecursionlimit(), threading.stack_size(1 << 30)
+    sys.setrecursionlimit(10**6)
+    try:
+        thread = threading.Thread(target=torch.save, args=(state, path))
+        thread.start()
+        thread.join()
+    finally:
+        sys.setrecursionlimit(limit)
+        threading.stack_size(size)
+
+
 def checkpoints(folder, data, count):
     """Hostile checkpoints, resumed from and sampled."""
     args = [f'--data_dir={data}', '--max_iters=4', '--eval_interval=4']
@@ -894,7 +908,7 @@ def checkpoints(folder, data, count):
         out_dir = folder / 'out'
         shutil.rmtree(out_dir, ignore_errors=True)
         out_dir.mkdir()
-        torch.save(cases[name], out_dir / 'ckpt.pt')
+        save_deep(cases[name], out_dir / 'ckpt.pt')
         resume = [sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, *args, f'--out_dir={out_dir}',
                   '--init_from=resume', '--max_iters=6']
         sample = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={out_dir}', '--num_samples=1',
@@ -903,7 +917,6 @@ def checkpoints(folder, data, count):
 
     plain = [sys.executable, str(ROOT / 'train.py'), *TINY_ARGS, *args, f'--out_dir={folder / "plain"}',
              '--max_iters=6']
-    sys.setrecursionlimit(10**6)
     return attack(cases, command, plain, count)
 
 

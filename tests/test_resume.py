@@ -326,6 +326,8 @@ def test_best_model_is_never_replaced_by_a_worse_one(fails, train, tmp_path, mon
         full_disk(('ckpt.pt', 2))
 
     def sum_of(run, loss_sum, n_targets):
+        if isinstance(loss_sum, int):  # no sum of losses, but counts for bits per byte
+            return [loss_sum, n_targets]
         asked.append(1)
         iteration, is_val = divmod(len(asked) - 1, 2)
         return [by_iteration[iteration] if is_val else 7.0, 1]
