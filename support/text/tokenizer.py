@@ -163,13 +163,13 @@ class NoTokenizer:
 
 def tokenizer_from(state):
     """The inverse of `to_dict`; None stands for GPT-2's."""
-    kind = state['kind'] if state else 'gpt2'
-    if kind == 'none':
-        return NoTokenizer(state['n_vocab'], *[state['reason']][:'reason' in state])
-    if kind == 'char':
-        return CharTokenizer(state['itos'])
-    if kind == 'bpe':
-        with explain_failure('the checkpoint\'s tokenizer is damaged'):
+    with explain_failure('the checkpoint\'s tokenizer is damaged'):
+        kind = state['kind'] if state else 'gpt2'
+        if kind == 'none':
+            return NoTokenizer(**{k: state[k] for k in ('n_vocab', 'reason') if k in state})
+        if kind == 'char':
+            return CharTokenizer(state['itos'])
+        if kind == 'bpe':
             return BPETokenizer(state['json'])
     return GPT2Tokenizer()
 
