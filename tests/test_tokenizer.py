@@ -197,8 +197,8 @@ def test_a_text_begins_after_end_of_text_or_after_a_line_end():
     assert CharTokenizer({0: 'a', 1: 'b'}).first_token() == 0
 
 
-@pytest.mark.parametrize('state', [{'kind': 'char', 'itos': 7}, {'kind': 'char'}, {'kind': 'none'}, 7, {'a': 1},
-                                   {'kind': 'bpe', 'json': 'x'}], ids=str)
+@pytest.mark.parametrize('state', [{'kind': 'char', 'itos': 7}, {'kind': 'char'}, {'kind': 'none'}, 7,
+                                   {'a': 1}, {'kind': 'bpe', 'json': 'x'}], ids=str)
 def test_a_checkpoint_s_damaged_tokenizer_is_one_line(state):
     with pytest.raises(ValueError, match='the checkpoint\'s tokenizer is damaged') as error:
         tokenizer_from(state)
