@@ -5,7 +5,7 @@ A small GPT that writes Python character by character, on text that every machin
     python train.py config/train_stdlib_char.py
     python sample.py --out_dir=out-stdlib-char
 
-On two cores of an AMD EPYC (AVX-512) two minutes, to a validation loss of 1.24. Where there is a CUDA GPU, a
+On two cores of an AMD EPYC (Zen 5) a minute, to a validation loss of 1.24. Where there is a CUDA GPU, a
 larger model is trained instead, which we haven't timed.
 """
 
