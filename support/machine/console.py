@@ -12,7 +12,7 @@ from pathlib import Path
 import support
 
 STYLES = {'bold': '1', 'cyan': '36', 'bold red': '1;31'}  # codes of ECMA-48, "select graphic rendition"
-ROOT = Path(__file__).resolve().parents[2]  # the repository
+ROOT = Path(support.HERE)  # the repository
 has_failed = False  # whether standard output could not be written
 line_is_live = False  # whether the next line replaces the terminal's last one
 

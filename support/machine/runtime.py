@@ -134,7 +134,8 @@ class Runtime:
         if self.device_type == 'cpu':
             keep_freed_memory()
             keep_products('')
-            keep_products(self.broadcast(products()) if self.world_size > 1 else '')
+            if self.world_size > 1:
+                keep_products(self.broadcast(products()))
         torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
         on_cpu = self.device_type == 'cpu' and self.dtype == 'float32'
         library = f'products: {products()}, ' if on_cpu else ''
