@@ -55,9 +55,11 @@ def test_each_weight_is_off_by_half_a_step_of_its_row_at_most(monkeypatch):
     monkeypatch.setattr(quantize, 'PIECE', 1000)  # 20 rows at once
     int8, scale = quantize.quantize(weight)
     assert int8.dtype == torch.int8 and scale.dtype == torch.float32
-    assert torch.allclose(scale * 127, weight.abs().amax(dim=1))
+    highest = weight.abs().amax(dim=1)
+    assert ((0.9999 * highest <= scale * 127) & (scale * 127 <= 1.01 * highest + 1e-30)).all()
+    assert torch.equal(scale, scale.bfloat16().float())
     assert ((int8 * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
-    assert (int8[7] == 0).all() and (int8.abs().amax(dim=1)[:7] == 127).all()
+    assert (int8[7] == 0).all() and (int8.abs().amax(dim=1)[:7] >= 126).all()
 
 
 def test_transposed_and_half_precision_weights_are_quantised_as_their_copies_are():

@@ -187,7 +187,8 @@ def draw_token(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow at small temperatures
+    if temperature != 1:
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # small ones don't overflow
     logits, ids = keep_likeliest(logits, top_k, top_p, min_p)  # (B, K), (B, K)
     return ids.gather(1, (logits + gumbel(keys, ids)).argmax(dim=-1, keepdim=True))
 
@@ -200,7 +201,7 @@ def keep_likeliest(logits, top_k=None, top_p=1.0, min_p=0.0):
     as likely as the likeliest (Nguyen et al. 2024, "Turning Up the Heat").
     """
     V = logits.shape[-1]
-    if top_k is None and top_p == 1:
+    if (top_k or V) >= V and top_p == 1:
         ids = torch.arange(V, device=logits.device).expand_as(logits)
     else:
         logits, ids = logits.topk(min(top_k or V, V), dim=-1)  # likeliest first

@@ -4,9 +4,10 @@ Models with 8-bit weights, for sampling and evaluation: a quarter of the memory 
     model = build_int8(config, named_weights)                    # one tensor after the other: little memory
     model = build_int8(model.config, model.state_dict().items())
 
-A row of a weight matrix, which makes one output, becomes int8 times a float32 scale: w = scale q, where
-scale = max |w| / 127 (Dettmers et al. 2022, "LLM.int8()", section 2.1, of weights only). The linear layers
-and the token embedding are quantised, positions, n-grams, norms and biases stay as they are.
+A row of a weight matrix, which makes one output, becomes int8 times a scale: w = scale q, where scale =
+max |w| / 127 (Dettmers et al. 2022, "LLM.int8()", section 2.1, of weights only), rounded up to a bfloat16
+number, which is what PyTorch's packed product multiplies by. The linear layers and the token embedding are
+quantised, positions, n-grams, norms and biases stay as they are.
 """
 
 import sys
@@ -33,14 +34,15 @@ def check_weights(weights):
 
 @torch.no_grad()
 def quantize(weight):
-    """weight: (out, in) -> int8 of the same shape, and scales, (out,) float32"""
+    """weight: (out, in) -> int8 of the same shape, and scales, (out,) float32, bfloat16 numbers"""
     int8, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
     int8, scale = int8.to(weight.device), scale.to(weight.device)
     n_rows = max(1, PIECE // weight.shape[1])
     for rows, int8_rows, scales in zip(weight.split(n_rows), int8.split(n_rows), scale.split(n_rows)):
         rows = rows.float()
-        scales.copy_((rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny))
-        int8_rows.copy_((rows / scales[:, None]).round())
+        exact = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        scales.copy_((exact * (1 + 2**-8)).bfloat16())  # half a unit in the last place more, so never less
+        int8_rows.copy_((rows / scales[:, None]).round().clamp(-127, 127))
     return int8, scale
 
 
@@ -51,7 +53,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
         self.register_buffer('scale', linear.weight.new_empty(len(linear.weight)))
-        self.bias, self.ones = linear.bias, None
+        self.bias, self.short_scale = linear.bias, None
 
     def forward(self, x):
         """x: (..., in) -> (..., out), in autocast's type or, without autocast, in that of x"""
@@ -59,15 +61,15 @@ class Int8Linear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if kind == 'cpu' and can_pack(x):
-            if self.ones is None:
-                self.ones = torch.ones(len(self.weight), dtype=torch.bfloat16)
-            y = packed_product(x, self.weight, self.ones)
-        elif dtype == torch.float16:  # without its scale a product may exceed float16
+            if self.short_scale is None:
+                self.short_scale = self.scale.bfloat16()
+            y = packed_product(x, self.weight, self.short_scale)
+            return (y if self.bias is None else self.bias + y).to(dtype)
+        if dtype == torch.float16:  # without its scale a product may exceed float16
             return F.linear(x.to(dtype), self.full_weight(dtype), self.bias if self.bias is None else
                             self.bias.to(dtype))
-        else:
-            factor = torch.bfloat16 if kind == 'cpu' and HAS_BF16 else dtype
-            y = F.linear(x.to(factor), self.weight.to(factor))  # a compiler fuses the conversion
+        factor = torch.bfloat16 if kind == 'cpu' and HAS_BF16 else dtype
+        y = F.linear(x.to(factor), self.weight.to(factor))  # a compiler fuses the conversion
         y = y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.to(dtype)
 
@@ -94,11 +96,11 @@ def can_pack(x):
     return HAS_PACKED and n_in % PACKED_MULTIPLE == 0 and x.numel() <= MAX_PACKED_ROWS * n_in
 
 
-def packed_product(x, weight, ones):
-    """x (..., in), weight (out, in) int8 -> (..., out) bfloat16, summed in float32; reads int8 from memory.
-    Its own scales are bfloat16, too coarse for ours: it gets `ones`, (out,)."""
+def packed_product(x, weight, scale):
+    """x (..., in), weight (out, in) int8, scale (out,) bfloat16 -> (..., out) bfloat16, summed in float32;
+    reads int8 from memory."""
     rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
-    return torch.ops.aten._weight_int8pack_mm(rows, weight, ones).view(*x.shape[:-1], -1)
+    return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
 
 
 def build_int8(config, named_weights):
