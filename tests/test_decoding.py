@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from support.network import decoding
 from support.network.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
                                       penalize, stream)
-from support.network.matmul import fast_linears
+from support.network.matmul import HAS_ONEDNN, fast_linears
 
 
 def tiny(**changes):
@@ -140,6 +140,26 @@ def test_layers_are_as_before_after_a_stream_that_nobody_finished():
     assert 'forward' in model.lm_head.__dict__
     del steps
     assert 'forward' not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh'])
+def test_gelu_is_computed_with_its_layer_unless_somebody_watches(activation):
+    model, idx, seen = tiny(activation=activation), tokens(2, 1), []
+    with torch.no_grad():
+        expected, _ = model(idx)
+        with fast_linears(model, 2):
+            found, _ = model(idx)
+            assert 'forward' in model.transformer.h[0].mlp.gelu.__dict__ or not HAS_ONEDNN
+        assert 'forward' not in model.transformer.h[0].mlp.gelu.__dict__
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        first, second = (block.mlp for block in model.transformer.h)
+        first.gelu.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+        second.c_fc.register_forward_hook(lambda module, args, y: seen.append(y))
+        with fast_linears(model, 2):
+            model(idx)
+    (x, y), before_gelu = seen
+    assert before_gelu.min() < -0.2  # GELU gives no such numbers
+    torch.testing.assert_close(y, second.gelu(x))
 
 
 # ---------------------------------------------------------------------------- repeated operations

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import MLP
 from support.machine.fsdp import is_sharded
 from support.machine.hardware import OneDNN, prefers_onednn
 
@@ -123,12 +124,14 @@ def fast_linears(model, n_rows):
     """Use faster, equivalent linear kernels while decoding n_rows positions at a time.
 
     Under autocast the weights are cast once, not at each position. In float32 on a CPU oneDNN multiplies: it
-    uses all cores for a few rows, the default library only one. For several rows it gets a copy of the
-    weights in its own layout.
+    uses all cores for a few rows, the default library only one. It applies the GELU after a layer in passing,
+    and for several rows it gets a copy of the weights in its own layout.
     """
     linears = [] if is_sharded(model) else [m for m in model.modules() if isinstance(m, nn.Linear) and (
         'forward' not in m.__dict__ or getattr(m.forward, 'func', None) is onednn_forward)]
-    before = [m.__dict__.get('forward') for m in linears]
+    gelus = {m.c_fc: m.gelu for m in model.modules() if isinstance(m, MLP) and type(m.gelu) is nn.GELU
+             and 'forward' not in m.gelu.__dict__ and not is_watched(m.c_fc) and not is_watched(m.gelu)}
+    before = {m: m.__dict__.get('forward') for m in (*linears, *gelus.values())}
     packing = n_rows > 1 and sum(m.weight.nbytes for m in linears) <= MAX_PACKED
     is_compiled = getattr(model, '_compiled_call_impl', None) is not None  # the compiler chooses for itself
     for m in linears:
@@ -138,15 +141,23 @@ def fast_linears(model, n_rows):
             m.forward = partial(F.linear, weight=w.to(dtype), bias=b if b is None else b.to(dtype))
         elif HAS_ONEDNN and kind == 'cpu' and w.dtype == torch.float32 and not is_compiled:
             w = torch.ops.mkldnn._reorder_linear_weight(w, n_rows) if packing else w
-            m.forward = partial(onednn_linear, weight=w, bias=b)
+            m.forward = partial(onednn_linear, weight=w, bias=b, gelu=gelus.get(m))
+            if m in gelus:
+                gelus[m].forward = nn.Identity().forward
     try:
         yield
     finally:
-        for m, forward in zip(linears, before):
+        for m, forward in before.items():
             m.__dict__.pop('forward', None)
             if forward is not None:
                 m.forward = forward
 
 
-def onednn_linear(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, 'none', [], '')
+def is_watched(module):
+    return module._forward_hooks or module._forward_pre_hooks
+
+
+def onednn_linear(x, weight, bias, gelu=None):
+    if gelu is None:
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, 'none', [], '')
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, 'gelu', [], gelu.approximate)
