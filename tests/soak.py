@@ -677,7 +677,7 @@ def pairs(folder, data, count):
 
 
 def kill_inside(command, ready, count, check, most):
-    """Kill a program `count` times within `most` seconds after it says `ready`, and check what is there."""
+    """Kill a program `count` times within `most` seconds after it says `ready`, and check its files."""
     kills, lost = 0, []
     while kills < count:
         process = subprocess.Popen(command(kills), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -31,7 +31,7 @@ ANSWERS = '--max_iters=6', '--eval_interval=3', '--eval_iters=0', '--gradient_ac
 
 
 def make(lengths, seed=0, share=0.4):
-    """Conversations of these lengths, of random tokens, some of which are targets; at least one of each."""
+    """Conversations with the given lengths, of random tokens; some tokens, at least one each, are targets."""
     generator = np.random.default_rng(seed)
     parts = []
     for length in lengths:

@@ -501,7 +501,7 @@ def test_limit_reads_no_more_than_it_takes(corpus, tmp_path):
 
 
 def test_documents_of_a_limit_are_told_from_others(corpus, tmp_path):
-    """So that a stopped preparation goes on with its own parts, and with no others."""
+    """So that a stopped preparation takes up its own parts, and no others."""
     def key(limit):
         return corpus.load_documents(str(tmp_path / 'a.jsonl'), 'text', limit)._fingerprint
 

@@ -36,7 +36,7 @@ QUESTIONS = [
     'Cats: Two cats sit. One runs,\u2028' + 'and runs, ' * 40 + 'The dog',
     'Dogs: A dog sits. It',
 ]
-ENDINGS = {  # what becomes of those with marks
+ENDINGS = {  # endings with marks, and what becomes of them
     '[substeps] Write it down.': ' Write it down.', 'Go [title] away  from here.': 'Go. away from here.',
     'Café owners know [header] more.': 'Café owners know more.'}
 

@@ -72,7 +72,7 @@ def test_windows_of_an_epoch_follow_from_their_number_alone():
 
 
 def test_train_windows_stay_the_same_from_version_to_version():
-    """A run resumed with a later version goes on with the batches that it would have had."""
+    """A run resumed with a later version gets the batches that it would have had."""
     np.testing.assert_array_equal(train_windows(1337, 0, 4, 1_003_854, 256), [230731, 497885, 530148, 960125])
 
 

@@ -198,7 +198,7 @@ def test_files_that_are_both_others_are_read_even_if_dataset_json_is_newer(copie
 
 @pytest.mark.parametrize('is_newest', [True, False])
 def test_truncated_file_is_refused_as_before(is_newest, copied):
-    os.truncate(copied / 'train.bin', 100)  # val.bin matches, so dataset.json is of these files
+    os.truncate(copied / 'train.bin', 100)  # val.bin matches, so dataset.json belongs to both files
     if is_newest:
         os.utime(copied / 'dataset.json')
     assert refused(copied).endswith('dataset.json says 855: truncated, or written by another program. '
