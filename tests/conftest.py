@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import support  # noqa: F401, before torch, whose threads wait as it says
 import numpy as np
 import pytest
 import torch
