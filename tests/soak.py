@@ -31,11 +31,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
-import torch
-from conftest import ROOT, TINY_ARGS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(0, str(ROOT))
+from conftest import ROOT, TINY_ARGS  # noqa: E402, before torch
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 from support.run import checkpoint  # noqa: E402
 from support.text.prepare import write_text_dataset  # noqa: E402
