@@ -14,17 +14,16 @@ bit.
 
 from configurator import configure  # first, as it says what this Python lacks
 
-import json
 import re
 from pathlib import Path
 
+from support.hub.card import KINDS, model_card
 from support.hub.huggingface import (add_chat_template, beyond, to_transformers, with_pad_token,
                                      write_tokenizer)
 from support.hub.layouts import CODE, FILES, OWN_CODE, write_model
 from support.machine.files import reason_of
 from support.run.checkpoint import load_trained
 from support.run.state import config_from_args, model_args, tokenizer_of
-from support.text.dataset import find_dataset, read_info
 
 # ---------------------------------------------------------------------------- settings
 
@@ -37,93 +36,6 @@ private = False  # make a new repository private; before the first upload, log i
 configure(globals())
 
 ALL_FILES = (*FILES, *CODE, 'tokenizer.json', 'tokenizer_config.json', 'README.md')
-UNPUBLISHED = ('out_dir', 'data_dir', 'wandb_log', 'wandb_project', 'wandb_run_name')  # of the user's machine
-KINDS = {'gpt2': 'GPT-2\'s architecture', 'llama': 'Llama\'s architecture',
-         OWN_CODE: 'with its own code, model.py'}
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-A GPT with {parameters:,} parameters ({kind}), at iteration {iteration} of its training.
-
-```python
-from transformers import pipeline
-generate = pipeline('text-generation', model={quoted}{trust})
-print(generate({prompt!r}, do_sample=True)[0]['generated_text'])
-```
-
-A token is {token}. Prompt and continuation together may have {block_size} tokens.
-
-## Losses
-
-{losses}
-
-## Data
-
-{data}
-
-## Model
-
-{model}
-
-## Training
-
-{training}
-"""
-
-
-# ---------------------------------------------------------------------------- the model card
-
-def table(head, rows):
-    """A dict as a Markdown table."""
-    rows = [f'| {k} | {escaped(v)} |' for k, v in rows.items()]
-    return '\n'.join([f'| {head} | |', '|---|---|', *rows])
-
-
-def escaped(value):
-    """A value as Markdown shows it, in one line; of what isn't plain, only its type."""
-    if not isinstance(value, (str, int, float, type(None))):
-        value = type(value).__name__
-    return re.sub(r'([\\`*<>|\[\]])', r'\\\1', ' '.join(str(value)[:1000].split()))
-
-
-def losses_at(iteration):
-    """The run's evaluation at an iteration, from its log; {} if there is none."""
-    path = Path(out_dir, 'log.jsonl')
-    for line in path.read_text(encoding='utf-8').splitlines() if path.is_file() else ():
-        if '"val_loss"' in line and line.endswith('}') and json.loads(line)['iter'] == iteration:
-            return json.loads(line)
-    return {}
-
-
-def model_card(state, args, kind, n_parameters, tokenizer):
-    """README.md: how to use the model, and how it was trained."""
-    settings = state.get('config', {})
-    data_dir = find_dataset(settings.get('data_dir'), settings.get('dataset', ''))
-    info, logged = read_info(data_dir), losses_at(state.get('iter_num'))
-    losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
-              'best validation so far': state.get('best_val_loss')}
-    source = info.get('source', '')
-    source = Path(source).name if Path(source).is_absolute() else source
-    data = {'dataset': Path(data_dir).name, 'source': source,
-            **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
-            **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
-    name = push or Path(export_dir).resolve().name
-    prompt, token = {
-        'char': lambda: ('\n' if '\n' in tokenizer.stoi else 'The', f'{len(tokenizer.stoi)} characters'),
-        'bpe': lambda: ('\n', f'{tokenizer.n_vocab:,} byte pairs of its own'),
-        'gpt2': lambda: ('The', 'GPT-2\'s byte pairs')}[tokenizer.to_dict()['kind']]()
-    return CARD.format(
-        name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=KINDS[kind],
-        trust=', trust_remote_code=True' * (kind == OWN_CODE),
-        iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
-        prompt=prompt, token=f'one of {token}',
-        losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
-        data=table('data', {k: v for k, v in data.items() if v}), model=table('architecture', args),
-        training=table('setting', {k: v for k, v in settings.items() if k not in UNPUBLISHED}))
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -143,7 +55,8 @@ def write_folder(folder, state):
         add_chat_template(folder, state['chat'])
     n_parameters = sum(v.numel() for k, v in weights.items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
-    card = model_card(state, args, config.model_type, n_parameters, tokenizer)
+    name, log = push or folder.resolve().name, Path(out_dir, 'log.jsonl')
+    card = model_card(name, state, args, config.model_type, n_parameters, tokenizer, log)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     summary = f'{n_parameters:,} parameters, {KINDS[config.model_type]}'
     if config.model_type == OWN_CODE:
