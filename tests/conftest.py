@@ -12,8 +12,10 @@ import support  # noqa: F401, before torch, whose threads wait as it says
 import numpy as np
 import pytest
 import torch
+from support.machine import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault('FLOAT32_PRODUCTS', hardware.products())  # of all processes: they round alike
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # GPTConfig arguments
 TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu',
              '--compile=False', '--gradient_accumulation_steps=1', '--warmup_iters=2', '--learning_rate=1e-3',
