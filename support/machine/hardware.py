@@ -155,7 +155,7 @@ def keep_products(library):
 def measure_onednn():
     """Whether oneDNN multiplies float32 matrices as exactly as the default library, and whether faster, on a
     small GPT's layer. One thread, half a millisecond at a time, and the median of many turns: other programs
-    seldom disturb one library in most of them, so the choice is the same each time."""
+    seldom disturb one library in most of them, so the choice seldom changes."""
     if not torch.backends.mkldnn.is_available():
         return False, False
     x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (192, 512))

@@ -41,8 +41,8 @@ def quantize(weight):
     for rows, int8_rows, scales in zip(weight.split(n_rows), int8.split(n_rows), scale.split(n_rows)):
         rows = rows.float()
         exact = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        scales.copy_((exact * (1 + 2**-8)).bfloat16())  # half a unit in the last place more, so never less
-        int8_rows.copy_((rows / scales[:, None]).round().clamp(-127, 127))
+        scales.copy_((exact * (1 + 2**-8)).bfloat16())  # a rounding error more, so it isn't rounded down
+        int8_rows.copy_((rows / scales[:, None]).round())
     return int8, scale
 
 
