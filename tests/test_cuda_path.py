@@ -23,9 +23,10 @@ from model import GPT, GPTConfig
 from support.machine import hardware
 from support.machine.runtime import Runtime
 from support.network import decoding, optim
-from support.network.decoding import StaticCache, repeat_rows
+from support.network.decoding import repeat_rows
 from support.network.diagnostics import Guard, watch_update
 from support.network.loss import LinearCrossEntropy, linear_cross_entropy, use_lean_loss
+from support.network.recording import StaticCache, folded_queries
 
 SIZES = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'bias': False}
 ROTARY = {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 2, 'value_residual': True, 'norm': 'rmsnorm'}
@@ -147,7 +148,7 @@ def test_recorded_decoding_step_does_not_wait_and_caches_16_bits(cuda, options):
     model = fake_model(**options).eval()
     at, cache = torch.empty(1, dtype=torch.int64, device='cuda'), decoding.KVCache(32)
     with torch.inference_mode(), torch.autocast('cuda', torch.bfloat16), \
-            decoding.fast_linears(model, 3), decoding.folded_queries(model):
+            decoding.fast_linears(model, 3), folded_queries(model):
         model(tokens(1, 5), cache=cache)
         repeat_rows(cache, 3)
         cache = StaticCache(cache, at)

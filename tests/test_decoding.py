@@ -1,20 +1,21 @@
 """decoding.py: the cache against none, draws against transformers' and the softmax, text against pieces."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
-from support.network import decoding
+from support.network import decoding, recording
 from support.network.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
                                       penalize, stream)
 from support.network.matmul import HAS_ONEDNN, fast_linears
+from support.network.quantize import build_int8
 
 
 def tiny(**changes):
@@ -164,41 +165,28 @@ def test_gelu_is_computed_with_its_layer_unless_somebody_watches(activation):
 
 # ---------------------------------------------------------------------------- repeated operations
 
-class Tape(TorchDispatchMode):
-    """A CUDA graph's stand-in: records operations while they run, and repeats them on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        result = f(*args, **(kwargs or {}))
-        self.operations.append((f, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for f, args, kwargs, result in self.operations:
-            old, new = (pytree.tree_leaves(r) for r in (result, f(*args, **kwargs)))
-            for a, b in zip(old, new, strict=True):
-                if isinstance(a, torch.Tensor) and a.numel() and a.data_ptr() != b.data_ptr():
-                    a.copy_(b)
-
-
 @pytest.fixture
-def taped(monkeypatch):
-    """Where a GPU would record a graph, a tape does it; the list of tapes."""
+def tapes(monkeypatch):
+    """The tapes that are recorded, as they come, each with all operators and arguments that it saw."""
     tapes = []
 
-    def record(step):
-        tape = Tape()
-        with tape:
-            step()  # which a GPU doesn't do while it records
-        tapes.append(tape)
-        done = iter([True])
-        return lambda: next(done, None) or tape.replay()
-    monkeypatch.setattr(decoding, 'can_record', lambda *_: True)
-    monkeypatch.setattr(decoding, 'record', record)
+    class Listed(recording.Tape):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+            tapes.append(self)
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.seen.append((op, args))
+            return super().__torch_dispatch__(op, types, args, kwargs)
+    monkeypatch.setattr(recording, 'Tape', Listed)
     return tapes
+
+
+def unrecorded(monkeypatch, *args, **options):
+    with monkeypatch.context() as m:
+        m.setattr(decoding, 'can_record', lambda *_: False)
+        return generate(*args, **options)
 
 
 @pytest.mark.parametrize('config', [
@@ -207,19 +195,65 @@ def taped(monkeypatch):
     {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5}])
 @pytest.mark.parametrize('options', [
     {'temperature': 0}, {'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.3, 'n_vocab': 60}])
-def test_repeated_operations_decode_what_the_model_does(taped, monkeypatch, config, options):
-    """Prompts of different lengths, each with two samples, to the end of block_size and past it."""
+def test_a_recorded_step_decodes_what_the_model_does(tapes, monkeypatch, config, options):
+    """Prompts of different lengths, each with two samples, to the end of block_size and past it, as on a GPU.
+    Also what that needs of a step: no copy from or to the CPU, and no grouped queries beside a mask."""
     model = tiny(block_size=32, **config).double()
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: True)
     batch, lengths = padded([tokens(1, n) for n in (1, 5, 9)])
     options |= {'n_samples': 2, 'lengths': lengths, 'seeds': range(6)}
+    monkeypatch.setattr(decoding, 'REACH', 10)
     out = generate(model, batch, 40, **options)
-    assert len(taped) == 1
+    assert len(tapes) == 3 and all(tape.is_complete for tape in tapes)
     made_of_numbers = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
-    assert not any(f in made_of_numbers for f, *_ in taped[0].operations)  # a copy from or to the CPU
-    attention = [args[:2] for f, args, *_ in taped[0].operations if 'scaled_dot_product' in str(f)]
-    assert attention and all(q.shape[1] == k.shape[1] for q, k in attention)  # not grouped beside a mask
-    monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
-    assert torch.equal(out, generate(model, batch, 40, **options))
+    assert not any(op in made_of_numbers for op, _ in tapes[0].seen)
+    attention = [args[:2] for op, args in tapes[0].seen if 'scaled_dot_product' in str(op)]
+    assert attention and all(q.shape[1] == k.shape[1] and k.shape[2] == 14 for q, k in attention)
+    assert torch.equal(out, unrecorded(monkeypatch, model, batch, 40, **options))
+
+
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
+def test_a_recorded_step_computes_in_the_same_types(tapes, kind):
+    """Logits of recorded steps against those of the model, in the types and by the products of sampling."""
+    config, seen = GPTConfig(**TINY | {'block_size': 32}), []
+    model = tiny(block_size=32)
+    model = build_int8(config, model.state_dict().items()) if kind == 'int8' else model
+    idx = tokens(1, 4)
+    with torch.autocast('cpu', torch.bfloat16, enabled=kind == 'bfloat16'):
+        out = generate(model, idx, 28, temperature=0)
+        with torch.no_grad(), fast_linears(model, n_rows=1):
+            seen = [model(out[:, :t])[0][:, -1].float() for t in range(4, 32)]
+    assert len(tapes) == 1 and tapes[0].is_complete
+    for t, logits in zip(range(4, 32), seen, strict=True):  # the token drawn is as likely as the likeliest
+        gap = logits.amax(dim=1) - logits.gather(1, out[:, t:t + 1])[:, 0]
+        assert gap.max() <= (1e-4 if kind == 'float32' else 0.03) * logits.std()
+
+
+def test_a_step_that_needs_numbers_or_is_watched_runs_each_time(tapes, monkeypatch):
+    class Scale(torch.nn.Module):
+        def forward(self, x):
+            return x * (2 if x.sum() > 0 else 3)  # of the tokens so far
+
+    model, idx, seen = tiny(block_size=32), tokens(1, 3), []
+    model.transformer.drop = Scale()
+    out = generate(model, idx, 20, temperature=0)
+    assert tapes and not any(tape.is_complete for tape in tapes)
+    assert torch.equal(out, unrecorded(monkeypatch, model, idx, 20, temperature=0))
+    tapes.clear()
+    model = tiny(block_size=32)
+    model.transformer.h[1].register_forward_hook(lambda *_: seen.append(1))
+    generate(model, idx, 20)
+    assert len(seen) == 20 and not tapes
+
+
+def test_recording_does_not_import_the_compiler():
+    """Which takes a second, of the two that a sample takes."""
+    code = ('import sys, torch; from model import GPT, GPTConfig;'
+            'from support.network.decoding import generate;'
+            f'generate(GPT(GPTConfig(**{TINY})), torch.zeros(1, 1, dtype=torch.int64), 20);'
+            'print("torch._dynamo" in sys.modules)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'False'
 
 
 @pytest.mark.cuda
@@ -229,15 +263,14 @@ def test_a_cuda_graph_decodes_what_the_model_does(monkeypatch, config):
     model = tiny(block_size=32, **config).double().cuda()
     idx = tokens(3, 4).cuda()
     out = generate(model, idx, 40, seeds=range(3))
-    monkeypatch.setattr(decoding, 'can_record', lambda *_: False)
-    assert torch.equal(out, generate(model, idx, 40, seeds=range(3)))
+    assert torch.equal(out, unrecorded(monkeypatch, model, idx, 40, seeds=range(3)))
 
 
 @pytest.mark.parametrize('recording', [False, True])
 def test_a_compiler_takes_a_decoding_step_whole(monkeypatch, recording):
     """As sample.py --compile=True asks for it, with any number of positions."""
     monkeypatch.setattr(decoding, 'can_record', lambda *_: recording)
-    monkeypatch.setattr(decoding, 'record', lambda step: step)
+    monkeypatch.setattr(decoding, 'record', lambda step, device: step() or step)
     model = tiny(block_size=32, pos_emb='rope', n_kv_head=2)
     expected = generate(model, tokens(1, 3).fill_(5), 20, seeds=[1])
     torch._dynamo.reset()  # what other tests compiled counts towards a limit

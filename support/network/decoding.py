@@ -1,5 +1,5 @@
 """
-From a model's logits to text, fast: the loop, CUDA graphs, seeded draws, the text as it grows.
+From a model's logits to text, fast: the loop, seeded draws, the text as it grows.
 
     for tokens in stream(model, idx, max_new_tokens=100, temperature=0.8, top_k=200, seeds=[1337]):
         print(tokens)  # (B, 1), as soon as they are made
@@ -10,47 +10,18 @@ B batch, T positions, V vocabulary, as in model.py.
 
 import codecs
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from model import KVCache
-from support.machine.fsdp import is_sharded
 from support.network.matmul import fast_linears
+from support.network.recording import StaticCache, can_record, folded_queries, record
 
-N_EAGER = 3  # positions before a CUDA graph is recorded; libraries choose their kernels in them
-
-
-class StaticCache(KVCache):
-    """A KVCache that appends one position at a time by the same operations on the same memory, which a CUDA
-    graph can repeat: the position is a tensor, and attention sees all of the memory through a mask."""
-
-    def __init__(self, cache, at):
-        """cache: the KVCache of the prompt, whose memory it takes over. at: (1,) int64, on the device."""
-        super().__init__(cache.n_positions)
-        self.length, self.kv, self.at, self.ids = cache.length, cache.kv, at, cache.last_ids
-
-    def next_positions(self, T, device):
-        self.mask = torch.arange(self.n_positions, device=device) <= self.at[:, None]  # (1, n_positions)
-        return self.at, self.n_positions
-
-    def append(self, layer, k, v):
-        """k, v: (B, nh, 1, hs) -> keys, values, (B, nh, n_positions, hs), and the mask of the filled ones."""
-        keys, values = (t.index_copy_(2, self.at, new) for t, new in zip(self.kv[layer], (k, v)))
-        return keys, values, self.mask
-
-    @property
-    def last_ids(self):
-        return self.ids
-
-    @last_ids.setter
-    def last_ids(self, ids):
-        self.ids = None if ids is None else self.ids.copy_(ids)
-
-    def advance(self, T):
-        pass
+N_EAGER = 3  # positions before one is recorded; libraries choose their kernels in them
+REACH = 64  # positions that a CPU's recording serves: its attention reads all their keys each time
 
 
 def repeat_rows(cache, n):
@@ -87,7 +58,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
     """
     block_size, rows = model.config.block_size, Rows(idx, max_new_tokens, n_samples, lengths, seeds)
     cache = KVCache(min(block_size, rows.end)) if rows.first < block_size else None
-    recording = cache is not None and can_record(model, idx.device)
+    recording = cache is not None and can_record(model, idx.device, len(rows.ids))
+    reach = REACH if idx.device.type == 'cpu' else block_size
+    recorded = range(rows.first + N_EAGER, rows.end, reach)
     fill = partial(rows.fill, n_vocab=n_vocab, penalty=repetition_penalty, temperature=temperature,
                    top_k=top_k, top_p=top_p, min_p=min_p)
 
@@ -98,6 +71,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
             cache.at = last
         fill(model(rows.ids.index_select(1, last), cache=cache)[0])
 
+    repeat = step
     with fast_linears(model, len(rows.ids)), folded_queries(model) if recording else nullcontext():
         for t in range(rows.first, rows.end):
             if t == rows.first:  # the prompt, once for all its samples
@@ -107,9 +81,11 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
                     cache = StaticCache(cache, rows.at) if recording else cache
                 fill(logits.repeat_interleave(n_samples, dim=0))
             elif cache is not None and t <= block_size:
-                if recording and t == rows.first + N_EAGER:
-                    step = record(step)
-                step()
+                if recording and t in recorded:
+                    cache.n_keys = min(cache.n_positions, t + reach)
+                    repeat = record(step, idx.device)
+                else:
+                    repeat()
             else:
                 fill(model(rows.ids[:, t - block_size:t])[0])
             yield rows.ids[:, t:t + 1]
@@ -134,47 +110,6 @@ class Rows:
             token = torch.where(self.at < self.given, self.ids.index_select(1, self.at), token)
         self.ids.index_copy_(1, self.at, token)
         self.at.add_(1)
-
-
-def can_record(model, device):
-    """Whether a position can be a CUDA graph: attention must take a mask, and the model be whole."""
-    return device.type == 'cuda' and model.config.attn_type == 'SM' and not is_sharded(model)
-
-
-def record(step):
-    """step as a CUDA graph: a function that repeats its operations on the same tensors, in one launch."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads may copy batches
-        step()
-    return graph.replay
-
-
-@contextmanager
-def folded_queries(model):
-    """Within a with statement, attend from one position without grouped queries: PyTorch's fused kernels take
-    a mask or grouped queries, not both."""
-    config = model.config
-    attentions = [block.attn for block in model.transformer.h if config.n_kv_head not in (0, config.n_head)]
-    before = [attention.attend for attention in attentions]
-    for attention in attentions:
-        attention.attend = partial(attend_folded, attention.attend)
-    try:
-        yield
-    finally:
-        for attention, attend in zip(attentions, before):
-            attention.attend = attend
-
-
-def attend_folded(attend, q, k, v, dropout=0.0, bias=None):
-    """attend(q, k, v, ...), where a single position's queries that share a key become positions of one head.
-    q: (B, nh, T, hs), k, v: (B, n_kv_head, keys, hs), bias: (T, keys), (nh, T, keys) -> (B, nh, T, hs)"""
-    if q.shape[2] > 1 or bias is None:
-        return attend(q, k, v, dropout, bias)
-    n_kv_head = k.shape[1]
-    if bias.dim() == 3:
-        bias = bias.unflatten(0, (n_kv_head, -1)).flatten(1, 2)  # (n_kv_head, nh / n_kv_head, keys)
-    y = attend(q.unflatten(1, (n_kv_head, -1)).flatten(2, 3), k, v, dropout, bias)
-    return y.flatten(1, 2)[:, :, None]
 
 
 def draw_token(logits, keys, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):

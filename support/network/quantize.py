@@ -87,7 +87,7 @@ class Int8Embedding(nn.Module):
 
     def forward(self, idx):
         """idx: (B, T) -> (B, T, C) float32"""
-        return self.weight[idx] * self.scale[idx, None]
+        return F.embedding(idx, self.weight) * F.embedding(idx, self.scale[:, None])
 
 
 def can_pack(x):
