@@ -36,10 +36,11 @@ beta2 = 0.95
 lr_schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 5
-max_iters = 48
-lr_decay_iters = 48
+max_iters = 44
+lr_decay_iters = 44
 
-eval_interval = 48
-eval_iters = 10
+eval_interval = 44
+eval_iters = 5
 log_interval = 5
+checkpoint_interval = 0  # ckpt.pt is enough of so short a run
 always_save_checkpoint = False

@@ -40,6 +40,12 @@ def test_waiting_threads_spin_briefly_unless_the_environment_says_otherwise(give
     assert done.stdout == f'{expected} False\n'
 
 
+def test_python_ends_without_a_search_for_cycles():
+    code = ('import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import support')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == 'True\n'
+
+
 def test_number_of_threads_can_be_set_and_is_told(capsys):
     before = torch.get_num_threads()
     try:
