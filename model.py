@@ -337,11 +337,11 @@ class NgramEmbedding(nn.Embedding):
         ids = torch.cat((before, idx), dim=1)  # (B, n_before + T)
         if cache is not None:
             cache.last_ids = ids[:, T:]
-        x, key = 0, idx
+        keys, key = [], idx
         for n in range(1, self.n_before + 1):
             key = key * (self.vocab_size + 1) + ids[:, self.n_before - n:self.n_before - n + T] + 1
-            x = x + super().forward((key * 2654435761 >> 15) % self.num_embeddings)
-        return x
+            keys.append((key * 2654435761 >> 15) % self.num_embeddings)
+        return super().forward(torch.stack(keys)).sum(dim=0)  # one gradient of the table, not one for each n
 
 
 # pos_emb: the angles by which queries and keys are turned, and the bias of the scores, for positions (T,)

@@ -106,9 +106,10 @@ class StaticCache(KVCache):
         super().__init__(cache.n_positions)
         self.length, self.kv, self.at, self.ids = cache.length, cache.kv, at, cache.last_ids
         self.n_keys, self.dtype = cache.n_positions, next(iter(cache.kv.values()))[0].dtype
+        self.positions = torch.arange(cache.n_positions, device=at.device)
 
     def next_positions(self, T, device):
-        is_later = torch.arange(self.n_keys, device=device) > self.at[:, None]
+        is_later = self.positions[:self.n_keys] > self.at[:, None]
         self.mask = is_later.to(self.dtype).masked_fill(is_later, -math.inf)  # (1, n_keys)
         return self.at, self.n_keys
 
