@@ -23,6 +23,7 @@ HAS_PACKED = hasattr(torch.ops.aten, '_weight_int8pack_mm') and sys.platform != 
 HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 MAX_PACKED_ROWS = 32  # of an input; for more, a product with the weights as bfloat16 is faster
 PACKED_MULTIPLE = 16  # inputs that the packed product reads at once; it doesn't check for a remainder
+BEFORE_SHORT = ('c_fc', 'c_proj')  # what follows takes bfloat16: another product, or a sum
 PIECE = 1 << 18  # weights quantised at once, so that temporary tensors stay small
 
 
@@ -47,10 +48,12 @@ def quantize(weight):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight, (out, in), is int8 times scale, (out,). Not for training."""
+    """A linear layer whose weight, (out, in), is int8 times scale, (out,). Not for training. keep_short leaves
+    a packed product in bfloat16, in which it comes."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, keep_short=False):
         super().__init__()
+        self.keep_short = keep_short
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
         self.register_buffer('scale', linear.weight.new_empty(len(linear.weight)))
         self.bias, self.short_scale = linear.bias, None
@@ -64,7 +67,8 @@ class Int8Linear(nn.Module):
             if self.short_scale is None:
                 self.short_scale = self.scale.bfloat16()
             y = packed_product(x, self.weight, self.short_scale)
-            return (y if self.bias is None else self.bias + y).to(dtype)
+            y = y if self.bias is None else self.bias + y
+            return y if self.keep_short else y.to(dtype)
         if dtype == torch.float16:  # without its scale a product may exceed float16
             return F.linear(x.to(dtype), self.full_weight(dtype), self.bias if self.bias is None else
                             self.bias.to(dtype))
@@ -111,7 +115,7 @@ def build_int8(config, named_weights):
     for parent in [*model.modules()]:
         for name, module in [*parent.named_children()]:
             if isinstance(module, nn.Linear):
-                setattr(parent, name, Int8Linear(module))
+                setattr(parent, name, Int8Linear(module, keep_short=name in BEFORE_SHORT))
     model.transformer.wte = Int8Embedding(model.transformer.wte)
     layers = {name for name, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Embedding))}
     state = {}
