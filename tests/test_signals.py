@@ -13,10 +13,14 @@ import pytest
 from support.machine import signals
 from support.machine.runtime import Runtime
 
+HANGUP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []
+
 
 @pytest.fixture
 def stop_request():
-    before = {n: signal.getsignal(n) for n in signals.stop_signals()}
+    before = {n: signal.getsignal(n) for n in (*signals.stop_signals(), *HANGUP)}
+    for number in HANGUP:  # which nohup ignores
+        signal.signal(number, signal.SIG_DFL)
     yield signals.StopRequest(Runtime('cpu', 'float32', False, 'gloo'))
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
