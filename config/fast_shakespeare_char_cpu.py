@@ -5,8 +5,8 @@ Shakespeare character by character in seconds, on two CPU cores.
     python train.py config/fast_shakespeare_char_cpu.py
     python sample.py --out_dir=out-fast-shakespeare-char
 
-On two cores of an AMD EPYC (Zen 5) four seconds as a whole process, to a loss of 1.86 over the whole
-validation split (1.85 to 1.87 over three seeds); train_shakespeare_char_cpu takes 45 to 53 seconds to 1.90.
+On two cores of an AMD EPYC (Zen 4) four seconds as a whole process, to a loss of 1.88 over the whole
+validation split (1.87 to 1.88 over three seeds); train_shakespeare_char_cpu takes 95 seconds to 1.90.
 """
 
 out_dir = 'out-fast-shakespeare-char'
