@@ -48,8 +48,7 @@ def quantize(weight):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight, (out, in), is int8 times scale, (out,). Not for training. keep_short leaves
-    a packed product in bfloat16, in which it comes."""
+    """A linear layer whose weight, (out, in), is int8 times scale, (out,). Not for training."""
 
     def __init__(self, linear, keep_short=False):
         super().__init__()
@@ -59,7 +58,8 @@ class Int8Linear(nn.Module):
         self.bias, self.short_scale = linear.bias, None
 
     def forward(self, x):
-        """x: (..., in) -> (..., out), in autocast's type or, without autocast, in that of x"""
+        """x: (..., in) -> (..., out), in autocast's type or, without autocast, in that of x; with keep_short
+        a packed product stays in bfloat16"""
         assert not x.requires_grad, 'int8 weights are for sampling and evaluation, not for training'
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
