@@ -202,7 +202,7 @@ def test_a_recorded_step_decodes_what_the_model_does(tapes, monkeypatch, config,
     monkeypatch.setattr(decoding, 'can_record', lambda *_: True)
     batch, lengths = padded([tokens(1, n) for n in (1, 5, 9)])
     options |= {'n_samples': 2, 'lengths': lengths, 'seeds': range(6)}
-    monkeypatch.setattr(decoding, 'REACH', 10)
+    monkeypatch.setattr(recording, 'REACH', 10)
     out = generate(model, batch, 40, **options)
     assert len(tapes) == 3 and all(tape.is_complete for tape in tapes)
     made_of_numbers = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
@@ -266,11 +266,11 @@ def test_a_cuda_graph_decodes_what_the_model_does(monkeypatch, config):
     assert torch.equal(out, unrecorded(monkeypatch, model, idx, 40, seeds=range(3)))
 
 
-@pytest.mark.parametrize('recording', [False, True])
-def test_a_compiler_takes_a_decoding_step_whole(monkeypatch, recording):
+@pytest.mark.parametrize('records', [False, True])
+def test_a_compiler_takes_a_decoding_step_whole(monkeypatch, records):
     """As sample.py --compile=True asks for it, with any number of positions."""
-    monkeypatch.setattr(decoding, 'can_record', lambda *_: recording)
-    monkeypatch.setattr(decoding, 'record', lambda step, device: step() or step)
+    monkeypatch.setattr(decoding, 'can_record', lambda *_: records)
+    monkeypatch.setattr(recording, 'record', lambda step, device: step() or step)
     model = tiny(block_size=32, pos_emb='rope', n_kv_head=2)
     expected = generate(model, tokens(1, 3).fill_(5), 20, seeds=[1])
     torch._dynamo.reset()  # what other tests compiled counts towards a limit

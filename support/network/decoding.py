@@ -18,10 +18,7 @@ from torch.nn import functional as F
 
 from model import KVCache
 from support.network.matmul import fast_linears
-from support.network.recording import StaticCache, can_record, folded_queries, record
-
-N_EAGER = 3  # positions before one is recorded; libraries choose their kernels in them
-REACH = 64  # positions that a CPU's recording serves: its attention reads all their keys each time
+from support.network.recording import Recorded, StaticCache, can_record, folded_queries
 
 
 def repeat_rows(cache, n):
@@ -59,8 +56,6 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
     block_size, rows = model.config.block_size, Rows(idx, max_new_tokens, n_samples, lengths, seeds)
     cache = KVCache(min(block_size, rows.end)) if rows.first < block_size else None
     recording = cache is not None and can_record(model, idx.device, len(rows.ids))
-    reach = REACH if idx.device.type == 'cpu' else block_size
-    recorded = range(rows.first + N_EAGER, rows.end, reach)
     fill = partial(rows.fill, n_vocab=n_vocab, penalty=repetition_penalty, temperature=temperature,
                    top_k=top_k, top_p=top_p, min_p=min_p)
 
@@ -71,21 +66,18 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
             cache.at = last
         fill(model(rows.ids.index_select(1, last), cache=cache)[0])
 
-    repeat = step
     with fast_linears(model, len(rows.ids)), folded_queries(model) if recording else nullcontext():
         for t in range(rows.first, rows.end):
             if t == rows.first:  # the prompt, once for all its samples
                 logits, _ = model(idx[:, max(0, t - block_size):t], cache=cache)
                 if cache is not None:
                     repeat_rows(cache, n_samples)
-                    cache = StaticCache(cache, rows.at) if recording else cache
+                    if recording:
+                        cache = StaticCache(cache, rows.at)
+                        step = Recorded(step, cache, idx.device)
                 fill(logits.repeat_interleave(n_samples, dim=0))
             elif cache is not None and t <= block_size:
-                if recording and t in recorded:
-                    cache.n_keys = min(cache.n_positions, t + reach)
-                    repeat = record(step, idx.device)
-                else:
-                    repeat()
+                step()
             else:
                 fill(model(rows.ids[:, t - block_size:t])[0])
             yield rows.ids[:, t:t + 1]

@@ -2,10 +2,10 @@
 A decoding step recorded once and then repeated on the same memory, without the Python of the model's layers:
 on CUDA as a CUDA graph, on a CPU as a list of operators.
 
-    cache = StaticCache(cache, at)        # what a recording needs to know is in tensors: it freezes numbers
+    cache = StaticCache(cache, at)  # what a recording needs to know is in tensors: it freezes numbers
+    step = Recorded(step, cache, device)
     with folded_queries(model):
-        step = record(step, device)       # runs it for the first time
-        step()
+        step()  # the next position
 """
 
 import math
@@ -19,6 +19,8 @@ from model import KVCache
 from support.machine.fsdp import is_sharded
 from support.network.matmul import is_watched
 
+N_EAGER = 3  # the position that is recorded first; libraries choose their kernels in those before
+REACH = 64  # positions that a CPU's recording serves: its attention reads all their keys each time
 COPY = torch.ops.aten.copy_.default
 CONVERSIONS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}  # each one copy when repeated
 NOT_REPEATABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # values known to Python
@@ -32,6 +34,24 @@ def can_record(model, device, n_rows):
         return False
     return device.type in ('cpu', 'cuda') and model.config.attn_type == 'SM' and not is_sharded(model) \
         and not any(is_watched(m) for m in model.modules())
+
+
+class Recorded:
+    """A step that appends a position to a StaticCache; when called, it runs or is repeated."""
+
+    def __init__(self, step, cache, device):
+        self.step = self.repeat = step
+        self.cache, self.device, self.n_calls = cache, device, 0
+        self.reach = REACH if device.type == 'cpu' else cache.n_positions
+
+    def __call__(self):
+        self.n_calls += 1
+        if (self.n_calls - N_EAGER) % self.reach:
+            self.repeat()
+        else:
+            n_keys = self.cache.length + self.n_calls + self.reach
+            self.cache.n_keys = min(self.cache.n_positions, n_keys)
+            self.repeat = record(self.step, self.device)
 
 
 def record(step, device):
