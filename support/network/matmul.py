@@ -133,13 +133,13 @@ def fast_linears(model, n_rows):
              and 'forward' not in m.gelu.__dict__ and not is_watched(m.c_fc) and not is_watched(m.gelu)}
     before = {m: m.__dict__.get('forward') for m in (*linears, *gelus.values())}
     packing = n_rows > 1 and sum(m.weight.nbytes for m in linears) <= MAX_PACKED
-    is_compiled = getattr(model, '_compiled_call_impl', None) is not None  # the compiler chooses for itself
+    is_plain = not is_compiled(model)  # a compiler chooses for itself
     for m in linears:
         kind, w, b = m.weight.device.type, m.weight, m.bias
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             m.forward = partial(F.linear, weight=w.to(dtype), bias=b if b is None else b.to(dtype))
-        elif HAS_ONEDNN and kind == 'cpu' and w.dtype == torch.float32 and not is_compiled:
+        elif HAS_ONEDNN and kind == 'cpu' and w.dtype == torch.float32 and is_plain:
             w = torch.ops.mkldnn._reorder_linear_weight(w, n_rows) if packing else w
             m.forward = partial(onednn_linear, weight=w, bias=b, gelu=gelus.get(m))
             if m in gelus:
@@ -151,6 +151,10 @@ def fast_linears(model, n_rows):
             m.__dict__.pop('forward', None)
             if forward is not None:
                 m.forward = forward
+
+
+def is_compiled(model):
+    return getattr(model, '_compiled_call_impl', None) is not None
 
 
 def is_watched(module):

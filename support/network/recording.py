@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import KVCache
 from support.machine.fsdp import is_sharded
-from support.network.matmul import is_watched
+from support.network.matmul import is_compiled, is_watched
 
-N_EAGER = 3  # the position that is recorded first; libraries choose their kernels in those before
+N_EAGER = 3  # the call that is recorded first; libraries choose their kernels in those before
 REACH = 64  # positions that a CPU's recording serves: its attention reads all their keys each time
 COPY = torch.ops.aten.copy_.default
 CONVERSIONS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}  # each one copy when repeated
@@ -30,7 +30,7 @@ def can_record(model, device, n_rows):
     """Whether a position can be recorded: attention must take a mask, the model be whole, and nobody watch
     its layers, which a recording doesn't call. On a CPU it pays for a single row, unless a compiler is at
     work: the more rows, the more there is to read from memory beside Python's work."""
-    if device.type == 'cpu' and (n_rows > 1 or getattr(model, '_compiled_call_impl', None) is not None):
+    if device.type == 'cpu' and (n_rows > 1 or is_compiled(model)):
         return False
     return device.type in ('cpu', 'cuda') and model.config.attn_type == 'SM' and not is_sharded(model) \
         and not any(is_watched(m) for m in model.modules())
@@ -42,15 +42,15 @@ class Recorded:
     def __init__(self, step, cache, device):
         self.step = self.repeat = step
         self.cache, self.device, self.n_calls = cache, device, 0
-        self.reach = REACH if device.type == 'cpu' else cache.n_positions
+        self.next = N_EAGER  # the call to record
 
     def __call__(self):
         self.n_calls += 1
-        if (self.n_calls - N_EAGER) % self.reach:
+        if self.n_calls < self.next:
             self.repeat()
         else:
-            n_keys = self.cache.length + self.n_calls + self.reach
-            self.cache.n_keys = min(self.cache.n_positions, n_keys)
+            self.next += REACH if self.device.type == 'cpu' else self.cache.n_positions
+            self.cache.n_keys = min(self.cache.n_positions, self.cache.length + self.next)
             self.repeat = record(self.step, self.device)
 
 
