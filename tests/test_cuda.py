@@ -10,7 +10,7 @@ from conftest import TINY, losses
 from model import GPT, GPTConfig
 from support.machine import fsdp
 from support.machine.runtime import Runtime
-from support.network import decoding
+from support.network import decoding, recording
 from support.network.loss import use_lean_loss
 from support.network.optim import configure_optimizer
 from support.run import checkpoint
@@ -95,8 +95,8 @@ def test_compiled_model_equals_the_uncompiled_one(options):
 def test_cuda_graph_in_bfloat16_decodes_the_same_text_again(options, monkeypatch):
     _, model = pair(**options)
     recorded = []
-    record = decoding.record
-    monkeypatch.setattr(decoding, 'record', lambda step: recorded.append(1) or record(step))
+    record = recording.record
+    monkeypatch.setattr(recording, 'record', lambda *args: recorded.append(1) or record(*args))
     with torch.autocast('cuda', torch.bfloat16):
         out = [decoding.generate(model.eval(), torch.zeros(1, 3, dtype=torch.int64, device='cuda'), 20,
                                  temperature=0.8, n_samples=3, seeds=range(3)) for _ in range(2)]
