@@ -211,18 +211,19 @@ def test_batches_reach_the_gpu_through_pinned_memory(monkeypatch):
     assert ways == [True, ('cuda:1', {'non_blocking': True})] * 2
 
 
-def test_device_is_current_before_anything_asks_it(monkeypatch):
+@pytest.mark.parametrize('device, index', [('cuda', 0), ('cuda:1', 1)])
+def test_device_is_current_before_anything_asks_it(device, index, monkeypatch):
     from support.machine import runtime
     asked = []
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda d: asked.append(torch.cuda._get_device_index(d)))
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: asked.append('bf16') or True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: asked.append('capability') or (9, 0))
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: name)
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
-    run = runtime.resolve('cuda:1')
-    assert asked == ['cuda:1', 'bf16', 'capability'] and run.device == 'cuda:1' and run.compile
+    run = runtime.resolve(device)
+    assert asked == [index, 'bf16', 'capability'] and run.device == device and run.compile
 
 
 # ---------------------------------------------------------------------------- compiled

@@ -167,7 +167,7 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout
         device = f'cuda:{local_rank}'
         check_device(device)
     if device_type == 'cuda':
-        torch.cuda.set_device(device)  # before anything asks the current device
+        torch.cuda.set_device(torch.device(device).index or 0)  # before anything asks the current device
     if threads < 0:
         raise ValueError(f'threads={threads} must be at least 0')
     if threads:
