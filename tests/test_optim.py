@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from support.network import optim
 from support.network.optim import (AdamW, Muon, WeightAverage, configure_optimizer, newton_schulz,
                                    orthogonalize)
 
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'bias': False}
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    monkeypatch.setattr(optim, 'newton_schulz_dtype', lambda device_type: torch.float32)
 
 
 @pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)])
@@ -20,7 +26,7 @@ def test_an_update_s_singular_values_are_near_1(shape):
     assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.65
 
 
-def test_an_update_keeps_the_singular_vectors():
+def test_an_update_keeps_the_singular_vectors(float32):
     x = torch.randn(24, 16)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     inside = u.T @ newton_schulz(x[None], 5)[0] @ vh.T
@@ -35,7 +41,7 @@ def test_matrices_of_many_shapes_come_back_in_order():
         torch.testing.assert_close(update, alone, rtol=0, atol=1e-5)
 
 
-def test_muon_equals_pytorch_s(monkeypatch):
+def test_muon_equals_pytorch_s(float32, monkeypatch):
     """Whose Newton-Schulz iteration works in bfloat16, but for this test."""
     monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.clone)
     ours, theirs = (torch.nn.Parameter(torch.eye(16, 8)) for _ in range(2))

@@ -68,6 +68,13 @@ def data_sheet_flops(device, dtype):
     return GPUS[max(kinds, key=len)].flops if kinds else None
 
 
+def has_bfloat16(device_type):
+    """Whether the device multiplies bfloat16 numbers itself, not by way of float32."""
+    if device_type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+
+
 def peak_flops(device, dtype):
     """FLOP/s that the device can reach: by its data sheet, else measured with a matrix product."""
     return data_sheet_flops(device, dtype) or measure_matmul(device, dtype, 4096)

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from support.machine.console import flush, print0
-from support.machine.hardware import DTYPES, device_name, keep_products, products, synchronize
+from support.machine.hardware import (DTYPES, device_name, has_bfloat16, keep_products, products,
+                                      synchronize)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def check_device(device):
 
 def best_dtype(device_type):
     if device_type == 'cuda':
-        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        return 'bfloat16' if has_bfloat16('cuda') else 'float16'
     return 'float32'
 
 

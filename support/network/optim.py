@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from support.machine.hardware import fastest_float32
+from support.machine.hardware import fastest_float32, has_bfloat16
 
 
 def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None, embedding_lr=0.0):
@@ -129,15 +129,14 @@ def share(x):
 
 
 def newton_schulz_dtype(device_type):
-    has_bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if has_bfloat16(device_type) else torch.float32
 
 
 def newton_schulz(x, steps=5):
     """x: (n, rows, columns) -> the same with singular values between 0.7 and 1.2.
 
     Iterates the polynomial a s + b s^3 + c s^5 of the singular values; Jordan et al. (2024) chose its
-    coefficients for a steep slope at 0, not for convergence. bfloat16 on GPUs that compute it, else float32.
+    coefficients for a steep slope at 0, not for convergence. In bfloat16 where the device multiplies it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = x.shape[1] > x.shape[2]

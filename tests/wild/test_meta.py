@@ -72,7 +72,8 @@ def test_vocabulary_without_text_has_a_size_and_says_what_is_missing(name, proto
 
 @pytest.mark.parametrize('meta', [{}, {'itos': ITOS}, {'vocab_size': 0}, {'vocab_size': -3},
                                   {'vocab_size': '3'}, {'vocab_size': True}, {'vocab_size': 3.0}, [3], None,
-                                  {'vocab_size': 3, 'itos': range(3)}, {'vocab_size': np.timedelta64(3, 's')}])
+                                  {'vocab_size': 3, 'itos': range(3)},
+                                  {'vocab_size': np.timedelta64(3, 's')}])
 def test_other_files_are_refused_in_one_line(meta, tmp_path):
     write(tmp_path, meta)
     with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary') as error:
