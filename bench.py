@@ -70,6 +70,8 @@ for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_to
     if globals()[name] < 1:
         raise ValueError(f'{name}={globals()[name]} must be at least 1')
 
+if mode == 'decode' and compile == 'auto':
+    compile = False  # as sample.py does
 check_weights(weights)
 if weights == 'int8' and mode != 'decode':
     raise ValueError(f'weights=int8 cannot be trained: use mode=decode, not mode={mode}')

@@ -174,9 +174,8 @@ def speed_rows():
                 sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}', flag,
                 f'--dtype={run.dtype}', f'--batch_size={BATCH}', f'--block_size={BLOCK}'],
                 peer, read_peer_bench, {})
-    for n in (1, 64):
-        yield (f'decoding 124M, samples={n}', bench('--mode=decode', f'--decode_batch={n}'), ROOT, read_bench,
-               {})
+    for flag in ('--decode_batch=1', '--decode_batch=64', '--weights=int8'):
+        yield f'decoding 124M, {flag}', bench('--mode=decode', flag), ROOT, read_bench, {}
 
 
 def shakespeare_rows():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from support.machine import hardware
+from support.machine import hardware, runtime
 
 SIZES = ('--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2', '--num_steps=3',
          '--device=cpu', '--compile=False')
@@ -40,6 +40,13 @@ def test_all_modes_are_in_the_table_and_in_the_json(run_script):
     assert all(0 < r['share'] <= 1 for r in report['rows'])
     assert f'MFU: {100 * train["share"]:.2f}%' in done.stdout  # on a CPU, both are of what was measured
     assert all(re.search(rf'^{work} ', done.stdout, re.M) for work in ('train', 'decode', 'data'))
+
+
+def test_decoding_is_not_compiled_unless_it_is_asked_for(run_here, monkeypatch):
+    monkeypatch.setattr(runtime, 'can_compile', lambda device_type: True)
+    args = [a for a in SIZES if 'compile' not in a]
+    script = run_here('bench.py', *args, '--real_data=False', '--mode=decode', '--decode_tokens=5')
+    assert json.loads(script['log'].splitlines()[-1])['compile'] is False
 
 
 def test_nothing_is_above_100_percent_where_the_limits_were_measured_on_a_busy_machine(run_here, monkeypatch):

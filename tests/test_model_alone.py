@@ -10,16 +10,16 @@ from conftest import ROOT
 # A finder that hides all third-party packages but torch and what torch imports itself.
 ALONE = '''
 import sys
+from importlib.machinery import PathFinder
 
 class OnlyTorch:
     hidden = {'transformers', 'tiktoken', 'datasets', 'wandb', 'tokenizers', 'safetensors', 'matplotlib',
               'support', 'configurator', 'train'} - set(sys.argv[1].split(','))
 
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in self.hidden:
-            raise ImportError(f'{name} is hidden')
+        return None if name.split('.')[0] in self.hidden else PathFinder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, OnlyTorch())
+sys.meta_path = [OnlyTorch() if finder is PathFinder else finder for finder in sys.meta_path]
 import math
 import torch
 '''
