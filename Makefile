@@ -27,7 +27,7 @@ demo: .venv/installed
 	@echo '    python train.py config/train_shakespeare_char_cpu.py --dataset=my_text --out_dir=out-my-text'
 
 test: .venv/installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 lint: .venv/installed
 	$(PYTHON) -m ruff check .

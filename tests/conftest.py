@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import support  # noqa: F401, before torch, whose threads wait as it says
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # one of several processes; before torch reads it
+import support  # noqa: E402, F401, before torch, whose threads wait as it says
 import numpy as np
 import pytest
 import torch

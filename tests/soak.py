@@ -878,7 +878,7 @@ def attack(cases, command, plain, count):
         status, errors, took, memory = measured(command(name))
         slowest, largest = max(slowest, took - seconds), max(largest, memory - megabytes)
         refused += status == 1 and len(errors.splitlines()) == 1
-        if status not in (0, 1) or status and len(errors.splitlines()) != 1 or took > seconds + 2 \
+        if status not in (0, 1) or status and len(errors.splitlines()) != 1 or took > seconds + 5 \
                 or memory > megabytes + 1000:
             lost.append(f'{name}: status {status}, {took:.1f} s, {memory:.0f} MB, {errors[-700:]}')
     return (f'{len(names)} tried, {refused} refused in one line, the others used, at most {slowest:.1f} s '

@@ -12,14 +12,15 @@ ALONE = '''
 import sys
 from importlib.machinery import PathFinder
 
-class OnlyTorch:
+class OnlyTorch(PathFinder):
     hidden = {'transformers', 'tiktoken', 'datasets', 'wandb', 'tokenizers', 'safetensors', 'matplotlib',
               'support', 'configurator', 'train'} - set(sys.argv[1].split(','))
 
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split('.')[0] in self.hidden else PathFinder.find_spec(name, path, target)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split('.')[0] in cls.hidden else super().find_spec(name, path, target)
 
-sys.meta_path = [OnlyTorch() if finder is PathFinder else finder for finder in sys.meta_path]
+sys.meta_path = [OnlyTorch if finder is PathFinder else finder for finder in sys.meta_path]
 import math
 import torch
 '''

@@ -201,7 +201,7 @@ def test_a_batch_that_does_not_fit_is_one_line_for_the_user(run_script, char_dat
                       launcher=('-c', limited), env={'OMP_NUM_THREADS': '1'})
     *before, told = done.stderr.splitlines()
     assert told.startswith('MemoryError: out of memory at batch_size=131072: --batch_size=65536 ')
-    assert (not before or torch.cuda.is_available()) and not (tmp_path / 'out').exists()  # CUDA warns of it too
+    assert (not before or torch.cuda.is_available()) and not (tmp_path / 'out').exists()  # CUDA warns
 
 
 # ---------------------------------------------------------------------------- time

@@ -250,7 +250,8 @@ class Terminal:
     def __init__(self, *args):
         master, slave = os.openpty()
         self.master, self.seen = master, ''
-        code = ('import fcntl, os, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+        code = ('import fcntl, os, runpy, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+                'signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background job ignores it
                 'sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); '
                 'runpy.run_path(sys.argv[0], run_name="__main__")')  # Ctrl-C needs a terminal of its own
         command = [sys.executable, '-c', code, str(ROOT / 'sample.py'), '--interactive=True', *args]
