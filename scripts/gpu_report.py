@@ -219,7 +219,7 @@ def sweep_rows():
 
 def measurements():
     """(name, command, folder to run it in, reader, what is known beforehand), in order of worth."""
-    tests = [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests']
+    tests = [sys.executable, '-m', 'pytest', '-q', '-n', '4', '-m', 'cuda', 'tests']
     yield 'CUDA tests', tests, ROOT, read_tests, {}
     for rows in (speed_rows, shakespeare_rows, attention_rows, size_rows, sweep_rows):
         yield from rows()
