@@ -243,10 +243,11 @@ kind, options = sys.argv[2], json.loads(sys.argv[3])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 dynamo.config.recompile_limit = 8
-graphs, tangents, compile_ = [], [], torch.compile
+graphs, tangents, angles, compile_ = [], [], [], torch.compile
 
 def forward_compiler(graph, inputs):
     graphs.append(1)
+    angles.append(sum('as_strided' in str(node.target) for node in graph.graph.nodes))
     return graph
 
 def backward_compiler(graph, inputs):
@@ -302,7 +303,7 @@ for step in (sample, lambda: measure_vitals(model, run, idx.numpy()), train, eva
     step()
     seen.append(len(graphs))
 breaks = dict(counters['graph_break'])
-print(json.dumps({'seen': seen, 'breaks': breaks, 'tangents': tangents,
+print(json.dumps({'seen': seen, 'breaks': breaks, 'tangents': tangents, 'angles': angles,
                   'limit': any('limit' in str(k) for c in counters.values() for k in c)}))
 '''
 
@@ -324,6 +325,11 @@ def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(kind,
     assert found['seen'] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert not found['breaks'] and not found['limit']
     assert found['tangents'] == [[2, 24, 32] if 'fsdp' in kind else []]
+
+
+def test_compiler_cannot_move_the_angles_of_rotary_positions_into_the_layers():
+    """Inductor puts what has no input into each kernel that reads it, but never what as_strided sees."""
+    assert compiled('plain', **ROTARY)['angles'] == [2, 2]  # cos and sin, in training and evaluation
 
 
 def test_first_of_the_blocks_is_compiled_apart_where_it_has_the_values_that_others_mix_in():
