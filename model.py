@@ -349,7 +349,7 @@ def no_positions(positions, n_keys, config, dtype):
     return None, None
 
 
-def rotary(positions, n_keys, config, dtype):  # as_strided: compilers make them once, not in each layer
+def rotary(positions, n_keys, config, dtype):  # as_strided: a compiler makes angles once, not in each layer
     """cos and sin of the angles of Su et al. 2021, eq. 15: (T, hs / 2) each"""
     hs = config.n_embd // config.n_head
     angle = positions[:, None] * 10000.0 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)

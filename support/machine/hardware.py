@@ -72,7 +72,7 @@ def has_bfloat16(device_type):
     """Whether the device multiplies bfloat16 numbers itself, not by way of float32."""
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device_type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+    return device_type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()  # not public
 
 
 def peak_flops(device, dtype):
