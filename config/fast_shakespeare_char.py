@@ -5,8 +5,8 @@ Shakespeare character by character on a GPU, with what the field has learned sin
     python train.py config/fast_shakespeare_char.py
     python sample.py --out_dir=out-fast-shakespeare-char-gpu
 
-The size and the batch of train_shakespeare_char, and a schedule that ends before it overfits. Written for one
-GPU; neither its time nor its loss has been measured yet.
+The size and the batch of train_shakespeare_char, and a schedule that ends before it overfits: a validation loss of
+1.419 on an H200 in 34 s, after 11 to 13 s of start and compilation (a minute the first time). One run.
 """
 
 out_dir = 'out-fast-shakespeare-char-gpu'

@@ -181,6 +181,26 @@ def test_resumed_run_equals_the_uninterrupted_one(args, run_script, char_data, t
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+@pytest.mark.parametrize('args', [
+    (), ('--optimizer=muon', '--ema_decay=0.9', '--pos_emb=rope', '--value_residual=True',
+         '--sample_interval=4')], ids=' '.join)
+def test_cuda_graphs_of_the_compiler_compute_what_their_kernels_do_one_by_one(args, train, tmp_path,
+                                                                              monkeypatch):
+    """As TORCHINDUCTOR_CUDAGRAPHS=1 asks for them."""
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+    record, found, n_recorded = CUDAGraphNode._record, [], []
+    monkeypatch.setattr(CUDAGraphNode, '_record', lambda *a: n_recorded.append(1) or record(*a))
+    for graphs in (False, True):
+        monkeypatch.setattr(torch._inductor.config.triton, 'cudagraphs', graphs)
+        torch._dynamo.reset()
+        train('--device=cuda', '--compile=True', '--dropout=0.2', '--max_iters=12', '--log_interval=1',
+              '--eval_interval=4', '--gradient_accumulation_steps=1', *args, out_dir=tmp_path / str(graphs))
+        lines = map(json.loads, (tmp_path / str(graphs) / 'log.jsonl').read_text().splitlines())
+        found.append([(e['iter'], e.get('loss'), e.get('val_loss')) for e in lines])
+        assert bool(n_recorded) == graphs
+    assert found[0] == found[1]
+
+
 def test_sharded_model_holds_its_weights_in_float32_and_computes_in_bfloat16():
     model = GPT(GPTConfig(**TINY | {'bias': False}))
     expected = results(copy.deepcopy(model).cuda(), *batch(), torch.bfloat16)[1][0]

@@ -82,8 +82,10 @@ class Muon(PlainOptimizer):
         self.adamw.step()
         group = self.param_groups[-1]
         params = group['params']
-        keep = torch.ones((), device=params[0].device) if found_inf is None else 1 - found_inf
-        grads = [p.grad if found_inf is None else torch.where(found_inf > 0, 0, p.grad) for p in params]
+        grads, keep = [p.grad for p in params], 1.0
+        if found_inf is not None:  # as a tensor: a number would make the host wait for the device
+            skip, zero, keep = found_inf > 0, torch.zeros_like(found_inf), 1 - found_inf
+            grads = [torch.where(skip, zero, g) for g in grads]
         for p in params:
             if 'momentum_buffer' not in self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
@@ -91,15 +93,17 @@ class Muon(PlainOptimizer):
         warm = min(1.0, (group['step'] + 1) / (group['momentum_warmup'] + 1))
         momentum = 0.85 + warm * (group['momentum'] - 0.85)
         group['step'] += 1
-        # weights as tensors: a tensor in place of a number would make the host wait for the device
-        torch._foreach_lerp_(buffers, grads, [(1 - momentum) * keep] * len(buffers))
+        new = (1 - momentum) * keep
+        for b, g in zip(buffers, grads, strict=True):
+            b.lerp_(g, new)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
         matrices = [m for g, rows in zip(grads, group['parts'], strict=True) for m in g.split(rows)]
-        updates = iter(orthogonalize(matrices))
-        for p, rows in zip(params, group['parts'], strict=True):
-            update = torch.cat([next(updates) for _ in rows])
-            p.mul_(1 - group['lr'] * group['weight_decay'] * keep)
-            p.sub_(update * (group['lr'] * keep))
+        each = iter(orthogonalize(matrices))
+        updates = [torch.cat([next(each) for _ in rows]) if len(rows) > 1 else next(each)
+                   for rows in group['parts']]
+        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'] * keep)
+        torch._foreach_mul_(updates, group['lr'] * keep)
+        torch._foreach_sub_(params, updates)
 
 
 def orthogonalize(matrices):
@@ -147,7 +151,7 @@ def newton_schulz(x, steps=5):
         for _ in range(steps):
             gram = x @ x.mT  # (n, rows, rows)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(dtype)
+    return (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
 
 
 class WeightAverage:
@@ -177,10 +181,8 @@ class WeightAverage:
             self.swap()
 
     def swap(self):
+        """Exchange the values: CUDA graphs and FSDP keep the addresses."""
         for p, a in zip(self.params, self.average):
-            if hasattr(p, 'to_local'):  # FSDP keeps references to the memory of its part
-                kept = p.detach().clone()
-                p.detach().copy_(a)
-                a.copy_(kept)
-            else:
-                p.data, a.data = a.data, p.data
+            kept = p.detach().clone()
+            p.detach().copy_(a)
+            a.copy_(kept)

@@ -49,7 +49,7 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
             with run.autocast():
                 _, loss = model(run.to_device(x), run.to_device(y))
             if (y >= 0).any():
-                losses.append(loss)
+                losses.append(loss.clone())  # a CUDA graph writes the next one over it
                 counts.append(int((y >= 0).sum()))
     finally:
         model.train(was_training)
