@@ -126,7 +126,13 @@ class Setup:
 
 def memory_needed(model, setup):
     """Bytes that a device holds at the peak of an iteration."""
-    return state_memory(model, setup) + activation_memory(model, setup) + setup.reserved
+    activations = activation_memory(model, setup)
+    if setup.n_processes == setup.micro_steps == 1 and not setup.offload:
+        # gradients come as activations go, but the output layer's comes with the loss
+        later = 4 * (n_trained(model) - model.lm_head.weight.numel() * model.lm_head.weight.requires_grad)
+        block = setup.batch_size * model.config.block_size * block_activations(model, setup.dtype_size)
+        activations = max(activations - later, block)
+    return state_memory(model, setup) + activations + setup.reserved
 
 
 def state_memory(model, setup):
