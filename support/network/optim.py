@@ -181,8 +181,10 @@ class WeightAverage:
             self.swap()
 
     def swap(self):
-        """Exchange the values: CUDA graphs and FSDP keep the addresses."""
         for p, a in zip(self.params, self.average):
-            kept = p.detach().clone()
-            p.detach().copy_(a)
-            a.copy_(kept)
+            if hasattr(p, 'to_local'):  # FSDP keeps references to the memory of its part
+                kept = p.detach().clone()
+                p.detach().copy_(a)
+                a.copy_(kept)
+            else:  # not copied: a state dict made in between keeps the averages
+                p.data, a.data = a.data, p.data
