@@ -104,7 +104,7 @@ def test_a_hundred_iterations_equal_the_plain_path(products, train):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs oneDNN')
-def test_resumed_run_multiplies_by_the_library_of_its_start(products, train, monkeypatch):
+def test_resumed_run_multiplies_by_the_library_of_its_start(products, train, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, 'measure_onednn', lambda: (True, True))
     monkeypatch.setenv('FLOAT32_PRODUCTS', 'default')
     assert train('--max_iters=4')['config']['products'] == 'default'
@@ -112,7 +112,7 @@ def test_resumed_run_multiplies_by_the_library_of_its_start(products, train, mon
     script = train('--max_iters=6', '--init_from=resume')
     assert 'float32 products: default, as before the stop\n' in script['log']
     assert not is_attached(script['model']) and script['config']['products'] == 'default'
-    assert is_attached(train('--max_iters=1', '--out_dir=out-new')['model'])
+    assert is_attached(train('--max_iters=1', out_dir=tmp_path / 'new')['model'])
 
 
 @pytest.mark.parametrize('attach', [lambda model: None, use_lean_loss, checkpoint_activations])
