@@ -358,7 +358,7 @@ def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(
         model, 4, micro_steps, dtype, tmp_path / 'trace.json')
     needed = memory(model, 1, 4, micro_steps, checkpointing=checkpointing, dtype_size=dtype.itemsize,
                     device_type='cpu')
-    assert 0.97 * real < needed < 1.15 * real
+    assert 0.98 * real < needed < 1.15 * real
 
 
 def test_state_is_sixteen_bytes_a_parameter_shared_by_all_and_what_is_gathered():

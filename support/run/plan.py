@@ -105,6 +105,12 @@ def n_trained(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def head_gradient(model):
+    """Bytes of the output layer's gradient."""
+    head = model.lm_head.weight
+    return 4 * head.numel() if head.requires_grad else 0
+
+
 # ---------------------------------------------------------------------------- memory
 
 RESERVED = 2e9  # bytes for CUDA, libraries' workspaces and gaps between allocations: an assumption
@@ -129,7 +135,7 @@ def memory_needed(model, setup):
     activations = activation_memory(model, setup)
     if setup.n_processes == setup.micro_steps == 1 and not setup.offload:
         # gradients come as activations go, but the output layer's comes with the loss
-        later = 4 * (n_trained(model) - model.lm_head.weight.numel() * model.lm_head.weight.requires_grad)
+        later = 4 * n_trained(model) - head_gradient(model)
         block = setup.batch_size * model.config.block_size * block_activations(model, setup.dtype_size)
         activations = max(activations - later, block)
     return state_memory(model, setup) + activations + setup.reserved
@@ -148,8 +154,7 @@ def state_memory(model, setup):
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
     low = setup.dtype_size if setup.dtype_size < 4 else 0  # bytes of a copy in 16 bits
     if not setup.sharded:
-        head = model.lm_head.weight
-        again = 4 * head.numel() if setup.micro_steps > 1 and head.requires_grad else 0
+        again = head_gradient(model) if setup.micro_steps > 1 else 0
         buckets = 4 * trained if setup.n_processes > 1 and setup.micro_steps > 1 else 0
         return 4 * n + 12 * trained + buckets + low * blocks + again
     block = blocks // model.config.n_layer
