@@ -24,14 +24,15 @@ from contextlib import nullcontext
 import torch
 
 from model import GPT, GPTConfig
+from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
-from support.network.decoding import generate
-from support.network.diagnostics import Guard
-from support.network.loss import checkpoint_activations, use_lean_loss
-from support.network.matmul import use_fast_products
-from support.network.optim import configure_optimizer
-from support.network.quantize import build_int8, check_weights
-from support.run.plan import parameters_in_words
+from support.sampling.decoding import generate
+from support.training.diagnostics import Guard
+from support.training.loss import checkpoint_activations, use_lean_loss
+from support.machine.linear import use_fast_products
+from support.training.optim import configure_optimizer
+from support.sampling.quantize import build_int8, check_weights
+from support.training.plan import parameters_in_words
 from support.text.dataset import find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB, read_vocabulary
 from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
@@ -65,16 +66,16 @@ peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or meas
 configure(globals())
 
 if mode not in ('train', 'decode', 'data', 'all'):
-    raise ValueError(f'mode={mode} is not one of train, decode, data, all')
+    raise UserError(f'mode={mode} is not one of train, decode, data, all')
 for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_tokens'):
     if globals()[name] < 1:
-        raise ValueError(f'{name}={globals()[name]} must be at least 1')
+        raise UserError(f'{name}={globals()[name]} must be at least 1')
 
 if mode == 'decode' and compile == 'auto':
     compile = False  # as sample.py does
 check_weights(weights)
 if weights == 'int8' and mode != 'decode':
-    raise ValueError(f'weights=int8 cannot be trained: use mode=decode, not mode={mode}')
+    raise UserError(f'weights=int8 cannot be trained: use mode=decode, not mode={mode}')
 
 # ---------------------------------------------------------------------------- data, model
 
@@ -87,7 +88,7 @@ def load_tokens():
     try:
         tokens = open_split(folder, 'train')
     except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error}; or measure on random tokens: --real_data=False') from None
+        raise MissingFile(f'{error}; or measure on random tokens: --real_data=False') from None
     _, vocab_size, _ = read_vocabulary(folder)
     check_split(tokens, os.path.join(folder, 'train.bin'), block_size, vocab_size)
     return tokens, vocab_size

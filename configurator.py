@@ -10,9 +10,9 @@ under them, or says `exec(open('configurator.py').read())` there, as nanoGPT's s
 """
 
 if __name__.rpartition('.')[2] == 'configurator':
-    from support.machine.settings import ROOT, configure  # noqa: F401
+    from support.settings import ROOT, configure  # noqa: F401
 else:
     import sys  # nanoGPT's configurator leaves it behind, and scripts have come to use it
     sys.path.append('')  # the folder that this file was opened in
-    import support.machine.settings as _settings
+    import support.settings as _settings
     _settings.configure(globals(), is_setting=_settings.is_plain_value)

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support.errors import UserError
 from support.machine import runtime
-from support.network.loss import lean_loss
-from support.network.quantize import build_int8, check_weights
-from support.run.state import load_model
-from support.network.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
+from support.training.loss import lean_loss
+from support.sampling.quantize import build_int8, check_weights
+from support.training.state import load_model
+from support.evaluating.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
 from support.text.dataset import find_dataset
 from support.text.tokenizer import is_same_tokenizer, read_tokenizer
 from support.text.tokens import check_split, open_split
@@ -56,18 +57,18 @@ own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
 check_weights(weights)
 unknown = set(own_tasks) - {'loss', 'int8', *TASKS}
 if unknown:
-    raise ValueError(f'task={", ".join(unknown)} is not one of loss, int8, {", ".join(TASKS)}, lm_eval:NAME')
+    raise UserError(f'task={", ".join(unknown)} is not one of loss, int8, {", ".join(TASKS)}, lm_eval:NAME')
 if 'int8' in own_tasks and weights == 'int8':
-    raise ValueError('task=int8 compares int8 with the full weights: leave weights=int8 out')
+    raise UserError('task=int8 compares int8 with the full weights: leave weights=int8 out')
 if limit < 0 or batch_size < 1:
-    raise ValueError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
+    raise UserError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
 
 # ---------------------------------------------------------------------------- items, model
 
 items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].needed, limit)
          for t in own_tasks if t in TASKS}
 if lm_eval_tasks:
-    from support.hub.lm_eval_adapter import evaluate_with_lm_eval
+    from support.evaluating.lm_eval_adapter import evaluate_with_lm_eval
 run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 model, tokenizer, state = load_model(init_from, out_dir, run, weights)
 if run.compile:
@@ -88,7 +89,7 @@ def loss_of_split(model):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
     folder, block_size = data_folder(), model.config.block_size
     if not is_same_tokenizer(read_tokenizer(folder).to_dict(), tokenizer.to_dict()):
-        raise ValueError(f'{folder} was prepared with another tokenizer than the model\'s')
+        raise UserError(f'{folder} was prepared with another tokenizer than the model\'s')
     tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
     check_split(tokens, path, block_size, model.config.vocab_size)
     windows = (block_size, batch_size, -(-limit // batch_size))

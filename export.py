@@ -17,13 +17,14 @@ from configurator import configure  # first, as it says what this Python lacks
 import re
 from pathlib import Path
 
+from support.errors import UserError
 from support.hub.card import KINDS, model_card
 from support.hub.huggingface import (add_chat_template, beyond, to_transformers, with_pad_token,
                                      write_tokenizer)
 from support.hub.layouts import CODE, FILES, OWN_CODE, write_model
 from support.machine.files import reason_of
-from support.run.checkpoint import load_trained
-from support.run.state import config_from_args, model_args, tokenizer_of
+from support.training.checkpoint import load_trained
+from support.training.state import config_from_args, model_args, tokenizer_of
 
 # ---------------------------------------------------------------------------- settings
 
@@ -72,13 +73,13 @@ def check_target(folder):
     is_ours = card.is_file() and re.search(r'^A GPT with [\d,]+ parameters \(', card.read_text(
         encoding='utf-8', errors='replace'), re.M)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f'export_dir={folder} is a file: name a folder')
+        raise UserError(f'export_dir={folder} is a file: name a folder')
     there = [name for name in ALL_FILES if (folder / name).exists()]
     if there and not is_ours and not overwrite:
-        raise ValueError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
+        raise UserError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
                          'or add --overwrite=True')
     if push and not re.fullmatch(r'(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,94}(?<![.-])', push, re.A):
-        raise ValueError(f'push={push} is no name of a repository on the hub, which is like me/my-gpt')
+        raise UserError(f'push={push} is no name of a repository on the hub, which is like me/my-gpt')
 
 
 check_target(Path(export_dir))
@@ -94,6 +95,6 @@ if push:
         HfApi().create_repo(push, private=private, exist_ok=True)
         url = HfApi().upload_folder(repo_id=push, folder_path=folder, allow_patterns=names)
     except Exception as error:  # whatever the hub's libraries raise, the folder is complete
-        raise ValueError(f'{folder} is complete, but {push} could not be uploaded '
+        raise UserError(f'{folder} is complete, but {push} could not be uploaded '
                          f'({reason_of(error)}): to log in, run: hf auth login') from None
     print(f'uploaded to {url}')

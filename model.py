@@ -45,7 +45,7 @@ class GPTConfig:
     ngram: int = 1  # add embeddings of the last 2 to `ngram` tokens; 1: none
     ngram_rows: int = 16384  # rows of the table into which n-grams are hashed
     init: str = 'gpt2'  # gpt2, zero_proj
-    attn_type: str = 'SM'  # SM (softmax), GK, GKpoly-n, PA_f (support/network/attention.py)
+    attn_type: str = 'SM'  # SM (softmax), GK, GKpoly-n, PA_f (support/attention.py)
     pa_norm: str = 'length'  # divisor of PA_f: length (the tokens so far), block_size, none
 
     def __post_init__(self):
@@ -431,11 +431,11 @@ def blocks_of(config):
 
 
 def attention_types():
-    """support/network/attention.py, the one file of ours that this one may look up."""
+    """support/attention.py, the one file of ours that this one may look up."""
     try:
-        return importlib.import_module(f'{__package__ or ""}.support.network.attention'.lstrip('.'))
+        return importlib.import_module(f'{__package__ or ""}.support.attention'.lstrip('.'))
     except ImportError:
-        raise ValueError('an attn_type other than SM needs support/network/attention.py') from None
+        raise ValueError('an attn_type other than SM needs support/attention.py') from None
 
 
 def check_config(c):

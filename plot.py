@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import MissingFile, UserError
 from support.machine.files import replacing
 
 # ---------------------------------------------------------------------------- settings
@@ -34,7 +35,7 @@ low_priority = False  # let other processes go first
 configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 folders = [a for a in sys.argv[1:] if not a.startswith('-')]
 if not folders:
-    raise ValueError('name at least one folder of a run: python plot.py out')
+    raise UserError('name at least one folder of a run: python plot.py out')
 if low_priority and hasattr(os, 'nice'):
     os.nice(19)
 
@@ -66,7 +67,7 @@ def read_run(folder):
     """A run's name, lines, evaluations and health, as columns: {key: values in order of iterations}."""
     path = Path(folder, 'log.jsonl')
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing: name folders in which train.py wrote a log')
+        raise MissingFile(f'{path} is missing: name folders in which train.py wrote a log')
     kinds = {'loss': {}, 'val_loss': {}, 'health': {}}  # {iteration: entry}: the last one counts
     for line in path.read_bytes().splitlines():
         try:
@@ -78,7 +79,7 @@ def read_run(folder):
             continue
     lines, evaluations, measured = ([found[i] for i in sorted(found)] for found in kinds.values())
     if not lines and not evaluations:
-        raise ValueError(f'{path} has no losses to draw')
+        raise UserError(f'{path} has no losses to draw')
     a = {k: column(lines, k) for k in ('iter', 'loss', 'ms', 'seconds', 'tokens', *LINE_PANELS)}
     counted = np.cumsum(a['tokens_per_s'] * a['ms'] / 1000 * np.diff(a['iter'], prepend=-1))
     a['tokens'] = np.where(np.isnan(a['tokens']), counted, a['tokens'])  # older logs don't count them
@@ -236,4 +237,4 @@ if importlib.util.find_spec('matplotlib'):
         figure.savefig(temporary, format='png', dpi=125)
     print(f'drawn to {output}')
 elif not terminal:
-    raise ValueError('matplotlib is missing: pip install matplotlib, or --terminal=True for a sketch')
+    raise UserError('matplotlib is missing: pip install matplotlib, or --terminal=True for a sketch')

@@ -26,12 +26,13 @@ from json import dumps
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from support.errors import UserError
 from support.machine import runtime
 from support.machine.files import read_text
-from support.network.decoding import Text, stream
-from support.network.quantize import check_weights
-from support.run.state import load_model
-from support.run.prompt import Dialogue, Sampling, interact
+from support.sampling.decoding import Text, stream
+from support.sampling.quantize import check_weights
+from support.training.state import load_model
+from support.sampling.prompt import Dialogue, Sampling, interact
 from support.text.chat import check_template, render
 
 # ---------------------------------------------------------------------------- settings
@@ -66,16 +67,16 @@ configure(globals())
 check_weights(weights)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, max_new_tokens)
 if min(num_samples, batch_size) < 1:
-    raise ValueError(f'num_samples={num_samples} and batch_size={batch_size} must be at least 1')
+    raise UserError(f'num_samples={num_samples} and batch_size={batch_size} must be at least 1')
 if chat and not interactive and prompts is None and not start.strip():
-    raise ValueError('chat=True takes questions: add --interactive=True, or one with --start')
+    raise UserError('chat=True takes questions: add --interactive=True, or one with --start')
 if interactive and json:
-    raise ValueError('interactive and json exclude each other: choose one')
+    raise UserError('interactive and json exclude each other: choose one')
 texts = [read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start]
 if prompts is not None:
     texts = [line for line in read_text(prompts).split('\n') if line]
     if not texts:
-        raise ValueError(f'{prompts} holds no prompts')
+        raise UserError(f'{prompts} holds no prompts')
 with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile, threads=threads)
     model, tokenizer, state = load_model(init_from, out_dir, run, weights)
@@ -84,7 +85,7 @@ if run.compile:
 template = None  # of a conversation
 if chat:
     if not state.get('chat'):
-        raise ValueError(f'{out_dir if init_from == "resume" else init_from} was not trained on '
+        raise UserError(f'{out_dir if init_from == "resume" else init_from} was not trained on '
                          'conversations, so chat=True has no template for it: see docs/chat.md')
     template = check_template(state['chat'])
     texts = [render([{'role': 'user', 'content': text}], template, is_question=True) for text in texts]
@@ -93,7 +94,7 @@ if chat:
 def encode(text):
     ids = tokenizer.encode(text)
     if not ids or max(ids) >= model.config.vocab_size:
-        raise ValueError(f'start={text!r} gives no tokens that this model knows')
+        raise UserError(f'start={text!r} gives no tokens that this model knows')
     return ids
 
 

@@ -24,20 +24,21 @@ import torch.distributed as dist
 
 from model import GPT
 from support.hub.huggingface import load_pretrained
-from support.machine import fsdp, hardware, runtime
+from support.training import fsdp
+from support.machine import hardware, runtime
 from support.machine.console import print0
 from support.machine.signals import Stopped, StopRequest
-from support.network import lora
-from support.network.diagnostics import Guard, measure_vitals, watch_update
-from support.network.loss import checkpoint_activations, use_lean_loss
-from support.network.matmul import use_fast_products
-from support.network.optim import WeightAverage, configure_optimizer
-from support.network.scoring import BitsPerByte, mean_loss
-from support.run import checkpoint, plan
-from support.run.folder import claim, move_earlier_run, release
-from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb, show_sample
-from support.run.start import check_data, check_ranks, check_settings, find_state, open_data, restore
-from support.run.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
+from support.training import lora
+from support.training.diagnostics import Guard, measure_vitals, watch_update
+from support.training.loss import checkpoint_activations, use_lean_loss
+from support.machine.linear import use_fast_products
+from support.training.optim import WeightAverage, configure_optimizer
+from support.evaluating.scoring import BitsPerByte, mean_loss
+from support.training import checkpoint, plan
+from support.training.folder import claim, move_earlier_run, release
+from support.training.log import Drawing, Meter, Progress, RunLog, Wandb, show_sample
+from support.training.start import check_data, check_ranks, check_settings, find_state, open_data, restore
+from support.training.state import build_model, config_from_settings, load_optimizer, load_weights, model_args
 from support.text.tokens import (BatchRamp, choose_windows, epoch_length, eval_windows, fingerprint, prefetch,
                                  read_windows, target_share)
 

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
+from support.errors import UserError
 from support.machine import hardware, runtime
-from support.run import plan
+from support.training import plan
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 out_dir = 'out-gpu-report'
@@ -67,7 +68,7 @@ def check_gpu():
     """The Runtime that the measurements will have, without its line of output."""
     run = runtime.resolve(device)
     if run.device_type != 'cuda' and not tiny:
-        raise ValueError(f'device={run.device} is no CUDA GPU; --tiny=True rehearses the report anywhere')
+        raise UserError(f'device={run.device} is no CUDA GPU; --tiny=True rehearses the report anywhere')
     return run
 
 

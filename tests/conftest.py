@@ -95,7 +95,7 @@ def gpt2_folder(tmp_path):
 def train(tmp_path, char_data, monkeypatch, capsys):
     """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
     from support.machine.signals import stop_signals
-    from support.run.folder import release
+    from support.training.folder import release
 
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
         argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *map(str, args)]

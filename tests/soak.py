@@ -38,7 +38,7 @@ from conftest import ROOT, TINY_ARGS  # noqa: E402, before torch
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from support.run import checkpoint  # noqa: E402
+from support.training import checkpoint  # noqa: E402
 from support.text.prepare import write_text_dataset  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -96,7 +96,7 @@ class Fault:
     @contextlib.contextmanager
     def __call__(self):
         import model
-        from support.network import optim
+        from support.training import optim
         clip, step, forward = torch.nn.utils.clip_grad_norm_, optim.AdamW.step, model.GPT.forward
         clips, steps, forwards = itertools.count(1), itertools.count(1), itertools.count(1)
 
@@ -735,7 +735,7 @@ def kill_prepare(folder, data, count):
 MOVER = """
 import os, sys, signal
 sys.path.insert(0, '.')
-from support.run import folder
+from support.training import folder
 left, kinds = int(sys.argv[2]), ('rename', 'replace', 'mkdir', 'rmdir', 'unlink')
 def counted(real):
     def call(*args, **kwargs):
@@ -754,7 +754,7 @@ folder.move_earlier_run(sys.argv[1])
 
 def kill_move(folder, data, count):
     """SIGKILL before each of the steps of move_earlier_run: the run and the one before it are whole."""
-    from support.run.folder import FILES, undo_half_move
+    from support.training.folder import FILES, undo_half_move
     kills, lost, inside = 0, [], 0
     for i in range(count):
         out_dir = folder / f'out{i}'

@@ -9,8 +9,8 @@ from conftest import TINY
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache, softmax_attention
-from support.network.attention import attention, gaussian_attention, gaussian_exponent, weighted_attention
-from support.run.state import config_from_args, model_args
+from support.attention import attention, gaussian_attention, gaussian_exponent, weighted_attention
+from support.training.state import config_from_args, model_args
 
 TYPES = ['SM', 'GK', 'GKpoly-2', 'GKpoly-8', 'PA_gelu', 'PA_relu', 'PA_sigmoid', 'PA_square',
          'PA_relu-square', 'PA_silu']

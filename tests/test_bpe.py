@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from support.hub.huggingface import folder_tokenizer, write_tokenizer
-from support.network.decoding import Text
+from support.sampling.decoding import Text
 from support.text import bpe as room
 from support.text.bpe import BPETokenizer, train_bpe
 from support.text.prepare import write_text_dataset

@@ -13,8 +13,8 @@ from conftest import ROOT
 from test_docs import settings
 
 from support.hub.huggingface import add_chat_template, write_tokenizer
-from support.run import checkpoint
-from support.run.prompt import Dialogue
+from support.training import checkpoint
+from support.sampling.prompt import Dialogue
 from support.text.bpe import train_bpe
 from support.text.chat import (
     END,

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
-from support.run import checkpoint, folder
-from support.run.state import config_from_args, load_model, load_optimizer, model_args
+from support.training import checkpoint, folder
+from support.training.state import config_from_args, load_model, load_optimizer, model_args
 
 STATE = {
     'model': {'transformer.wte.weight': torch.arange(6.0).view(2, 3), 'lm_head.weight': torch.ones(2, 3)},

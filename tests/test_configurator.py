@@ -16,7 +16,7 @@ from soak import misspellings
 
 from configurator import configure
 from support.machine import console
-from support.machine.settings import find_config
+from support.settings import find_config
 from support.text.tokenizer import GPT2Tokenizer
 
 SETTINGS = {

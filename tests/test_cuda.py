@@ -8,13 +8,13 @@ import torch
 from conftest import TINY, losses
 
 from model import GPT, GPTConfig
-from support.machine import fsdp
+from support.training import fsdp
 from support.machine.runtime import Runtime
-from support.network import decoding, recording
-from support.network.loss import use_lean_loss
-from support.network.optim import configure_optimizer
-from support.run import checkpoint
-from support.run.runlog import Meter
+from support.sampling import decoding, graphs as recording
+from support.training.loss import use_lean_loss
+from support.training.optim import configure_optimizer
+from support.training import checkpoint
+from support.training.log import Meter
 
 pytestmark = pytest.mark.cuda
 MODELS = [{}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 1, 'value_residual': True},
@@ -105,7 +105,7 @@ def test_cuda_graph_in_bfloat16_decodes_the_same_text_again(options, monkeypatch
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_updates_equal_those_of_the_cpu(optimizer, monkeypatch):
-    from support.network import optim
+    from support.training import optim
     monkeypatch.setattr(optim, 'newton_schulz_dtype', lambda device_type: torch.float32)
     muon = {'lr_scale': 1.0, 'weight_decay': 0.1} if optimizer == 'muon' else None
     x, y = batch()

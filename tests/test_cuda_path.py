@@ -22,11 +22,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from model import GPT, GPTConfig
 from support.machine import hardware
 from support.machine.runtime import Runtime
-from support.network import decoding, optim
-from support.network.decoding import repeat_rows
-from support.network.diagnostics import Guard, watch_update
-from support.network.loss import LinearCrossEntropy, linear_cross_entropy, use_lean_loss
-from support.network.recording import StaticCache, folded_queries
+from support.sampling import decoding
+from support.training import optim
+from support.sampling.decoding import repeat_rows
+from support.training.diagnostics import Guard, watch_update
+from support.training.loss import LinearCrossEntropy, linear_cross_entropy, use_lean_loss
+from support.sampling.graphs import StaticCache, folded_queries
 
 SIZES = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'bias': False}
 ROTARY = {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 2, 'value_residual': True, 'norm': 'rmsnorm'}
@@ -234,10 +235,11 @@ import torch, torch._dynamo as dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from model import GPT, GPTConfig
-from support.machine import fsdp, runtime
-from support.network.decoding import generate
-from support.network.diagnostics import measure_vitals
-from support.network.loss import checkpoint_activations, use_lean_loss
+from support.training import fsdp
+from support.machine import runtime
+from support.sampling.decoding import generate
+from support.training.diagnostics import measure_vitals
+from support.training.loss import checkpoint_activations, use_lean_loss
 
 kind, options = sys.argv[2], json.loads(sys.argv[3])
 torch.set_num_threads(1)

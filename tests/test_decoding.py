@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
-from support.network import decoding, recording
-from support.network.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
+from support.sampling import decoding, graphs as recording
+from support.sampling.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
                                       penalize, stream)
-from support.network.matmul import HAS_ONEDNN, fast_linears
-from support.network.quantize import build_int8
+from support.machine.linear import HAS_ONEDNN, fast_linears
+from support.sampling.quantize import build_int8
 
 
 def tiny(**changes):
@@ -249,7 +249,7 @@ def test_a_step_that_needs_numbers_or_is_watched_runs_each_time(tapes, monkeypat
 def test_recording_does_not_import_the_compiler():
     """Which takes a second, of the two that a sample takes."""
     code = ('import sys, torch; from model import GPT, GPTConfig;'
-            'from support.network.decoding import generate;'
+            'from support.sampling.decoding import generate;'
             f'generate(GPT(GPTConfig(**{TINY})), torch.zeros(1, 1, dtype=torch.int64), 20);'
             'print("torch._dynamo" in sys.modules)')
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ from conftest import TINY
 
 from model import GPT, GPTConfig
 from support.machine import runtime
-from support.network import diagnostics
-from support.run import checkpoint
+from support.training import diagnostics
+from support.training import checkpoint
 
 RUN = runtime.Runtime('cpu', 'float32', False, 'gloo')
 MODELS = ({}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2},

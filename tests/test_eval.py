@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig
 from support.hub.huggingface import write_tokenizer
 from support.machine.runtime import Runtime
-from support.run import checkpoint
-from support.run.state import model_args
+from support.training import checkpoint
+from support.training.state import model_args
 from support.text.prepare import write_dataset, write_text_dataset
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 from support.text.tokens import open_split
@@ -182,7 +182,7 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
 ])
 def test_a_mistake_is_one_line(run_here, char_run, char_data, tmp_path, monkeypatch, args, reason):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
-    monkeypatch.delitem(sys.modules, 'support.hub.lm_eval_adapter', raising=False)
+    monkeypatch.delitem(sys.modules, 'support.evaluating.lm_eval_adapter', raising=False)
     paths = {'passages': tmp_path / 'passages.jsonl', 'long': tmp_path / 'long.jsonl', 'other': char_data}
     paths['passages'].write_text('{"text": "The end"}\n')
     paths['long'].write_text(json.dumps({'text': 'a ' + 'b' * 40}))
@@ -203,7 +203,7 @@ def lm_eval_offline(monkeypatch, tmp_path, lambada_file, hellaswag_file):
     monkeypatch.setattr(datasets, 'load_dataset', lambda path, *_, **__: load(
         'json', data_files=files[path], cache_dir=str(tmp_path / 'cache')))
     folders = [str(Path(tasks.__file__).parent / name) for name in ('hellaswag', 'lambada')]
-    from support.hub import lm_eval_adapter
+    from support.evaluating import lm_eval_adapter
     # only these tasks: reading the defaults takes long
     manager = lm_eval_adapter.TaskManager(include_path=folders, include_defaults=False)
     monkeypatch.setattr(lm_eval_adapter, 'TaskManager', lambda: manager)
@@ -236,7 +236,7 @@ def test_rolling_scores_and_generated_text_equal_lm_eval_s_own(gpt2, lm_eval_off
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from support.hub.lm_eval_adapter import LMEvalModel
+    from support.evaluating.lm_eval_adapter import LMEvalModel
     theirs = HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=1)
     model = GPT.from_pretrained(str(gpt2[0])).eval()
     ours = LMEvalModel(model, GPT2Tokenizer(), Runtime('cpu', 'float32', False, 'gloo'), 4)

@@ -12,9 +12,9 @@ from conftest import ROOT
 
 from model import GPT, GPTConfig
 from support.hub.huggingface import load_pretrained
-from support.network.decoding import generate as generate_fast
-from support.run import checkpoint
-from support.run.state import model_args
+from support.sampling.decoding import generate as generate_fast
+from support.training import checkpoint
+from support.training.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}

@@ -10,8 +10,8 @@ import soak
 import torch
 from conftest import ROOT
 
-from support.machine import fsdp
-from support.run import checkpoint, start
+from support.training import fsdp
+from support.training import checkpoint, start
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 BATCH = ('--gradient_accumulation_steps=4', '--learning_rate=1e-2', '--lr_decay_iters=50', '--eval_iters=3',
@@ -132,8 +132,9 @@ MEASURE = '''
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from model import GPT, GPTConfig
-from support.machine import fsdp, runtime
-from support.network.loss import use_lean_loss
+from support.training import fsdp
+from support.machine import runtime
+from support.training.loss import use_lean_loss
 run = runtime.resolve('cpu')
 torch.distributed.init_process_group('gloo')
 model = GPT(GPTConfig(32, 64, 2, 2, 64, bias=False))

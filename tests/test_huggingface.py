@@ -11,7 +11,7 @@ from conftest import TINY
 from model import GPT, GPTConfig
 from support.hub.huggingface import (beyond, folder_tokenizer, load_pretrained, to_transformers,
                                      write_tokenizer)
-from support.run.state import model_args
+from support.training.state import model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False}

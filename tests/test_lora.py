@@ -7,9 +7,9 @@ import torch
 from conftest import TINY, evaluations, losses
 
 from model import GPT, GPTConfig
-from support.network import lora
-from support.network.loss import checkpoint_activations, use_lean_loss
-from support.run import checkpoint, plan
+from support.training import lora
+from support.training.loss import checkpoint_activations, use_lean_loss
+from support.training import checkpoint, plan
 
 LORA = ('--init_from=finetune', '--lora_rank=4', '--lora_alpha=8', '--learning_rate=1e-2', '--max_iters=12',
         '--eval_interval=6', '--lr_decay_iters=12', '--dropout=0.2')

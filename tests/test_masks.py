@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from support.machine import runtime
-from support.network.scoring import mean_loss
-from support.run import checkpoint
+from support.evaluating.scoring import mean_loss
+from support.training import checkpoint
 from support.text.masks import BEGIN, READ, TARGET, Conversations
 from support.text.tokens import (
     choose_windows,

@@ -11,9 +11,9 @@ from conftest import ROOT, TINY
 from model import GPT, GPTConfig, softmax_attention
 from support.machine import hardware
 from support.machine.runtime import Runtime
-from support.network.decoding import generate
-from support.network.loss import checkpoint_activations, use_lean_loss
-from support.network.matmul import (OneDNNAttention, OneDNNLinear, attend_at_once, onednn_forward,
+from support.sampling.decoding import generate
+from support.training.loss import checkpoint_activations, use_lean_loss
+from support.machine.linear import (OneDNNAttention, OneDNNLinear, attend_at_once, onednn_forward,
                                     use_fast_products)
 
 FLOAT32, BFLOAT16 = (Runtime('cpu', dtype, False, 'gloo') for dtype in ('float32', 'bfloat16'))

@@ -9,8 +9,8 @@ from conftest import TINY
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from support.network.loss import LinearCrossEntropy, lean_loss
-from support.run.state import config_from_args, model_args
+from support.training.loss import LinearCrossEntropy, lean_loss
+from support.training.state import config_from_args, model_args
 
 
 def tiny(**changes):

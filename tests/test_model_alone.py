@@ -61,7 +61,7 @@ for options in OPTIONS:
 try:
     GPTConfig(attn_type='GK')
 except ValueError as error:
-    assert 'support/network/attention.py' in str(error)
+    assert 'support/attention.py' in str(error)
 else:
     raise AssertionError('attn_type=GK was accepted')
 print('trained', len(OPTIONS))
@@ -115,7 +115,7 @@ print(*(name for name in ours if 'main__' not in name))
 def test_it_works_inside_a_package_whatever_else_has_its_names(attn_type, tmp_path):
     (tmp_path / 'nanoGPT/support/network').mkdir(parents=True)
     shutil.copy(ROOT / 'model.py', tmp_path / 'nanoGPT')
-    shutil.copy(ROOT / 'support/network/attention.py', tmp_path / 'nanoGPT/support/network')
+    shutil.copy(ROOT / 'support/attention.py', tmp_path / 'nanoGPT/support/network')
     for name in ('model', 'loss', 'optim', 'decoding', 'support'):
         (tmp_path / f'{name}.py').write_text('raise ImportError("a file of somebody else")')
     (tmp_path / 'main.py').write_text(f'''

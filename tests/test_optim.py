@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
-from support.network import optim
-from support.network.optim import (AdamW, Muon, WeightAverage, configure_optimizer, newton_schulz,
+from support.training import optim
+from support.training.optim import (AdamW, Muon, WeightAverage, configure_optimizer, newton_schulz,
                                    orthogonalize)
 
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'bias': False}

@@ -8,9 +8,9 @@ from conftest import TINY
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, alibi
-from support.network.decoding import generate
-from support.network.loss import checkpoint_activations, linear_cross_entropy, use_lean_loss
-from support.run.state import config_from_args, model_args
+from support.sampling.decoding import generate
+from support.training.loss import checkpoint_activations, linear_cross_entropy, use_lean_loss
+from support.training.state import config_from_args, model_args
 
 OPTIONS = {
     'rope': {'pos_emb': 'rope'},

@@ -17,10 +17,10 @@ from model import GPT, GPTConfig
 from support.machine.files import free_disk
 from support.machine.hardware import GPUS
 from support.machine.runtime import Runtime
-from support.network.lora import add_adapters
-from support.network.loss import LinearCrossEntropy, checkpoint_activations, use_lean_loss
-from support.run import plan
-from support.run.plan import Setup
+from support.training.lora import add_adapters
+from support.training.loss import LinearCrossEntropy, checkpoint_activations, use_lean_loss
+from support.training import plan
+from support.training.plan import Setup
 
 V, T, L, C = (TINY[k] for k in ('vocab_size', 'block_size', 'n_layer', 'n_embd'))
 N_PARAMS = V * C + T * C + L * (12 * C * C + 2 * C) + C  # embeddings, blocks, the last normalisation

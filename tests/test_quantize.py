@@ -10,12 +10,12 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
-from support.network import quantize
-from support.network.decoding import generate
-from support.network.loss import lean_loss
-from support.network.quantize import Int8Linear, build_int8
-from support.run import checkpoint
-from support.run.state import load_model, model_args
+from support.sampling import quantize
+from support.sampling.decoding import generate
+from support.training.loss import lean_loss
+from support.sampling.quantize import Int8Linear, build_int8
+from support.training import checkpoint
+from support.training.state import load_model, model_args
 
 CPU = Runtime('cpu', 'float32', False, 'gloo')
 MODELS = [{}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'norm': 'rmsnorm'},
@@ -170,9 +170,9 @@ def test_checkpoint_read_in_turn_gives_the_model_quantised_whole(options, tmp_pa
     full, int8 = models(**options)
     save(tmp_path, full)
     maps, load = [], checkpoint.load
-    monkeypatch.setattr('support.run.state.MAPPED', 5000)
-    monkeypatch.setattr('support.run.state.load', lambda *a, **k: maps.append(1) or load(*a, **k))
-    monkeypatch.setattr('support.run.state.tokenizer_of', lambda state: None)
+    monkeypatch.setattr('support.training.state.MAPPED', 5000)
+    monkeypatch.setattr('support.training.state.load', lambda *a, **k: maps.append(1) or load(*a, **k))
+    monkeypatch.setattr('support.training.state.tokenizer_of', lambda state: None)
     read, _, state = load_model('resume', tmp_path, CPU, 'int8')
     assert len(maps) > 5 and state['iter_num'] == 5
     ours, theirs = read.state_dict(), int8.state_dict()
@@ -192,7 +192,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
 
 
 def test_folder_of_transformers_gives_its_gpt2_in_int8(gpt2_folder, monkeypatch):
-    monkeypatch.setattr('support.run.state.folder_tokenizer', lambda folder: None)
+    monkeypatch.setattr('support.training.state.folder_tokenizer', lambda folder: None)
     full, _, _ = load_model(str(gpt2_folder), '', CPU)
     read, _, state = load_model(str(gpt2_folder), '', CPU, 'int8')
     theirs = build_int8(full.config, full.state_dict().items()).state_dict()

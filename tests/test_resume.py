@@ -18,7 +18,7 @@ from conftest import ROOT, TINY_ARGS, evaluations, losses
 from test_masks import ANSWERS, write_conversations
 
 from support.machine.signals import stop_signals
-from support.run import checkpoint
+from support.training import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 EXACT = ('--max_iters=20', '--eval_interval=6', '--lr_decay_iters=20', '--learning_rate=1e-2',
@@ -541,8 +541,9 @@ def test_evaluation_is_broken_off_on_all_processes_and_the_run_stays_exact(n, pa
 
 
 def test_sample_and_measurement_are_broken_off(train, tmp_path, monkeypatch):
-    from support.network import decoding, diagnostics
-    from support.run import runlog
+    from support.sampling import decoding
+    from support.training import diagnostics
+    from support.training import log as runlog
     real, tokens = decoding.stream, []
 
     def stream(*args, **kwargs):

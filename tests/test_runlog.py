@@ -21,8 +21,8 @@ from model import GPT, GPTConfig
 from support.machine import console
 from support.machine.console import keep_line, print0
 from support.machine.runtime import Runtime
-from support.run import checkpoint, runlog
-from support.run.runlog import Drawing, Meter, Progress, RunLog, Wandb
+from support.training import checkpoint, log as runlog
+from support.training.log import Drawing, Meter, Progress, RunLog, Wandb
 from support.text.tokenizer import read_tokenizer
 
 

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT
 
 from model import GPT, GPTConfig
-from support.network.decoding import Text, generate
-from support.run import checkpoint
-from support.run.prompt import Sampling, interact, obey
-from support.run.state import config_from_args, model_args
+from support.sampling.decoding import Text, generate
+from support.training import checkpoint
+from support.sampling.prompt import Sampling, interact, obey
+from support.training.state import config_from_args, model_args
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
 
 LINE = '---------------\n'

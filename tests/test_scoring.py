@@ -12,8 +12,8 @@ from conftest import TINY
 
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
-from support.network.loss import lean_loss
-from support.network.scoring import (TASKS, BitsPerByte, count_targets, encode_pair, mean_loss,
+from support.training.loss import lean_loss
+from support.evaluating.scoring import (TASKS, BitsPerByte, count_targets, encode_pair, mean_loss,
                                      measure_hellaswag, read_items, score_ids)
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer
 from support.text.tokens import eval_windows, read_windows

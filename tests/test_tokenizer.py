@@ -144,7 +144,7 @@ def test_unknown_characters_that_normalisation_would_join_are_told(text, helps):
 
 
 def test_a_checkpoint_without_a_tokenizer_is_not_decoded_as_gpt2_s_if_its_vocabulary_is_another(tmp_path):
-    from support.run.state import tokenizer_of
+    from support.training.state import tokenizer_of
     state = {'model_args': {'vocab_size': 65}, 'config': {'data_dir': str(tmp_path / 'gone')}}
     with pytest.raises(ValueError, match='no text: the data folder that the checkpoint names is missing'):
         tokenizer_of(state).decode([1])

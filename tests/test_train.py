@@ -16,7 +16,7 @@ from conftest import ROOT, TINY_ARGS, evaluations, losses
 
 import support.text.dataset
 from model import GPT, GPTConfig
-from support.run import checkpoint
+from support.training import checkpoint
 from support.text.prepare import write_text_dataset, write_tokens
 
 LINES = [

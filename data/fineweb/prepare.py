@@ -18,6 +18,7 @@ from configurator import configure
 
 from pathlib import Path
 
+from support.errors import UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
 from support.text.dataset import header_size, split_files
 from support.text.prepare import dataset_folder, prepare_corpus
@@ -48,13 +49,13 @@ def take_shards(folder, source, n):
             held = snapshot_download(source, repo_type='dataset', allow_patterns=wanted)
     files = {'train': split_files(held, 'train')[:n], 'val': split_files(held, 'val')}
     if len(files['train']) < n or not files['val']:
-        raise ValueError(f'{source} has {len(files["train"])} training files and {len(files["val"])} for '
+        raise UserError(f'{source} has {len(files["train"])} training files and {len(files["val"])} for '
                          f'validation, too few for --shards={n}')
     counts = {split: sum(map(count_shard, paths)) for split, paths in files.items()}
     paths = [path for found in files.values() for path in found]
     others = sorted({p.name for p in folder.glob('*.bin')} - {p.name for p in paths})
     if others:
-        raise ValueError(f'{folder} has {others[0]}, which is not among these files: remove it first')
+        raise UserError(f'{folder} has {others[0]}, which is not among these files: remove it first')
     folder.mkdir(exist_ok=True)
     for path in paths:
         target = folder / path.name
@@ -67,13 +68,13 @@ def take_shards(folder, source, n):
 def count_shard(path):
     """Number of tokens in a file with a header, which must be that of the file."""
     if not header_size(path):
-        raise ValueError(f'{path} has no header of 20240520, 1 and the number of tokens: not such a file')
+        raise UserError(f'{path} has no header of 20240520, 1 and the number of tokens: not such a file')
     return count_tokens(path)
 
 
 configure(globals())
 if shards < 0:
-    raise ValueError(f'shards={shards} must be at least 0')
+    raise UserError(f'shards={shards} must be at least 0')
 if shards:
     take_shards(dataset_folder(__file__, name), shards_from, shards)
 else:

@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
+from support.errors import UserError
 from support.text.prepare import dataset_folder, write_text_dataset
 from support.text.reading import read_texts
 
@@ -27,8 +28,8 @@ configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
 
 paths = [a for a in sys.argv[1:] if not a.startswith('-')]
 if not paths:
-    raise ValueError('name at least one text file or folder: python data/text/prepare.py FILE_OR_FOLDER...')
+    raise UserError('name at least one text file or folder: python data/text/prepare.py FILE_OR_FOLDER...')
 if not name:
-    raise ValueError('name= must be a plain folder name: the dataset goes to data/<name>')
+    raise UserError('name= must be a plain folder name: the dataset goes to data/<name>')
 folder = dataset_folder(__file__, name)
 write_text_dataset(folder, read_texts(paths), tokenizer, ', '.join(paths), val_fraction, vocab_size)

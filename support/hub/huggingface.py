@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import model
+from support.errors import MissingFile, UserError
 from support.hub.layouts import (LAYOUTS, LLAMA, NO_TOKENS, OWN_CODE, read_config_json, read_layout,
                                  to_llama, to_own_code)
 from support.machine.files import UNREADABLE, explain_failure, go_offline_if_cut_off, reason_of
@@ -53,7 +54,7 @@ def read_pretrained(model_type):
     config = read_config_json(model_type)
     kind = config.get('model_type', 'gpt2')
     if kind not in ('gpt2', *LAYOUTS):
-        raise ValueError(f'{model_type} holds a model of type {kind}, not of gpt2, {" or ".join(LAYOUTS)}')
+        raise UserError(f'{model_type} holds a model of type {kind}, not of gpt2, {" or ".join(LAYOUTS)}')
     args, weights = read_gpt2(model_type) if kind == 'gpt2' else read_layout(model_type)
     if (n_vocab := config.get('unpadded_vocab_size', args['vocab_size'])) < args['vocab_size']:
         args['vocab_size'] = n_vocab
@@ -78,7 +79,7 @@ def read_gpt2(model_type):
                 traceback.extract_tb(error.__traceback__)[-1].filename == model.__file__
                 and isinstance(error, (ValueError, FileNotFoundError))):
             raise  # in one line already; the errors of transformers may have many
-        raise FileNotFoundError(f'no GPT-2 weights in {model_type} ({reason_of(error)}); without a network, '
+        raise MissingFile(f'no GPT-2 weights in {model_type} ({reason_of(error)}); without a network, '
                                 'name a folder that holds them: --init_from=PATH') from None
 
 
@@ -89,12 +90,12 @@ def check_size(folder):
     c = sizes | read_config_json(folder)
     with explain_failure(f'no GPT-2 weights in {folder}; name a folder that holds them: --init_from=PATH'):
         if wrong := [f'{k}={c[k]!r:.40}' for k in sizes if not isinstance(c[k], int) or c[k] < 1]:
-            raise ValueError(f'config.json has {", ".join(wrong)}')
+            raise UserError(f'config.json has {", ".join(wrong)}')
         weights = c['n_embd'] * (c['vocab_size'] + c['n_positions'] + 12 * c['n_layer'] * c['n_embd'])
         asked = weights + 500 * c['n_layer']  # the names of a layer's tensors
         found = sum(p.stat().st_size for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.bin'))
         if found and asked > found:
-            raise ValueError(f'config.json asks for {asked:,} bytes at least, the weights have {found:,}')
+            raise UserError(f'config.json asks for {asked:,} bytes at least, the weights have {found:,}')
 
 
 def own_tokenizer(folder):

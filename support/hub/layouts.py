@@ -14,8 +14,9 @@ import torch
 
 import model
 from model import GPT, GPTConfig, mlp_size
+from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, replacing
-from support.network import attention
+from support import attention
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu'}  # what makes a GPT a Llama
 LLAMA_NAMES = {  # ours: theirs, whose rows are stacked in ours
@@ -127,7 +128,7 @@ def read_layout(folder):
     kind = read_config_json(folder)['model_type']
     paths = sorted(Path(folder).glob('model*.safetensors'))
     if not paths:
-        raise FileNotFoundError(f'{folder} has a config.json of type {kind}, but no model.safetensors')
+        raise MissingFile(f'{folder} has a config.json of type {kind}, but no model.safetensors')
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -137,14 +138,14 @@ def read_layout(folder):
         theirs = {name: tensor for path in paths for name, tensor in load_file(path).items()
                   if not name.endswith('rotary_emb.inv_freq')}  # of older versions
         if args['n_layer'] > len(theirs):
-            raise ValueError(f'config.json asks for {args["n_layer"]:,} layers, the weights are '
+            raise UserError(f'config.json asks for {args["n_layer"]:,} layers, the weights are '
                              f'{len(theirs):,} tensors')
         with torch.device('meta'):
             asked = GPT(GPTConfig(**args)).state_dict()
         if args.get('tie_weights', True):
             head, embedding = names_of('lm_head.weight')[0], names_of('transformer.wte.weight')[0]
             if not torch.equal(theirs.setdefault(head, theirs[embedding]), theirs[embedding]):
-                raise ValueError(f'config.json ties {head} to {embedding}, which differs')
+                raise UserError(f'config.json ties {head} to {embedding}, which differs')
         return args, stacked(theirs, asked, names_of, zeros)
 
 
@@ -166,7 +167,7 @@ def stacked(theirs, asked, names_of, zeros):
             elif not weights[name].isfinite().all():
                 bad.append(f'not finite: {name}')
     if bad := bad + [f'unexpected: {name}' for name in theirs]:
-        raise ValueError(', '.join(bad[:9]))
+        raise UserError(', '.join(bad[:9]))
     return weights
 
 
@@ -186,7 +187,7 @@ def llama_layout(folder):
               'intermediate_size': mlp_size(GPTConfig(**args))[1]}
     found = c.to_dict() | (c.rope_parameters or {})
     if wrong := [f'{k}={found[k]} (not {v})' for k, v in needed.items() if found.get(k) not in (None, v)]:
-        raise ValueError(f'model.py doesn\'t compute this Llama: {", ".join(wrong)}')
+        raise UserError(f'model.py doesn\'t compute this Llama: {", ".join(wrong)}')
     has_bias = {'attn': c.attention_bias, 'mlp': c.mlp_bias}
     return args, llama_names, lambda name: name.endswith('.bias') and not has_bias[name.split('.')[3]]
 

@@ -21,7 +21,7 @@ from .attention import canonical_attn_type
 from .model import GPT, GPTConfig
 
 # where model.py looks for types of attention
-sys.modules[f'{__package__}.support.network.attention'] = sys.modules[canonical_attn_type.__module__]
+sys.modules[f'{__package__}.support.attention'] = sys.modules[canonical_attn_type.__module__]
 
 
 class OwnGPTConfig(PretrainedConfig):

@@ -2,14 +2,13 @@
 
 import atexit
 import contextlib
-import linecache
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 import support
+from support.errors import USER_ERRORS, kind_of
 
 STYLES = {'bold': '1', 'cyan': '36', 'bold red': '1;31'}  # codes of ECMA-48, "select graphic rendition"
 ROOT = Path(support.HERE)  # the repository
@@ -108,19 +107,13 @@ def is_broken(stream):
 
 
 def show_error(kind, error, trace):
-    """sys.excepthook: what this repository raises on purpose is one line, the output's last; all else keeps
-    its traceback."""
+    """sys.excepthook: a user's mistake is one line, the output's last; all else keeps its traceback."""
     if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
         return
     keep_line()
-    last = traceback.extract_tb(trace)[-1] if trace else None
-    path = Path(last.filename).resolve() if last else Path()
-    is_ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts
-    is_raised = last and linecache.getline(last.filename, last.lineno).strip().startswith('raise ')
-    if is_ours and is_raised and issubclass(
-            kind, (ValueError, FileNotFoundError, FloatingPointError, MemoryError)):
-        print(styled(f'{kind.__name__}: {error}', 'bold red', sys.stderr), file=sys.stderr)
-    elif is_ours:
+    if isinstance(error, USER_ERRORS):
+        print(styled(f'{kind_of(error)}: {error}', 'bold red', sys.stderr), file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError):
         support.show_missing(kind, error, trace)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -17,6 +17,8 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.errors import MissingFile, UserError, kind_of
+
 # what json, pickle, zipfile, struct, NumPy, torch and datasets raise for a truncated, damaged or hostile file
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError,
               ImportError, RuntimeError, OverflowError, MemoryError, StopIteration, struct.error,
@@ -34,14 +36,14 @@ def explain_failure(message, *more_errors, passing=()):
     except passing:
         raise
     except (*UNREADABLE, *more_errors) as error:
-        raise ValueError(f'{message} ({reason_of(error)})') from None
+        raise UserError(f'{message} ({reason_of(error)})') from None
 
 
 def reason_of(error):
     """An error's type and the first line of its message, or those of its cause."""
     error = error.__cause__ or error
     lines = str(error).strip().splitlines()
-    return f'{type(error).__name__}: {lines[0][:300]}' if lines else type(error).__name__
+    return f'{kind_of(error)}: {lines[0][:300]}' if lines else kind_of(error)
 
 
 @contextmanager
@@ -174,15 +176,15 @@ def read_text(path):
     Raises FileNotFoundError, or ValueError if it is not text.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} is missing')
+        raise MissingFile(f'{path} is missing')
     data = Path(path).read_bytes()
     try:
         text = data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): save it as '
+        raise UserError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): save it as '
                          'UTF-8') from None
     if '\0' in text:
-        raise ValueError(f'{path} is not text: it has zero bytes')
+        raise UserError(f'{path} is not text: it has zero bytes')
     return text
 
 
@@ -217,7 +219,7 @@ def download(url, sha256, path, timeout=30):
                 raise OSError('its checksum is wrong')
     except (OSError, http.client.HTTPException) as error:
         reason = ' '.join(str(error).split())
-        raise FileNotFoundError(f'{url} can\'t be downloaded ({reason}); put the file at {path} yourself, '
+        raise MissingFile(f'{url} can\'t be downloaded ({reason}); put the file at {path} yourself, '
                                 'or name one with --input=FILE') from None
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from support.errors import UserError
+
 kept_products = ''  # see keep_products
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -140,7 +142,7 @@ def prefers_onednn():
     or, before it, FLOAT32_PRODUCTS=onednn or default in the environment says."""
     wanted = os.environ.get('FLOAT32_PRODUCTS') or kept_products
     if wanted not in ('', 'onednn', 'default'):
-        raise ValueError(f'FLOAT32_PRODUCTS={wanted} is not one of onednn, default')
+        raise UserError(f'FLOAT32_PRODUCTS={wanted} is not one of onednn, default')
     if wanted == 'default':
         return False
     is_exact, is_faster = measure_onednn()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from support.errors import UserError
 from support.machine.console import flush, print0
 from support.machine.hardware import (DTYPES, device_name, has_bfloat16, keep_products, products,
                                       synchronize)
@@ -126,7 +127,7 @@ class Runtime:
     def begin(self, seed):
         """Set up PyTorch for this run, once its processes are connected, and print what `resolve` chose."""
         if not -2**63 <= seed < 2**63:
-            raise ValueError(f'seed={seed} must fit into 64 bits')
+            raise UserError(f'seed={seed} must fit into 64 bits')
         if self.world_size > 1:
             sys.excepthook = end_with_error(sys.excepthook, self.rank, self.timeout)
         if self.device_type == 'cuda':
@@ -170,21 +171,21 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout
     if device_type == 'cuda':
         torch.cuda.set_device(torch.device(device).index or 0)  # before anything asks the current device
     if threads < 0:
-        raise ValueError(f'threads={threads} must be at least 0')
+        raise UserError(f'threads={threads} must be at least 0')
     if threads:
         torch.set_num_threads(threads)
     dtype = best_dtype(device_type) if dtype == 'auto' else dtype
     if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')
+        raise UserError(f'dtype={dtype} is not one of auto, {", ".join(DTYPES)}')
     compile = can_compile(device_type) if compile == 'auto' else compile
     if not isinstance(compile, bool):
-        raise ValueError(f'compile={compile} is not one of True, False, auto')
+        raise UserError(f'compile={compile} is not one of True, False, auto')
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' and dist.is_nccl_available() else 'gloo'
     if backend not in dist.Backend.backend_list:
-        raise ValueError(f'backend={backend} is not one of auto, {", ".join(dist.Backend.backend_list)}')
+        raise UserError(f'backend={backend} is not one of auto, {", ".join(dist.Backend.backend_list)}')
     if world_size > 1 and backend == 'nccl' and device_type != 'cuda':
-        raise ValueError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
+        raise UserError(f'backend=nccl needs CUDA devices, this run is on {device}: use --backend=gloo')
     return Runtime(device, dtype, compile, backend, rank, world_size, timeout)
 
 
@@ -193,11 +194,11 @@ def read_ranks():
     given = {k: os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE') if os.environ.get(k)}
     told = ' '.join(f'{k}={v}' for k, v in given.items())
     if not all(v.isascii() and v.isdigit() for v in given.values()):
-        raise ValueError(f'{told}: these environment variables must be numbers; torchrun sets them')
+        raise UserError(f'{told}: these environment variables must be numbers; torchrun sets them')
     rank, local_rank, world_size = (int(given.get(k, d)) for k, d in
                                     (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     if ('RANK' in given) != ('WORLD_SIZE' in given) or rank >= world_size:
-        raise ValueError(f'{told}: RANK must be below WORLD_SIZE, and neither is set without the other; '
+        raise UserError(f'{told}: RANK must be below WORLD_SIZE, and neither is set without the other; '
                          'start several processes by torchrun, or unset both for a single one')
     return rank, local_rank, world_size
 
@@ -260,7 +261,7 @@ def check_device(device):
     if kind not in count or not index.isdigit() or int(index) >= count[kind]:
         here = ', '.join(f'{k} ({n})' if k == 'cuda' else k for k, n in count.items() if n)
         names = '' if kind in count else '; GPUs are called cuda (NVIDIA, AMD) or mps (Apple)'
-        raise ValueError(f'device={device} is not on this machine, which has: {here}{names}')
+        raise UserError(f'device={device} is not on this machine, which has: {here}{names}')
     return kind
 
 

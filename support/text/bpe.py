@@ -14,6 +14,7 @@ import re
 
 import numpy as np
 
+from support.errors import UserError
 from support.machine.files import explain_failure
 
 MOST_IDS = 65536  # of uint16
@@ -59,9 +60,9 @@ class BPETokenizer:
             for name, i in ids.items():
                 self.texts[i] = name.encode() if name in added else bytes(BYTES[c] for c in name)
             if missing := {bytes([b]) for b in range(256)} - {*self.texts}:
-                raise ValueError(f'it can\'t encode {len(missing)} of the 256 bytes')
+                raise UserError(f'it can\'t encode {len(missing)} of the 256 bytes')
             if self.decode(self.encode(PROBE)) != PROBE:
-                raise ValueError('decoding doesn\'t give the text back')
+                raise UserError('decoding doesn\'t give the text back')
 
     @functools.cached_property
     def of_prompts(self):
@@ -149,18 +150,18 @@ def check_content(content, ids):
     """ValueError if a tokenizer.json isn't a byte-level BPE. ids: {token: id}, added tokens included."""
     model, normalizer = content['model'], content.get('normalizer') or {'type': 'NFC'}
     if model.get('type', 'BPE') != 'BPE':
-        raise ValueError(f'its type is {model["type"]}')
+        raise UserError(f'its type is {model["type"]}')
     if len(ids) > MOST_IDS:
-        raise ValueError(f'it has {len(ids):,} entries, more than {MOST_IDS:,}, the numbers of uint16')
+        raise UserError(f'it has {len(ids):,} entries, more than {MOST_IDS:,}, the numbers of uint16')
     if not all(isinstance(i, int) and 0 <= i < MOST_IDS for i in ids.values()):
-        raise ValueError(f'its ids are not all numbers from 0 to {MOST_IDS - 1:,}')
+        raise UserError(f'its ids are not all numbers from 0 to {MOST_IDS - 1:,}')
     added = {t['content'] for t in content.get('added_tokens') or ()}
     if not all(c in BYTES for token in ids.keys() - added for c in token):
-        raise ValueError('its tokens are not strings of bytes')
+        raise UserError('its tokens are not strings of bytes')
     if len({*ids.values()}) < len(ids):
-        raise ValueError('several of its tokens have one id')
+        raise UserError('several of its tokens have one id')
     if model.get('dropout') or normalizer.get('type') != 'NFC':
-        raise ValueError(f'it changes texts: {"dropout" if model.get("dropout") else normalizer.get("type")}')
+        raise UserError(f'it changes texts: {"dropout" if model.get("dropout") else normalizer.get("type")}')
 
 
 def mended(text):
@@ -233,5 +234,5 @@ def untrained():
 def check_vocab_size(vocab_size, special_tokens=(END,)):
     """ValueError for a number of entries that no trained tokenizer can have."""
     if not 256 + len(special_tokens) <= vocab_size <= MOST_IDS:
-        raise ValueError(f'vocab_size={vocab_size} must be {256 + len(special_tokens)} (the bytes and '
+        raise UserError(f'vocab_size={vocab_size} must be {256 + len(special_tokens)} (the bytes and '
                          f'{", ".join(special_tokens)}) to {MOST_IDS}')

@@ -14,6 +14,7 @@ import json
 
 import numpy as np
 
+from support.errors import UserError
 from support.machine.files import explain_failure, read_text
 from support.text.bpe import END
 from support.text.masks import BEGIN, READ, TARGET
@@ -38,7 +39,7 @@ def check_template(template):
     """A template as a checkpoint or dataset.json has it. Raises ValueError if it is none."""
     if not isinstance(template, dict) or template.keys() != {*ROLES, 'end'} \
             or not all(isinstance(text, str) and text for text in template.values()):
-        raise ValueError('the chat template is damaged: it needs a string for each of '
+        raise UserError('the chat template is damaged: it needs a string for each of '
                          f'{", ".join(ROLES)} and end')
     return template
 
@@ -89,12 +90,12 @@ def read_conversations(path):
         rows = [(f'line {i}', parse_line(path, i, line))
                 for i, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1) if line.strip()]
     if not rows:
-        raise ValueError(f'{path} has no conversations')
+        raise UserError(f'{path} has no conversations')
     found = []
     for where, row in rows:
         messages = messages_of(row)
         if reason := why_not(messages):
-            raise ValueError(f'{path}, {where} is no conversation: {reason}')
+            raise UserError(f'{path}, {where} is no conversation: {reason}')
         found.append(messages)
     return found
 

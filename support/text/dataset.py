@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import MissingFile, UserError
 from support.machine.console import ROOT, print0
 from support.machine.files import explain_failure
 
@@ -37,23 +38,23 @@ def split_files(data_dir, split):
         if found := re.fullmatch(rf'((?:.*[_-])?{split})_([0-9]{{3,}})\.bin', path.name):
             group = groups.setdefault(found[1], {})
             if twin := group.get(int(found[2])):
-                raise ValueError(f'{data_dir} has {twin.name} and {path.name}: remove one or the other')
+                raise UserError(f'{data_dir} has {twin.name} and {path.name}: remove one or the other')
             group[int(found[2])] = path
     if whole.is_file() and split in groups:
         first = next(iter(groups[split].values()))
-        raise ValueError(f'{data_dir} has {whole.name} and {first.name}: remove one or the other')
+        raise UserError(f'{data_dir} has {whole.name} and {first.name}: remove one or the other')
     if whole.is_file() or not groups:
         return [whole] if whole.is_file() else []
     name = split if split in groups else next(iter(groups))
     if len(groups) > 1 and name != split:
-        raise ValueError(f'{data_dir} has files of several datasets, {", ".join(groups)}: leave one')
+        raise UserError(f'{data_dir} has files of several datasets, {", ".join(groups)}: leave one')
     group = groups[name]
     first = 1 if name != split and 0 not in group else 0
     for i, (number, path) in enumerate(sorted(group.items()), first):
         if number != i:
             digits = len(path.stem) - len(name) - 1
             missing = path.with_name(f'{name}_{i:0{digits}}.bin')
-            raise FileNotFoundError(f'{missing} is missing, but {path.name} exists')
+            raise MissingFile(f'{missing} is missing, but {path.name} exists')
     return [group[number] for number in sorted(group)]
 
 
@@ -64,11 +65,11 @@ def header_size(path):
         start = file.read(12)
     magic, version, count = np.frombuffer(start.ljust(12, b'\0'), '<i4').tolist()
     if (magic, version) == (20240801, 7) or magic == 20240520 and version != 1:
-        raise ValueError(f'{path} has llm.c\'s header {magic}, {version}, of other tokens than uint16, whose '
+        raise UserError(f'{path} has llm.c\'s header {magic}, {version}, of other tokens than uint16, whose '
                          f'header is 20240520, 1: {AS_UINT16}')
     held = max(0, path.stat().st_size - 1024) // 2
     if magic == 20240520 and count != held:
-        raise ValueError(f'{path} has {held:,} tokens, but {count:,} by its header: truncated, or damaged. '
+        raise UserError(f'{path} has {held:,} tokens, but {count:,} by its header: truncated, or damaged. '
                          'Download or prepare it again')
     return 1024 if magic == 20240520 else 0
 
@@ -86,7 +87,7 @@ def width_of(tokens):
 def check_length(tokens):
     """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
     if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
-        raise ValueError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
+        raise UserError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
                          'then resume')
 
 
@@ -98,10 +99,10 @@ def read_info(data_dir):
         return {}
     with explain_failure(f'{path} is damaged; prepare the data again'):
         if path.stat().st_size > 1 << 20:
-            raise ValueError('it has more than a megabyte')
+            raise UserError('it has more than a megabyte')
         text = path.read_text(encoding='utf-8')
         if text.count('{') + text.count('[') > 100:
-            raise ValueError('it is nested too deeply')  # thousands of levels crash Python's parser
+            raise UserError('it is nested too deeply')  # thousands of levels crash Python's parser
         info = json.loads(text)
         counts, digests = info.get('tokens', {}), info.get('sha256', {})
         if not (all(isinstance(n, int) and 0 <= n < 1 << 63 for n in counts.values())
@@ -109,7 +110,7 @@ def read_info(data_dir):
                                                            info.get('tokenizer', '')])):
             raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
     if info.get('unfinished'):
-        raise ValueError(f'{data_dir}: the preparation of this data was broken off; prepare it again')
+        raise UserError(f'{data_dir}: the preparation of this data was broken off; prepare it again')
     sizes = {split: sum(path.stat().st_size for path in split_files(data_dir, split))
              for split in ('train', 'val') if split in counts}
     found = [split for split, size in sizes.items() if size]

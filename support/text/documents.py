@@ -12,6 +12,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from support.errors import UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off
 from support.text.reading import reason_to_leave_out, tell_files
 
@@ -47,13 +48,13 @@ def format_of(source, files):
     """The format of local files, None for a source on the hub. Raises ValueError if formats are mixed."""
     if not Path(source).exists():
         if Path(source).suffix in FORMATS or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', source):
-            raise ValueError(f'{source} doesn\'t exist; a dataset on the hub is named like owner/name')
+            raise UserError(f'{source} doesn\'t exist; a dataset on the hub is named like owner/name')
         return None
     kinds = sorted({p.suffix for p in files})
     if len(kinds) > 1:
-        raise ValueError(f'{source} mixes {", ".join(kinds)} files: name a file, or a folder with one kind')
+        raise UserError(f'{source} mixes {", ".join(kinds)} files: name a file, or a folder with one kind')
     if not kinds or kinds[0] not in FORMATS:
-        raise ValueError(f'{source} has no {", ".join(FORMATS)} files')
+        raise UserError(f'{source} has no {", ".join(FORMATS)} files')
     return FORMATS[kinds[0]]
 
 
@@ -105,12 +106,12 @@ def load_rows(where, split, limit, **how):
 def check_text(source, rows, text_column, names):
     """ValueError unless the column is there and has strings. rows: may be a stream; names: its columns."""
     if text_column not in names:
-        raise ValueError(f'{source} has no column {text_column}, only {", ".join(names)}: name one with '
+        raise UserError(f'{source} has no column {text_column}, only {", ".join(names)}: name one with '
                          '--text_column')
     kind = rows.features[text_column].dtype if rows.features else 'string'
     has_gaps = hasattr(rows, 'data') and rows.data.column(text_column).null_count
     if kind not in ('string', 'large_string') or has_gaps:
-        raise ValueError(f'{source} has rows without text in column {text_column}: name another with '
+        raise UserError(f'{source} has rows without text in column {text_column}: name another with '
                          '--text_column')
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
 from support.text.dataset import check_length, read_info
 
@@ -72,17 +73,17 @@ def with_mask(tokens, data_dir, split):
     masks, info = {name: Path(data_dir, f'{name}.mask') for name in ('train', 'val')}, read_info(data_dir)
     if missing := [path for path in masks.values() if not path.is_file()]:
         if len(missing) == 1 or info.get('chat'):
-            raise FileNotFoundError(f'{missing[0]} is missing, which says what to learn of the conversations '
+            raise MissingFile(f'{missing[0]} is missing, which says what to learn of the conversations '
                                     f'in {data_dir}: prepare them again')
         return tokens
     path = masks[split]
     if (size := path.stat().st_size) != len(tokens):
-        raise ValueError(f'{path} has {size:,} bytes, but {split} has {len(tokens):,} tokens, and each needs '
+        raise UserError(f'{path} has {size:,} bytes, but {split} has {len(tokens):,} tokens, and each needs '
                          'one: prepare the data again')
     with explain_failure(f'{path} can\'t be read'):
         mask = np.memmap(path, dtype=np.uint8, mode='r')
     if mask.max() > BEGIN or mask[0] != BEGIN or not (mask == TARGET).any():
-        raise ValueError(f'{path} is no mask of conversations: it begins with 2, as each of them, and has '
+        raise UserError(f'{path} is no mask of conversations: it begins with 2, as each of them, and has '
                          '1 for tokens to learn, of which there must be some, and 0 for others')
     return Conversations(tokens, mask, info.get('chat'))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.errors import UserError
 from support.machine.files import replacing
 from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
 from support.text.documents import FORMATS, SPLIT_NAMES, has_own_splits, load_documents, tell_files_of
@@ -37,14 +38,14 @@ def check_tokenizer_name(name, vocab_size, known):
     """The tokenizer that a setting names if it exists already, None for those that are made of the text: char
     and bpe. known: the names that the caller takes besides paths. Raises ValueError for any other."""
     if name not in known and not Path(name).exists():
-        raise ValueError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
+        raise UserError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
                          'tokenizer.json or of a folder with one')
     if name in known:
         if name == 'bpe':
             check_vocab_size(vocab_size)
         return GPT2Tokenizer() if name == 'gpt2' else None
     if (tokenizer := load_tokenizer(name)) is None:
-        raise ValueError(f'tokenizer={name} has no tokenizer.json')
+        raise UserError(f'tokenizer={name} has no tokenizer.json')
     return tokenizer
 
 
@@ -72,7 +73,7 @@ def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, voca
 def dataset_folder(script, name):
     """data/<name> beside the folder of a prepare.py, or that folder for an empty name."""
     if name and (Path(name).name != name or name == '..'):
-        raise ValueError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
+        raise UserError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
     folder = Path(script).parent
     return folder.parent / name if name else folder
 
@@ -86,10 +87,10 @@ def name_after(source):
 def check_cut(n, val_fraction, source, unit='characters'):
     """How many of n characters (or other units) are for training. ValueError if there is nothing to split."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
+        raise UserError(f'val_fraction={val_fraction} must lie between 0 and 1')
     cut = int(n * (1 - val_fraction))
     if not 0 < cut < n:
-        raise ValueError(f'{source} has {n:,} {unit}, too few to split')
+        raise UserError(f'{source} has {n:,} {unit}, too few to split')
     return cut
 
 
@@ -111,12 +112,12 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
     """
     how |= {'name': subset} if subset else {}
     if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
+        raise UserError(f'val_fraction={val_fraction} must lie between 0 and 1')
     coder = check_tokenizer_name(tokenizer, vocab_size, ('gpt2', 'bpe'))
     if isinstance(coder, GPT2Tokenizer):
         coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
     elif coder and coder.end is None:
-        raise ValueError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
+        raise UserError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
     if own_splits and has_own_splits(source):
         tell_files_of(source, SPLIT_NAMES)
         splits = {part: load_documents(source, text_column, limit, name, **how)
@@ -144,7 +145,7 @@ def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_
 def split_documents(documents, source, val_fraction, seed):
     """{'train': documents, 'test': documents}, shuffled, val_fraction of them in the second."""
     if len(documents) < 2:
-        raise ValueError(f'{source} has {len(documents)} documents, too few to split; for one long text '
+        raise UserError(f'{source} has {len(documents)} documents, too few to split; for one long text '
                          'use data/text/prepare.py --tokenizer=gpt2')
     return documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
 from support.machine.pickles import read_pickle
 from support.text.bpe import END, MOST_IDS, BPETokenizer
@@ -41,7 +42,7 @@ class CharTokenizer:
 
     def encode(self, text):
         if missing := sorted(set(text) - set(self.stoi)):
-            raise ValueError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}'
+            raise UserError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}'
                              + (f' and {len(missing) - 10:,} more' if len(missing) > 10 else '')
                              + self.advice(text))
         return [self.stoi[c] for c in text]
@@ -90,7 +91,7 @@ class GPT2Tokenizer:
         try:
             return tiktoken.get_encoding('gpt2')
         except OSError as error:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f'the GPT-2 BPE files can\'t be downloaded ({type(error).__name__}): connect once, or set '
                 'TIKTOKEN_CACHE_DIR to a folder where tiktoken cached them') from None
 
@@ -141,7 +142,7 @@ class NoTokenizer:
         self.n_vocab, self.reason = n_vocab, reason
 
     def encode(self, text):
-        raise ValueError(f'this model\'s tokens have no text: {self.reason}')
+        raise UserError(f'this model\'s tokens have no text: {self.reason}')
 
     decode = decode_bytes = encode_array = encode
 
@@ -203,13 +204,13 @@ def load_tokenizer(path):
         path = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
         return path and load_tokenizer(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing: name a tokenizer.json, or a folder with one')
+        raise MissingFile(f'{path} is missing: name a tokenizer.json, or a folder with one')
     with explain_failure(f'{path} is neither GPT-2\'s tokenizer nor one of characters or a byte-level BPE'):
         text = path.read_text(encoding='utf-8')
         content = json.loads(text)
         if 'model' not in content:  # vocab.json
             if not is_gpt2_vocab(content):
-                raise ValueError(f'a vocabulary of {len(content):,}; AutoTokenizer of transformers makes a '
+                raise UserError(f'a vocabulary of {len(content):,}; AutoTokenizer of transformers makes a '
                                  'tokenizer.json of it')
             return GPT2Tokenizer()
         vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
@@ -217,7 +218,7 @@ def load_tokenizer(path):
             vocab.pop(PAD, None)
             if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < MOST_IDS
                        for c, i in vocab.items()):
-                raise ValueError('its tokens are words')
+                raise UserError('its tokens are words')
             return CharTokenizer({i: c for c, i in vocab.items()})
         if {t['content'] for t in added} <= {END} and isinstance(vocab, dict) and is_gpt2_vocab(vocab):
             return GPT2Tokenizer()
@@ -244,7 +245,7 @@ def read_vocabulary(data_dir):
     info, path = read_info(data_dir), Path(data_dir, 'tokenizer.json')
     kind, meta = info.get('tokenizer'), read_meta(data_dir)
     if kind == 'bpe' and not path.is_file():
-        raise ValueError(f'{path} is missing, but dataset.json says that the tokens are of a tokenizer of '
+        raise UserError(f'{path} is missing, but dataset.json says that the tokens are of a tokenizer of '
                          'their own: prepare the data again')
     if path.is_file() and kind != 'char':
         return read_own_tokenizer(path, info, meta)
@@ -254,7 +255,7 @@ def read_vocabulary(data_dir):
     if kind not in (None, 'gpt2'):
         path, size = Path(data_dir, 'dataset.json'), info.get('vocab_size')
         if not isinstance(size, int) or not 0 < size <= MOST_IDS:
-            raise ValueError(f'{path} names another tokenizer, {kind[:40]}, so it needs its vocab_size, at '
+            raise UserError(f'{path} names another tokenizer, {kind[:40]}, so it needs its vocab_size, at '
                              f'most {MOST_IDS:,}; or put its tokenizer.json beside it')
         return NoTokenizer(size, f'its data is of another tokenizer, {kind[:40]}, whose tokenizer.json is '
                                  'not beside it'), size, path
@@ -267,9 +268,9 @@ def read_own_tokenizer(path, info, meta):
     found, digest = tokenizer.to_dict()['kind'], info.get('sha256', {}).get(path.name)
     if kind == 'gpt2' != found or meta and meta['itos']:
         other = 'dataset.json says that they are GPT-2\'s' if kind == 'gpt2' else 'meta.pkl has characters'
-        raise ValueError(f'{path} says that the tokens are its own, but {other}: remove one or the other')
+        raise UserError(f'{path} says that the tokens are its own, but {other}: remove one or the other')
     if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-        raise ValueError(f'{path} is not the one that the data was prepared with: its SHA-256 is another in '
+        raise UserError(f'{path} is not the one that the data was prepared with: its SHA-256 is another in '
                          'dataset.json. Prepare the data again')
     if found == 'gpt2':
         return tokenizer, PADDED_GPT2_VOCAB, None
@@ -283,7 +284,7 @@ def read_meta(data_dir):
     path = Path(data_dir, 'meta.pkl')
     if not path.is_file():
         if read_info(data_dir).get('tokenizer') == 'char':
-            raise ValueError(f'{path} is missing, but dataset.json says that the tokens are characters: '
+            raise UserError(f'{path} is missing, but dataset.json says that the tokens are characters: '
                              'prepare the data again, or delete dataset.json if it is not of this data')
         return None
     with explain_failure(f'{path} is not a character vocabulary'):

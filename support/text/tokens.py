@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
 from support.text.dataset import (AS_UINT16, check_length, header_size, is_older, read_info, say_once,
                                   split_files, width_of)
@@ -41,11 +42,11 @@ def open_split(data_dir, split):
     if not paths:
         prepare = Path(data_dir, 'prepare.py')
         how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
-        raise FileNotFoundError(f'{path} is missing; {how}')
+        raise MissingFile(f'{path} is missing; {how}')
     tokens = Shards(paths) if len(paths) > 1 else open_tokens(paths[0])
     expected = read_info(data_dir).get('tokens', {}).get(split, len(tokens))
     if len(tokens) != expected:
-        raise ValueError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated, '
+        raise UserError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: truncated, '
                          'or written by another program. Prepare it again, or delete dataset.json')
     return with_mask(tokens, data_dir, split)
 
@@ -54,7 +55,7 @@ def count_tokens(path):
     """Number of tokens in a file, from its size."""
     size = path.stat().st_size - header_size(path)
     if size % 2 or size == 0:
-        raise ValueError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or not '
+        raise UserError(f'{path} has {size:,} bytes, not a positive multiple of 2: truncated, or not '
                          'uint16 tokens. Prepare it again')
     return size // 2
 
@@ -67,7 +68,7 @@ def open_tokens(path):
     start = tokens[:4096]
     if start.tobytes().startswith(b'\x93NUMPY') or (start[::2].any() and len(start) > 16
                                                    and not start[1::2].any()):
-        raise ValueError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: {AS_UINT16}')
+        raise UserError(f'{path} holds a NumPy header or 32-bit numbers, not raw uint16 tokens: {AS_UINT16}')
     return tokens
 
 
@@ -112,16 +113,16 @@ def check_split(tokens, name, block_size, vocab_size, at_most=1 << 26):
     Of a split with more than `at_most` tokens, only 64 pieces spread over the file are read.
     """
     if len(tokens) <= block_size and not isinstance(tokens, Conversations):
-        raise ValueError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
+        raise UserError(f'{name} has {len(tokens):,} tokens, too few for block_size={block_size}: use at '
                          f'most --block_size={len(tokens) - 1}, or more text')
     largest, width = max(int(piece.max()) for piece in pieces(tokens, at_most)), width_of(tokens[:4096])
     if largest >= vocab_size:
         reason = f'it seems to hold {width}-bit numbers, not uint16: {AS_UINT16}' if width != 16 else \
             'the data was prepared for another tokenizer'
-        raise ValueError(f'{name} holds token id {largest}, but the model\'s vocab_size is {vocab_size}: '
+        raise UserError(f'{name} holds token id {largest}, but the model\'s vocab_size is {vocab_size}: '
                          f'{reason}')
     if width == 8 and vocab_size > 1 << 15 and tokens[:4096].tobytes().isascii():
-        raise ValueError(f'{name} seems to hold text or 8-bit numbers, not uint16 token ids: {AS_UINT16}')
+        raise UserError(f'{name} seems to hold text or 8-bit numbers, not uint16 token ids: {AS_UINT16}')
 
 
 def fingerprint(data_dir, split, tokens, at_most=1 << 26):
@@ -149,7 +150,7 @@ def check_sha256(data_dir, name, split, found):
     if is_older(data_dir, split):
         say_once(f'ignoring the SHA-256 of {name} in dataset.json, which is older than that file')
     else:
-        raise ValueError(f'{Path(data_dir, name)} doesn\'t match its SHA-256 in dataset.json: damaged, '
+        raise UserError(f'{Path(data_dir, name)} doesn\'t match its SHA-256 in dataset.json: damaged, '
                          'or written by another program. Prepare the data again, or delete dataset.json')
 
 

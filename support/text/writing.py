@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import UserError
 from support.machine.files import replacing
 from support.text.bpe import BPETokenizer
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -37,7 +38,7 @@ def write_ids(path, chunks):
                 continue
             if ids.min() < 0 or ids.max() > 65535:
                 bad = ids.min() if ids.min() < 0 else ids.max()
-                raise ValueError(f'token id {bad} doesn\'t fit into uint16, 0 to 65535')
+                raise UserError(f'token id {bad} doesn\'t fit into uint16, 0 to 65535')
             counts += np.bincount(ids, minlength=1 << 16)
             data = ids.astype(np.uint16).tobytes()
             digest.update(data)

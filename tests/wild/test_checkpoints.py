@@ -10,8 +10,8 @@ from conftest import TINY, losses
 from test_checkpoint import CPU, Evil, assert_equal_trees
 
 from model import GPT, GPTConfig
-from support.run import checkpoint
-from support.run.state import config_from_args, load_model
+from support.training import checkpoint
+from support.training.state import config_from_args, load_model
 
 ARGS = TINY | {'bias': True, 'dropout': 0.0}
 

@@ -7,7 +7,7 @@ from conftest import ROOT
 from test_configurator import config_file, settings_of
 
 from configurator import configure
-from support.machine.settings import OTHER_NAMES
+from support.settings import OTHER_NAMES
 
 
 @pytest.fixture

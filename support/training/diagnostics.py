@@ -23,7 +23,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from support.machine.fsdp import full_tensor
+from support.errors import NotFinite
+from support.training.fsdp import full_tensor
 
 
 class Guard:
@@ -51,7 +52,7 @@ class Guard:
         isn't finite."""
         if self.first_bad.item() < math.inf or not all(map(math.isfinite, values)):
             iteration = min(self.first_bad.item(), iteration)
-            raise FloatingPointError(
+            raise NotFinite(
                 f'iteration {iteration:.0f}: the loss or the gradient is not finite; no update was made with '
                 f'it. {last_state}. A lower learning_rate or a longer warm-up may help')
 
@@ -59,7 +60,7 @@ class Guard:
         """FloatingPointError if a weight or an optimizer's buffer isn't finite: such a state isn't saved."""
         parts = state['model'], state.get('trained', {}), *state['optimizer']['state'].values()
         if not all(t.isfinite().all() for part in parts for t in part.values()):
-            raise FloatingPointError(f'iteration {iteration}: weights or optimizer buffers are not finite, '
+            raise NotFinite(f'iteration {iteration}: weights or optimizer buffers are not finite, '
                                      f'so nothing was saved. {last_state}')
 
     def state_dict(self):

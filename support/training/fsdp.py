@@ -13,21 +13,23 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from support.errors import UserError
+
 
 def check_parallel(mode, run, optimizer, cpu_offload):
     """ValueError for settings that don't go together."""
     if mode not in ('ddp', 'fsdp'):
-        raise ValueError(f'parallel={mode} is not one of ddp, fsdp')
+        raise UserError(f'parallel={mode} is not one of ddp, fsdp')
     if cpu_offload and (mode != 'fsdp' or run.device_type != 'cuda'):
-        raise ValueError('cpu_offload=True keeps what a GPU would hold in the machine\'s memory: it needs '
+        raise UserError('cpu_offload=True keeps what a GPU would hold in the machine\'s memory: it needs '
                          f'parallel=fsdp and CUDA, this run has parallel={mode} on {run.device}')
     if mode == 'fsdp' and run.device_type not in ('cuda', 'cpu'):
-        raise ValueError(f'parallel=fsdp is for CUDA and CPUs, this run is on {run.device}')
+        raise UserError(f'parallel=fsdp is for CUDA and CPUs, this run is on {run.device}')
     if mode == 'fsdp' and optimizer == 'muon':
-        raise ValueError('parallel=fsdp cuts matrices into parts, optimizer=muon needs them whole: use '
+        raise UserError('parallel=fsdp cuts matrices into parts, optimizer=muon needs them whole: use '
                          '--parallel=ddp or --optimizer=adamw')
     if mode == 'fsdp' and run.dtype == 'float16':
-        raise ValueError('dtype=float16 needs a gradient scaler, which parallel=fsdp does not have: use '
+        raise UserError('dtype=float16 needs a gradient scaler, which parallel=fsdp does not have: use '
                          '--dtype=bfloat16')
 
 

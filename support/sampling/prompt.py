@@ -12,7 +12,8 @@ import re
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 
-from support.machine.settings import convert, nearest, parse
+from support.errors import UserError
+from support.settings import convert, nearest, parse
 from support.text.chat import render
 
 
@@ -38,7 +39,7 @@ class Sampling:
                 ('seed', -2**63 <= self.seed < 2**63, 'fit into 64 bits'),
                 ('max_new_tokens', self.max_new_tokens >= 0, 'be at least 0')):
             if not holds:
-                raise ValueError(f'{name} must {allowed}, not {getattr(self, name)}')
+                raise UserError(f'{name} must {allowed}, not {getattr(self, name)}')
         self.stop_strings()
 
     def stop_strings(self):
@@ -48,7 +49,7 @@ class Sampling:
             is_list = self.stop.startswith('[')
             strings = parse(self.stop) if is_list else [self.stop.replace('\\n', '\n')]
         if not isinstance(strings, list) or not all(s and isinstance(s, str) for s in strings):
-            raise ValueError(f"stop={self.stop} is neither a string nor a list of strings like ['a', 'b']")
+            raise UserError(f"stop={self.stop} is neither a string nor a list of strings like ['a', 'b']")
         return strings
 
 
@@ -141,7 +142,7 @@ def obey(line, sampling):
             'With --chat=True, /new begins another conversation, /system TEXT one with an instruction.',
             'Ctrl-C stops a sample, /quit or Ctrl-D quits.'])
     if name not in TYPES:
-        raise ValueError(f'no command /{name}{nearest(name, [*TYPES, "help", "quit"])}; /help lists them')
+        raise UserError(f'no command /{name}{nearest(name, [*TYPES, "help", "quit"])}; /help lists them')
     if text:
         sampling = replace(sampling, **{name: convert(name, parse(text), text, TYPES[name])})
     return sampling, f'{name} = {getattr(sampling, name)}'

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from model import KVCache
-from support.network.matmul import fast_linears
-from support.network.recording import Recorded, StaticCache, can_record, folded_queries
+from support.machine.linear import fast_linears
+from support.sampling.graphs import Recorded, StaticCache, can_record, folded_queries
 
 
 def repeat_rows(cache, n):

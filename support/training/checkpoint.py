@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from support.errors import MissingFile, OutOfMemory, UserError
 from support.machine.console import print0
 from support.machine.files import explain_failure, reason_of, replacing
 from support.machine.pickles import STAND_INS
@@ -101,18 +102,18 @@ def load(path, verify=True):
     is damaged or no checkpoint, MemoryError, which says nothing about the file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} is missing: train a model there first, or name another --out_dir')
+        raise MissingFile(f'{path} is missing: train a model there first, or name another --out_dir')
     try:
         with explain_failure(f'{path} is not a checkpoint, or a damaged one', passing=(
                 MemoryError, PermissionError)):
             if verify and is_damaged(path):
-                raise ValueError('its checksum is wrong')
+                raise UserError('its checksum is wrong')
             state = read_archive(path)
             check_state(state, os.path.getsize(path))
     except MemoryError:
-        raise MemoryError(f'out of memory while {path} was read') from None
+        raise OutOfMemory(f'out of memory while {path} was read') from None
     except PermissionError as error:
-        raise FileNotFoundError(f'{path} can\'t be read ({reason_of(error)})') from None
+        raise MissingFile(f'{path} can\'t be read ({reason_of(error)})') from None
     state['model'] = clean_names(state['model'])
     if state['model_args'].get('vocab_size', 0) is None and 'transformer.wte.weight' in state['model']:
         state['model_args']['vocab_size'] = len(state['model']['transformer.wte.weight'])
@@ -126,7 +127,7 @@ def read_archive(path):
     if is_archive:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError('it is compressed, which torch.save doesn\'t do')
+                raise UserError('it is compressed, which torch.save doesn\'t do')
     try:
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=is_archive)
@@ -143,14 +144,14 @@ def check_state(state, size):
             and all(isinstance(name, str) and isinstance(t, torch.Tensor)
                     for name, t in state['model'].items())
             and all(isinstance(name, str) for name in state['model_args'])):
-        raise ValueError('it has no model and model_args')
+        raise UserError('it has no model and model_args')
     if not isinstance(state.get('iter_num', 0), int) or not 0 <= state.get('iter_num', 0) < 2**63:
-        raise ValueError(f'iter_num={state["iter_num"]} is no number of iterations')
+        raise UserError(f'iter_num={state["iter_num"]} is no number of iterations')
     for t in tensors_of(state):
         if t.device.type != 'cpu' or t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise ValueError(f'a tensor of {tuple(t.shape)} has fewer numbers in the file')
+            raise UserError(f'a tensor of {tuple(t.shape)} has fewer numbers in the file')
     if sum(t.nbytes for t in state['model'].values()) > 2 * size:  # a tied matrix has two names
-        raise ValueError('its tensors share their memory')
+        raise UserError('its tensors share their memory')
 
 
 def tensors_of(state):
@@ -203,7 +204,7 @@ def load_trained(out_dir):
         if damaged:
             raise next(iter(damaged.values()))
         if (earlier := Path(out_dir, 'earlier')).is_dir():
-            raise FileNotFoundError(f'{path} is missing; the run before has its own: --out_dir={earlier}')
+            raise MissingFile(f'{path} is missing; the run before has its own: --out_dir={earlier}')
     return path, load(path)
 
 
@@ -218,7 +219,7 @@ def load_newest(out_dir, run, must_exist, dry_run=False):
     error. Damaged files are reported and, except in a dry run, renamed, so that nothing overwrites them."""
     path, state, damaged = newest(out_dir) if run.is_master else (None, None, {})
     if run.is_master and path is None and must_exist:
-        raise next(iter(damaged.values()), None) or FileNotFoundError(
+        raise next(iter(damaged.values()), None) or MissingFile(
             f'nothing to resume: {os.path.join(out_dir, "ckpt.pt")} is missing, or has no optimizer state')
     for bad, error in damaged.items():
         print0(str(error) if dry_run else f'{error}; set aside as {set_aside(bad)}')

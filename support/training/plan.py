@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT
+from support.errors import OutOfMemory, UserError
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
-from support.network.loss import chunk_of, use_lean_loss
-from support.network.matmul import use_fast_products
-from support.run.state import config_from_settings
+from support.training.loss import chunk_of, use_lean_loss
+from support.machine.linear import use_fast_products
+from support.training.state import config_from_settings
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
@@ -208,7 +209,7 @@ def scale_of(config):
     sequences = config['gradient_accumulation_steps'] * config['batch_size']
     count, _, gpu = config['plan_gpus'].partition('x')
     if not re.fullmatch('0*[1-9][0-9]*', count):
-        raise ValueError(f'plan_gpus={config["plan_gpus"]} is no number and kind of GPUs, such as 8xH100')
+        raise UserError(f'plan_gpus={config["plan_gpus"]} is no number and kind of GPUs, such as 8xH100')
     return scale(model, int(count), gpu or 'H100', sequences, config['max_iters'] + 1)
 
 
@@ -219,9 +220,9 @@ def scale(model, n_gpus, gpu, sequences, iterations):
     """
     kind = next((k for k in GPUS if squeeze(k) == squeeze(gpu)), None)
     if kind is None:
-        raise ValueError(f'plan_gpus: {gpu} is not one of {", ".join(GPUS)}')
+        raise UserError(f'plan_gpus: {gpu} is not one of {", ".join(GPUS)}')
     if sequences % n_gpus:
-        raise ValueError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
+        raise UserError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
                          f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')
     n, tokens = model.get_num_params(non_embedding=False), sequences * model.config.block_size
     best = ', '.join(f'{best_tokens(n, *fit):.1e} ({name})' for name, fit in FITS.items())
@@ -296,7 +297,7 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
         smaller = smaller_batch(batch_size, gradient_accumulation_steps)
         how = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]} trains on the same '
                'tokens an iteration' if smaller else 'a shorter --block_size or a smaller model needs less')
-        raise MemoryError(f'out of memory at batch_size={batch_size}: {how}; --activation_checkpointing=True '
+        raise OutOfMemory(f'out of memory at batch_size={batch_size}: {how}; --activation_checkpointing=True '
                           'needs less too, and is slower') from None
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, read_text
 from support.text.tokens import eval_windows, read_windows
 
@@ -112,7 +113,7 @@ def score_ids(model, run, batch_size, pairs, desc=None):
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     longest = max((len(continuation) for _, continuation in pairs), default=0)
     if longest > block_size:
-        raise ValueError(f'the model\'s block_size={block_size} is too short for an answer of {longest} '
+        raise UserError(f'the model\'s block_size={block_size} is too short for an answer of {longest} '
                          'tokens')
     rows = [(context + continuation)[-block_size - 1:] for context, continuation in pairs]
     left = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together, longest first
@@ -228,13 +229,13 @@ def read_items(source, split, needed, limit=0):
             items = json.loads(text) if text.lstrip().startswith('[') else \
                 [json.loads(line) for line in text.split('\n') if line.strip()]
         except ValueError as error:
-            raise ValueError(f'{source} is neither JSON nor JSON lines ({error})') from None
+            raise UserError(f'{source} is neither JSON nor JSON lines ({error})') from None
     else:
         items = read_table(path, split)
     items = items[:limit or None]
     missing = [k for k in needed if not items or not all(k in item for item in items)]
     if missing:
-        raise ValueError(f'{source} has {len(items)} items, not all with {", ".join(missing)}')
+        raise UserError(f'{source} has {len(items)} items, not all with {", ".join(missing)}')
     return items
 
 
@@ -242,7 +243,7 @@ def read_table(source, split):
     """A local parquet file or a dataset on the hub, as a list of dicts."""
     is_file = source.suffix == '.parquet'
     if is_file and not source.is_file():
-        raise FileNotFoundError(f'{source} is missing')
+        raise MissingFile(f'{source} is missing')
     go_offline_if_cut_off()
     import datasets
     message = f'can\'t load {source}; a local jsonl, json or parquet file works too: --source=PATH'

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from model import GPT
 
+from support.errors import UserError
+
 WEIGHTS = ('full', 'int8')
 HAS_PACKED = hasattr(torch.ops.aten, '_weight_int8pack_mm') and sys.platform != 'win32'  # a plain loop there
 HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -30,7 +32,7 @@ PIECE = 1 << 18  # weights quantised at once, so that temporary tensors stay sma
 def check_weights(weights):
     """ValueError unless it is one of WEIGHTS."""
     if weights not in WEIGHTS:
-        raise ValueError(f'weights={weights} is not one of {", ".join(WEIGHTS)}')
+        raise UserError(f'weights={weights} is not one of {", ".join(WEIGHTS)}')
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from support.errors import UserError
+
 
 def add_adapters(model, rank, alpha):
     """Freeze a GPT and add an adapter to each linear layer of its blocks; rank 0 changes nothing."""
@@ -53,9 +55,9 @@ def check_adapters(config, state, is_resumed):
         return
     for name in ('lora_rank', 'lora_alpha') if rank or before.get('lora_rank') else ():
         if is_resumed and config[name] != before.get(name, 0):
-            raise ValueError(f'{name}={config[name]}, but the run to resume has {before.get(name, 0)}: '
+            raise UserError(f'{name}={config[name]}, but the run to resume has {before.get(name, 0)}: '
                              'use that, or start anew from its ckpt.pt with --init_from=finetune')
     if rank and state is None and config['init_from'] in ('scratch', 'auto'):
-        raise ValueError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, a folder or finetune')
+        raise UserError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, a folder or finetune')
     if rank and (config['ema_decay'] or config['optimizer'] != 'adamw' or config['parallel'] != 'ddp'):
-        raise ValueError(f'lora_rank={rank} goes with optimizer=adamw, ema_decay=0 and parallel=ddp only')
+        raise UserError(f'lora_rank={rank} goes with optimizer=adamw, ema_decay=0 and parallel=ddp only')

@@ -12,9 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
+from support.errors import UserError
 from support.machine.console import print0
 from support.machine.files import lock, reason_of, unlock
-from support.run.checkpoint import RESUMABLE
+from support.training.checkpoint import RESUMABLE
 
 FILES = (*RESUMABLE, 'log.jsonl')
 LOCK = 'run.lock'  # names the process that is at work
@@ -32,14 +33,14 @@ def claim(config, run):
         folder.mkdir(parents=True, exist_ok=True)
         holder = lock(folder / LOCK)
     except OSError as error:
-        raise ValueError(f'out_dir={out_dir} can\'t be written to ({reason_of(error)})') from None
+        raise UserError(f'out_dir={out_dir} can\'t be written to ({reason_of(error)})') from None
     if holder:
-        raise ValueError(f'{out_dir} is in use by another run, {holder}: stop that one, or name another '
+        raise UserError(f'{out_dir} is in use by another run, {holder}: stop that one, or name another '
                          '--out_dir')
     atexit.register(release, out_dir)
     for name in FILES:
         if Path(folder, name).exists() and not Path(folder, name).is_file():
-            raise ValueError(f'{folder / name} is a folder, where a run writes a file: rename it, or name '
+            raise UserError(f'{folder / name} is a folder, where a run writes a file: rename it, or name '
                              'another --out_dir')
         for left in folder.glob(f'{name}.*part'):  # of killed runs: no other is at work
             left.unlink(missing_ok=True)

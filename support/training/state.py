@@ -11,13 +11,14 @@ from dataclasses import asdict, fields
 import torch
 
 from model import GPT, GPTConfig
+from support.errors import UserError
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure
-from support.machine.settings import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
-from support.network.matmul import use_fast_products
-from support.network.quantize import build_int8
-from support.run.checkpoint import load, load_trained, run_folder
+from support.settings import KINDS, ON_BY_DEFAULT, OTHER_NAMES, REMOVED
+from support.machine.linear import use_fast_products
+from support.sampling.quantize import build_int8
+from support.training.checkpoint import load, load_trained, run_folder
 from support.text.dataset import find_dataset
 from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, read_tokenizer, tokenizer_from
 
@@ -46,7 +47,7 @@ def config_from_args(args):
     off = [k for k, v in unknown.items() if isinstance(v, KINDS) and not v and k not in ON_BY_DEFAULT]
     if refused := [f'{k} ({REMOVED})' if OTHER_NAMES.get(k) == REMOVED else str(k)
                    for k in unknown if k not in off]:
-        raise ValueError(f'the checkpoint has model settings that don\'t exist here: {", ".join(refused)}')
+        raise UserError(f'the checkpoint has model settings that don\'t exist here: {", ".join(refused)}')
     if off:
         print0(f'ignoring model settings of the checkpoint that are off: {", ".join(map(str, off))}')
     with explain_failure('the checkpoint\'s model_args are of no model'):
@@ -58,13 +59,13 @@ def checked_config(state, changes):
     model_args ask for."""
     config, weights = config_from_args(state['model_args'] | changes), state['model']
     if config.n_layer > len(weights):
-        raise ValueError(f'the checkpoint\'s model_args ask for {config.n_layer:,} layers, but it has only '
+        raise UserError(f'the checkpoint\'s model_args ask for {config.n_layer:,} layers, but it has only '
                          f'{len(weights):,} tensors')
     with torch.device('meta'), explain_failure('the checkpoint\'s model_args are of no model'):
         asked = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if wrong := [name for name in asked | found if asked.get(name) != found.get(name)]:
-        raise ValueError(f'the checkpoint\'s model_args ask for {wrong[0]} of {asked.get(wrong[0], "no")} '
+        raise UserError(f'the checkpoint\'s model_args ask for {wrong[0]} of {asked.get(wrong[0], "no")} '
                          f'numbers, it has {found.get(wrong[0], "none")}; {len(wrong)} tensors differ')
     head, wte = weights['lm_head.weight'], weights['transformer.wte.weight']
     if config.tie_weights and head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
@@ -104,7 +105,7 @@ def load_model(init_from, out_dir, run, weights='full'):
             model = build_model(state, {'dropout': 0.0})
         tokenizer = tokenizer_of(state)
     elif folder := run_folder(init_from):
-        raise ValueError(f'init_from={init_from} is a run, no GPT-2: --out_dir={folder} reads its model')
+        raise UserError(f'init_from={init_from} is a run, no GPT-2: --out_dir={folder} reads its model')
     else:
         state, tokenizer = {}, folder_tokenizer(init_from)
         if weights == 'int8':
@@ -155,7 +156,7 @@ def load_optimizer(optimizer, saved, cropped=None):
 def fitting_buffers(number, buffers, param, crop):
     """Copies of a parameter's buffers. ValueError if they aren't of its shape and type."""
     if set(buffers) not in BUFFERS:
-        raise ValueError(f'parameter {number} has the buffers {", ".join(map(str, buffers))}')
+        raise UserError(f'parameter {number} has the buffers {", ".join(map(str, buffers))}')
     found = {}
     for name, buffer in buffers.items():
         is_step = name == 'step'
@@ -169,7 +170,7 @@ def cut(name, saved, like, crop=False):
     holds. crop: the model's may have fewer rows. ValueError for another shape or type."""
     fits = saved.dtype == like.dtype and saved.dim() == like.dim() and saved.shape[1:] == like.shape[1:]
     if not fits or saved.shape[:1] != like.shape[:1] and not (crop and len(saved) > len(like)):
-        raise ValueError(f'{name} is {tuple(saved.shape)}, {saved.dtype}, where {tuple(like.shape)}, '
+        raise UserError(f'{name} is {tuple(saved.shape)}, {saved.dtype}, where {tuple(like.shape)}, '
                          f'{like.dtype} is needed')
     saved = saved[:len(like)] if saved.dim() else saved
     if hasattr(like, 'device_mesh'):

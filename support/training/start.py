@@ -3,13 +3,14 @@
 import math
 import os
 
+from support.errors import MissingFile, UserError
 from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
-from support.machine.fsdp import check_parallel
+from support.training.fsdp import check_parallel
 from support.machine.hardware import keep_products, products
-from support.network.lora import check_adapters
-from support.run import checkpoint
+from support.training.lora import check_adapters
+from support.training import checkpoint
 from support.text.dataset import find_dataset
 from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer, read_vocabulary
 from support.text.tokens import SAMPLERS, check_split, open_split
@@ -32,17 +33,17 @@ def check_settings(config, run):
     """ValueError for a value out of range, and for settings that don't go together."""
     for name, known in CHOICES.items():
         if config[name] not in known:
-            raise ValueError(f'{name}={config[name]} is not one of {", ".join(known)}')
+            raise UserError(f'{name}={config[name]} is not one of {", ".join(known)}')
     for (least, end), names in RANGES.items():
         for name in names:
             if not least <= config[name] < end:  # nan isn't
-                raise ValueError(f'{name}={config[name]} must be {range_in_words(least, end)}')
+                raise UserError(f'{name}={config[name]} must be {range_in_words(least, end)}')
     if config['learning_rate'] == 0 and (config['optimizer'] == 'muon' or config['embedding_lr']):
-        raise ValueError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its schedule: it '
+        raise UserError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its schedule: it '
                          'must be above 0')
     check_parallel(config['parallel'], run, config['optimizer'], config['cpu_offload'])
     if config['gradient_accumulation_steps'] % run.world_size:
-        raise ValueError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
+        raise UserError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
                          f'all processes and must be a multiple of their number, {run.world_size}')
 
 
@@ -63,7 +64,7 @@ def check_ranks(config, fingerprints, run):
     for rank, other in enumerate(theirs):
         if differing := [f'{k}={other.get(k)} instead of {theirs[0].get(k)}' for k in own | other
                          if other.get(k) != theirs[0].get(k)]:
-            raise ValueError(f'rank {rank} was started otherwise than rank 0: {", ".join(differing)}')
+            raise UserError(f'rank {rank} was started otherwise than rank 0: {", ".join(differing)}')
 
 
 def open_data(config):
@@ -76,7 +77,7 @@ def open_data(config):
     except FileNotFoundError as error:
         if config['data_dir'] or config['dataset'] != 'openwebtext':
             raise
-        raise FileNotFoundError(
+        raise MissingFile(
             'to begin small, run: python data/shakespeare_char/prepare.py, then python train.py '
             f'config/train_shakespeare_char_cpu.py; for OpenWebText, 90 GB: {error}') from None
     tokenizer, vocab_size, path = read_vocabulary(folder)
@@ -95,7 +96,7 @@ def find_state(config, run):
     elif init_from in ('resume', 'auto'):
         state = checkpoint.load_newest(out_dir, run, init_from == 'resume', config['dry_run'])
     elif folder := checkpoint.run_folder(init_from):
-        raise ValueError(f'init_from={init_from} is a run, no GPT-2: --init_from=finetune '
+        raise UserError(f'init_from={init_from} is a run, no GPT-2: --init_from=finetune '
                          f'--finetune_from={folder} starts from its model, --init_from=resume '
                          f'--out_dir={folder} goes on with it')
     is_resumed = state is not None and init_from != 'finetune'
@@ -117,7 +118,7 @@ def check_data(config, folder, data, window, model_config, vocab_size, tokenizer
         tokenizer.decode([])  # raises an error if the tokens have no text
     if state:
         if not is_same_tokenizer(state.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
-            raise ValueError(f'the checkpoint was trained with another tokenizer than that of {folder}')
+            raise UserError(f'the checkpoint was trained with another tokenizer than that of {folder}')
         if (stored := state['model_args'].get('attn_type', 'SM')) != model_config.attn_type:
             print0(f'attn_type: {model_config.attn_type}, where the checkpoint has {stored}')
     elif config['init_from'] not in ('scratch', 'auto'):
@@ -126,7 +127,7 @@ def check_data(config, folder, data, window, model_config, vocab_size, tokenizer
         check_split(tokens, os.path.join(folder, f'{split}.bin'), window, model_config.vocab_size)
     may_change = config['eval_only'] or config['allow_changed_data']
     if is_resumed and not may_change and state.get('data', fingerprints) != fingerprints:
-        raise ValueError(f'{folder} is not the data that {config["out_dir"]} was trained on: to resume on '
+        raise UserError(f'{folder} is not the data that {config["out_dir"]} was trained on: to resume on '
                          'other data, add --allow_changed_data=True')
 
 
@@ -151,7 +152,7 @@ def check_tokenizer(init_from, folder, tokenizer, vocab_size, model_vocab_size):
         fits = kind == 'gpt2' or vocab_size == model_vocab_size
     if not fits:
         how = 'gpt2' if isinstance(theirs, GPT2Tokenizer) else init_from
-        raise ValueError(f'{init_from} has another tokenizer than {folder}: prepare the text with '
+        raise UserError(f'{init_from} has another tokenizer than {folder}: prepare the text with '
                          f'--tokenizer={how}')
 
 

@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import KVCache
-from support.machine.fsdp import is_sharded
-from support.network.matmul import is_compiled, is_watched
+from support.training.fsdp import is_sharded
+from support.machine.linear import is_compiled, is_watched
 
 N_EAGER = 3  # the call that is recorded first; libraries choose their kernels in those before
 REACH = 64  # positions that a CPU's recording serves: its attention reads all their keys each time

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import MLP
-from support.machine.fsdp import is_sharded
+from support.training.fsdp import is_sharded
 from support.machine.hardware import OneDNN, prefers_onednn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from support.errors import UserError
 from support.machine.hardware import fastest_float32, has_bfloat16
 
 
@@ -19,7 +20,7 @@ def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, 
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, AdamW)
     if embedding_lr:
         if model.config.tie_weights:
-            raise ValueError(f'embedding_lr={embedding_lr} needs an embedding of its own: tie_weights=False')
+            raise UserError(f'embedding_lr={embedding_lr} needs an embedding of its own: tie_weights=False')
         wte, decayed = model.transformer.wte.weight, adamw.param_groups[0]
         decayed['params'] = [p for p in decayed['params'] if p is not wte]
         adamw.add_param_group({'params': [wte], 'weight_decay': weight_decay,

@@ -20,6 +20,7 @@ import types
 import typing
 from pathlib import Path
 
+from support.errors import MissingFile, UserError
 from support.machine.console import ROOT, prepare_streams
 
 KINDS = (bool, int, float, str, types.NoneType)
@@ -90,10 +91,10 @@ def configure(script, args=None, is_setting=is_own_setting):
             continue
         key, equals, text = arg[2:].partition('=')
         if key not in allowed:
-            raise ValueError(unknown_key([key], allowed))
+            raise UserError(unknown_key([key], allowed))
         if not equals and bool not in allowed[key]:
             value = shlex.quote(after) if after and after[0] != '-' else '...'
-            raise ValueError(f'--{key} needs a value: --{key}={value}')
+            raise UserError(f'--{key} needs a value: --{key}={value}')
         script[key] = convert(key, parse(text) if equals else True, text, allowed[key])
         say(f'Overriding: {key} = {script[key]}')
     return {k: script[k] for k in names}
@@ -138,7 +139,7 @@ def convert(key, value, text, allowed):
     if str in allowed and value is not None:
         return text
     wanted = ' or '.join('None' if t is types.NoneType else t.__name__ for t in allowed)
-    raise ValueError(f'{key}={text or value!r} is {type(value).__name__}, but {key} takes {wanted}')
+    raise UserError(f'{key}={text or value!r} is {type(value).__name__}, but {key} takes {wanted}')
 
 
 def read_config(path):
@@ -149,22 +150,22 @@ def read_config(path):
             source = file.read()
     except (SyntaxError, UnicodeDecodeError) as error:  # SyntaxError: in the first two lines
         reason = error.reason if isinstance(error, UnicodeDecodeError) else error.msg
-        raise ValueError(f'{path} is not UTF-8 text ({reason}): save it as UTF-8') from None
+        raise UserError(f'{path} is not UTF-8 text ({reason}): save it as UTF-8') from None
     try:
         tree = ast.parse(source, str(path))
         code = compile(tree, str(path), 'exec')
     except SyntaxError as error:
         line = (error.text or '').strip()[:80]
-        raise ValueError(f'{path}, line {error.lineno}: {error.msg}: {line}') from None
+        raise UserError(f'{path}, line {error.lineno}: {error.msg}: {line}') from None
     except (ValueError, RecursionError, MemoryError) as error:  # zero bytes; thousands of brackets
-        raise ValueError(f'{path} is not Python ({error or "too deep"})') from None
+        raise UserError(f'{path} is not Python ({error or "too deep"})') from None
     acting = (ast.Call, ast.NamedExpr, ast.Await)
     for node in tree.body:
         is_idle = isinstance(node, ast.Expr) and not any(isinstance(n, acting) for n in ast.walk(node))
         is_text = is_idle and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         if is_idle and not is_text or isinstance(node, ast.AnnAssign) and node.value is None:
             line = source.splitlines()[node.lineno - 1].strip()
-            raise ValueError(f'{path}, line {node.lineno}: {line[:80]} assigns nothing; a config is Python: '
+            raise UserError(f'{path}, line {node.lineno}: {line[:80]} assigns nothing; a config is Python: '
                              'name = value')
     return source, code, {(a.asname or a.name).split('.')[0] for node in ast.walk(tree)
                           if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
@@ -190,7 +191,7 @@ def apply_file(script, allowed, path, say):
         else:
             unknown.append(key)
     if unknown:
-        raise ValueError(f'{unknown_key(unknown, allowed)} (in {path}; '
+        raise UserError(f'{unknown_key(unknown, allowed)} (in {path}; '
                          'a name of the config\'s own begins with "_")')
 
 
@@ -208,7 +209,7 @@ def find_config(name, allowed=(), before=''):
     for path in [*choices, Path(file), ROOT / file] if os.path.dirname(name) else choices:
         if os.path.isfile(path) and path.suffix != '.pt':  # unlike Path.is_file, False for too long a name
             return path
-    raise FileNotFoundError(f'no config {name}{what_was_meant(name, allowed, before)}')
+    raise MissingFile(f'no config {name}{what_was_meant(name, allowed, before)}')
 
 
 def what_was_meant(name, allowed, before):

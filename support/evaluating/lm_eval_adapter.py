@@ -8,15 +8,16 @@ Our models in EleutherAI's lm-eval, for all of its tasks.
 import torch
 from tqdm import tqdm
 
-from support.network.decoding import generate
-from support.network.scoring import score_ids, score_texts
+from support.errors import UserError
+from support.sampling.decoding import generate
+from support.evaluating.scoring import score_ids, score_texts
 
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ValueError(f'tasks of lm-eval need it installed ({error}): pip install "lm-eval[hf]"') from None
+    raise UserError(f'tasks of lm-eval need it installed ({error}): pip install "lm-eval[hf]"') from None
 
 PIECE = 32  # tokens generated between checks for a stop string
 
@@ -75,7 +76,7 @@ def evaluate_with_lm_eval(names, model, tokenizer, run, batch_size, limit=0):
     manager = TaskManager()
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise ValueError(f'lm-eval has no task {", ".join(unknown)}; to list them, run: lm-eval ls tasks')
+        raise UserError(f'lm-eval has no task {", ".join(unknown)}; to list them, run: lm-eval ls tasks')
     adapted = LMEvalModel(model, tokenizer, run, batch_size)
     found = simple_evaluate(adapted, tasks=names, limit=limit or None, task_manager=manager,
                             bootstrap_iters=0)

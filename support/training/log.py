@@ -21,8 +21,8 @@ import torch
 
 from support.machine.console import keep_line, print0
 from support.machine.files import replacing
-from support.network import decoding
-from support.run.plan import duration
+from support.sampling import decoding
+from support.training.plan import duration
 
 
 # ---------------------------------------------------------------------------- speed
