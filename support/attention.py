@@ -46,7 +46,7 @@ def gaussian_attention(q, k, v, dropout=0.0, bias=None):
     |q - k|^2 = |q|^2 + |k|^2 - 2 q.k: the squares go into extra channels, each as a sum of three numbers of
     q's type, which is as exact as float32. Dropout needs the weights themselves.
     """
-    if dropout or q.shape[2] == 1:
+    if dropout or q.shape[2] < k.shape[2]:  # SDPA's causal mask is for as many queries as keys
         return weighted_attention(q, k, v, dropout, weigh=gaussian)
     if q.dtype == torch.float16:  # no room for squares
         return gaussian_attention(q.float(), k.float(), v.float()).half()

@@ -9,16 +9,13 @@ B batch, T positions, V vocabulary, as in model.py.
 """
 
 import codecs
+import inspect
 import math
-from contextlib import nullcontext
+import sys
 from functools import partial
 
 import torch
 from torch.nn import functional as F
-
-from model import KVCache
-from support.machine.linear import fast_linears
-from support.sampling.graphs import Recorded, StaticCache, can_record, folded_queries
 
 
 def repeat_rows(cache, n):
@@ -54,33 +51,37 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
     and every position changes, so each token costs a whole window. The weights must not change meanwhile.
     """
     block_size, rows = model.config.block_size, Rows(idx, max_new_tokens, n_samples, lengths, seeds)
-    cache = KVCache(min(block_size, rows.end)) if rows.first < block_size else None
-    recording = cache is not None and can_record(model, idx.device, len(rows.ids))
+    cache = make_cache(model, min(block_size, rows.end)) if rows.first < block_size else None
     fill = partial(rows.fill, n_vocab=n_vocab, penalty=repetition_penalty, temperature=temperature,
                    top_k=top_k, top_p=top_p, min_p=min_p)
 
     def step():
         """One more position, from the cache."""
-        last = rows.at - 1
-        if recording:
-            cache.at = last
-        fill(model(rows.ids.index_select(1, last), cache=cache)[0])
+        last = rows.ids.index_select(1, rows.at - 1)
+        fill(model(last, cache=cache)[0])
 
-    with fast_linears(model, len(rows.ids)), folded_queries(model) if recording else nullcontext():
-        for t in range(rows.first, rows.end):
-            if t == rows.first:  # the prompt, once for all its samples
-                logits, _ = model(idx[:, max(0, t - block_size):t], cache=cache)
-                if cache is not None:
-                    repeat_rows(cache, n_samples)
-                    if recording:
-                        cache = StaticCache(cache, rows.at)
-                        step = Recorded(step, cache, idx.device)
-                fill(logits.repeat_interleave(n_samples, dim=0))
-            elif cache is not None and t <= block_size:
-                step()
-            else:
-                fill(model(rows.ids[:, t - block_size:t])[0])
-            yield rows.ids[:, t:t + 1]
+    for t in range(rows.first, rows.end):
+        if t == rows.first:  # the prompt, once for all its samples
+            prompt = idx[:, max(0, t - block_size):t]
+            logits, _ = model(prompt) if cache is None else model(prompt, cache=cache)
+            if cache is not None:
+                repeat_rows(cache, n_samples)
+                if idx.is_cuda:
+                    from support.sampling.graphs import in_cuda_graph
+                    cache, step = in_cuda_graph(model, cache, rows.at, step)
+            fill(logits.repeat_interleave(n_samples, dim=0))
+        elif cache is not None and t <= block_size:
+            step()
+        else:
+            fill(model(rows.ids[:, max(0, t - block_size):t])[0])
+        yield rows.ids[:, t:t + 1]
+
+
+def make_cache(model, n_positions):
+    """A KVCache of the file that the model is from; None for a model whose forward pass takes none."""
+    KVCache = getattr(sys.modules[type(model).__module__], 'KVCache', None)
+    takes_cache = 'cache' in inspect.signature(model.forward).parameters
+    return KVCache(n_positions) if KVCache and takes_cache else None
 
 
 class Rows:

@@ -114,6 +114,7 @@ def build_int8(config, named_weights):
     tensor is quantised or copied as it comes, so the pairs need not be in memory together."""
     with torch.device('meta'):  # shapes without memory
         model = GPT(config).requires_grad_(False)
+    is_tied = model.lm_head.weight is model.transformer.wte.weight
     for parent in [*model.modules()]:
         for name, module in [*parent.named_children()]:
             if isinstance(module, nn.Linear):
@@ -123,15 +124,15 @@ def build_int8(config, named_weights):
     state = {}
     for name, tensor in named_weights:
         layer, _, kind = name.rpartition('.')
-        if layer == 'lm_head' and config.tie_weights:
+        if layer == 'lm_head' and is_tied:
             continue
         if layer in layers and kind == 'weight':
             state[name], state[f'{layer}.scale'] = quantize(tensor)
         else:
             state[name] = tensor.detach().to(torch.float32, copy=True)
-    if config.tie_weights:
+    if is_tied:
         state |= {f'lm_head.{kind}': state[f'transformer.wte.{kind}'] for kind in ('weight', 'scale')}
     model.load_state_dict(state, assign=True)
-    if config.tie_weights:
+    if is_tied:
         model.lm_head.weight, model.lm_head.scale = model.transformer.wte.weight, model.transformer.wte.scale
     return model.eval()

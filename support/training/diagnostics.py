@@ -1,8 +1,8 @@
 """
 Numbers that blow up, and what goes on inside a network while it trains.
 
-    guard.watch(iter_num, loss, grad_norm, optimizer)
-    optimizer.step()                            # skipped by the optimizer itself if they aren't finite
+    if guard.allows(iter_num, loss, grad_norm, optimizer):
+        optimizer.step()                        # or it skips on the device what isn't finite
     guard.stop_if_not_finite(iter_num, where)   # now and then: it waits for the device
 
     record = measure_vitals(model, run, x)             # at an evaluation, before the update
@@ -39,16 +39,19 @@ class Guard:
         self.n_clipped = torch.zeros((), device=device)
         self.first_bad = torch.full((), math.inf, device=device)  # the first iteration that wasn't finite
 
-    def watch(self, iteration, loss, grad_norm, optimizer):
-        """Tell the optimizer to skip an update whose loss or gradient norm isn't finite. All stays on the
-        device: the host doesn't wait."""
+    def allows(self, iteration, loss, grad_norm, optimizer):
+        """Whether the optimizer may make a step. One that can skip an update on the device, as PyTorch's
+        gradient scaler asks for, is given found_inf, so that the host doesn't wait; any other waits."""
         self.n_clipped += grad_norm > self.grad_clip
         finite = torch.isfinite(loss) if self.has_scaler else torch.isfinite(loss + grad_norm)
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=iteration))
-        optimizer.found_inf = (~finite).float().to(grad_norm.device)  # the CPU if parameters are offloaded
+        if getattr(optimizer, '_step_supports_amp_scaling', False):
+            optimizer.found_inf = (~finite).float()
+            return True
+        return bool(finite)
 
     def stop_if_not_finite(self, iteration, last_state, *values):
-        """FloatingPointError, on all processes, if an update was skipped or one of `values`, the same on all,
+        """NotFinite, on all processes, if an update was skipped or one of `values`, the same on all,
         isn't finite."""
         if self.first_bad.item() < math.inf or not all(map(math.isfinite, values)):
             iteration = min(self.first_bad.item(), iteration)
@@ -57,11 +60,12 @@ class Guard:
                 f'it. {last_state}. A lower learning_rate or a longer warm-up may help')
 
     def stop_if_unfit(self, iteration, last_state, state):
-        """FloatingPointError if a weight or an optimizer's buffer isn't finite: such a state isn't saved."""
-        parts = state['model'], state.get('trained', {}), *state['optimizer']['state'].values()
-        if not all(t.isfinite().all() for part in parts for t in part.values()):
-            raise NotFinite(f'iteration {iteration}: weights or optimizer buffers are not finite, '
-                                     f'so nothing was saved. {last_state}')
+        """NotFinite if a weight or an optimizer's buffer isn't finite: such a state isn't saved."""
+        parts = state.model, state.trained or {}, *state.optimizer['state'].values()
+        tensors = [t for part in parts for t in part.values() if torch.is_tensor(t)]
+        if not all(t.isfinite().all() for t in tensors):
+            raise NotFinite(f'iteration {iteration}: weights or optimizer buffers are not finite, so nothing '
+                            f'was saved. {last_state}')
 
     def state_dict(self):
         return {'n_clipped': self.n_clipped.item()}
@@ -70,72 +74,89 @@ class Guard:
         self.n_clipped.fill_(state['n_clipped'])
 
 
-class AttentionProbe:
-    """Stands in for an attention's `attend` and measures its logits."""
-
-    def __init__(self, attend, attn_type):
-        self.attend, self.is_gaussian = attend, attn_type.startswith('GK')
-        self.limit = 2.0 ** int(attn_type[7:]) if attn_type.startswith('GKpoly') else math.inf
-
-    def __call__(self, q, k, *args):
-        shared = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        found = [(x.amax(), (x > self.limit).sum()) for x in map(self.sizes, q, shared)]  # a window at a time
-        self.largest = torch.stack([largest for largest, _ in found]).amax()
-        self.n_beyond = torch.stack([count for _, count in found]).sum()
-        return self.attend(q, k, *args)
-
-    def sizes(self, q, k):
-        """q, k: (nh, T, hs) -> (nh, T, T), 0 for later keys"""
-        q, k = q.float(), k.float()
-        x = torch.cdist(q, k).square() / 2 if self.is_gaussian else (q @ k.mT).abs()
-        return x.tril() / math.sqrt(q.shape[-1])
-
-
 @torch.no_grad()
 def measure_vitals(model, run, x, check=None):
-    """A record without update_ratio, from one forward pass of x, an array (B, T), as in an evaluation.
-    check: called after each block; it may raise an exception, but not where the model is sharded."""
-    blocks, rms = model.transformer.h, []
-    probes = [AttentionProbe(block.attn.attend, model.config.attn_type) for block in blocks]
+    """A record without update_ratio, from one forward pass of x, an array (B, T), as in an evaluation; {} for
+    a model without transformer.h, and without attention's part where blocks have no attn.heads. check: called
+    after each block; it may raise an exception, but not where the model is sharded."""
+    blocks = blocks_of(model)
+    if not blocks:
+        return {}
+    rms, logits = [], []
 
     def look(block, args, y):
         rms.append(mean_square(y))
         if check:
             check()
 
+    def look_at_attention(attention, args):
+        q, k, _ = attention.heads(args[0])
+        logits.append(attention_logits(q, k, attention.config.attn_type))
+
     hooks = [block.register_forward_hook(look) for block in blocks]
-    for block, probe in zip(blocks, probes):
-        block.attn.attend = probe
+    hooks += [block.attn.register_forward_pre_hook(look_at_attention) for block in blocks
+              if hasattr(getattr(block, 'attn', None), 'heads')]
     model.eval()
     try:
-        # compiled code would be compiled again for the probes
+        # compiled code would be compiled again for the hooks
         with torch.compiler.set_stance('force_eager') if run.compile else nullcontext(), run.autocast():
             model(run.to_device(x))
     finally:
         model.train()
-        for block, probe, hook in zip(blocks, probes, hooks):
-            block.attn.attend = probe.attend
+        for hook in hooks:
             hook.remove()
-    record = {'activation_rms': torch.stack(rms).sqrt(),
-              'attention_logit': torch.stack([probe.largest for probe in probes])}
-    if probes[0].limit < math.inf:
-        record['out_of_range'] = torch.stack([probe.n_beyond for probe in probes])
+    record = {'activation_rms': torch.stack(rms).sqrt()}
+    if logits:
+        record['attention_logit'] = torch.stack([largest for largest, _ in logits])
+    if any(count is not None for _, count in logits):
+        record['out_of_range'] = torch.stack([count for _, count in logits])
     return record
+
+
+def blocks_of(model):
+    """The blocks of a GPT, [] for a model that keeps them elsewhere."""
+    return list(getattr(getattr(model, 'transformer', None), 'h', None) or [])
+
+
+def attention_logits(q, k, attn_type):
+    """The largest logit of a layer, and for GKpoly-n how many exceed 2^n, else None. q: (B, nh, T, hs),
+    k: (B, n_kv_head, T, hs)"""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    limit = None
+    if attn_type.startswith('GKpoly-'):
+        limit = 2 ** int(attn_type.removeprefix('GKpoly-'))
+    largest, n_beyond = [], []
+    for window in zip(q, k):  # one at a time
+        x = logit_sizes(*window, is_gaussian=attn_type.startswith('GK'))
+        largest.append(x.amax())
+        n_beyond.append((x > limit).sum() if limit else None)
+    return torch.stack(largest).amax(), torch.stack(n_beyond).sum() if limit else None
+
+
+def logit_sizes(q, k, is_gaussian):
+    """q, k: (nh, T, hs) -> (nh, T, T), 0 for later keys"""
+    q, k = q.float(), k.float()
+    x = torch.cdist(q, k).square() / 2 if is_gaussian else (q @ k.mT).abs()
+    return x.tril() / math.sqrt(q.shape[-1])
 
 
 def mean_square(y):
     """y: a block's output, (B, T, C), or a tuple that begins with it"""
-    return (y[0] if isinstance(y, tuple) else y).float().square().mean()
+    y = y[0] if isinstance(y, tuple) else y
+    return y.float().square().mean()
 
 
 @contextmanager
 def watch_update(model, record):
     """Add update_ratio to the record: what happens to the weights within a with statement."""
     layers = [[p for p in block.parameters() if p.dim() == 2 and p.requires_grad]
-              for block in model.transformer.h]
+              for block in blocks_of(model)]
+    layers = [layer for layer in layers if layer]
     before = [[p.detach().clone() for p in layer] for layer in layers]
     yield
     norm = torch.nn.utils.get_total_norm
-    with torch.no_grad():
-        record['update_ratio'] = torch.stack([full_tensor(norm(torch._foreach_sub(new, old)) / norm(old))
-                                              for new, old in zip(layers, before)])
+    if layers:
+        with torch.no_grad():
+            ratios = [full_tensor(norm(torch._foreach_sub(new, old)) / norm(old))
+                      for new, old in zip(layers, before)]
+        record['update_ratio'] = torch.stack(ratios)

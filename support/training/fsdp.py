@@ -3,7 +3,7 @@ Fully sharded data parallelism, by PyTorch's FSDP2: each process keeps 1/n of ev
 optimizer buffer (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023). It gathers a block's parameters
 before it computes with them, and frees them afterwards.
 
-    model = shard(model, run, cpu_offload=False)              # on its device
+    model = shard(model, run)                                 # on its device
     norm = full_tensor(clip_grad_norm_(model.parameters(), 1.0))
     weights = full_model_state(model)                         # as one process without FSDP has them
 """
@@ -16,35 +16,39 @@ import torch.distributed as dist
 from support.errors import UserError
 
 
-def check_parallel(mode, run, optimizer, cpu_offload):
-    """ValueError for settings that don't go together."""
+def check_parallel(mode, run, optimizer):
+    """UserError for settings that don't go together."""
     if mode not in ('ddp', 'fsdp'):
         raise UserError(f'parallel={mode} is not one of ddp, fsdp')
-    if cpu_offload and (mode != 'fsdp' or run.device_type != 'cuda'):
-        raise UserError('cpu_offload=True keeps what a GPU would hold in the machine\'s memory: it needs '
-                         f'parallel=fsdp and CUDA, this run has parallel={mode} on {run.device}')
     if mode == 'fsdp' and run.device_type not in ('cuda', 'cpu'):
         raise UserError(f'parallel=fsdp is for CUDA and CPUs, this run is on {run.device}')
     if mode == 'fsdp' and optimizer == 'muon':
         raise UserError('parallel=fsdp cuts matrices into parts, optimizer=muon needs them whole: use '
-                         '--parallel=ddp or --optimizer=adamw')
+                        '--parallel=ddp or --optimizer=adamw')
     if mode == 'fsdp' and run.dtype == 'float16':
         raise UserError('dtype=float16 needs a gradient scaler, which parallel=fsdp does not have: use '
-                         '--dtype=bfloat16')
+                        '--dtype=bfloat16')
 
 
-def shard(model, run, cpu_offload=False):
-    """The model in parts, on its device. Each block moves there on its own: no device ever holds all."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    how = {'mesh': make_mesh(run, cpu_offload),
-           'offload_policy': CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
+def shard(model, run):
+    """The model in parts, on its device. Each block moves there on its own: no device ever holds all.
+    UserError for a model without transformer.h."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    if not hasattr(getattr(model, 'transformer', None), 'h'):
+        raise UserError('parallel=fsdp shards the blocks in transformer.h, which this model.py lacks: use '
+                        '--parallel=ddp')
+    if not dist.is_initialized():  # a single process makes a group of its own
+        dist.init_process_group(run.backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.DeviceMesh.from_group(dist.group.WORLD, run.device_type)
     # As under autocast: matrices in 16 bits, the residual stream and sums of gradients in 32. A CPU's
     # normalisations accept no 16-bit weights, so there autocast does it.
     low = torch.bfloat16 if run.dtype == 'bfloat16' and run.device_type == 'cuda' else None
     policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mp_policy=policy, **how)
-    fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
+        fully_shard(block, mp_policy=policy, mesh=mesh)
+        if hasattr(block, 'values'):
+            register_fsdp_forward_method(block, 'values')
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), mesh=mesh)
     if run.backend == 'gloo':
         model.set_force_sum_reduction_for_comms(True)  # Gloo has no mean
     for module in (*model.transformer.h, model):  # a first time in inference mode would leave tensors of it
@@ -55,15 +59,6 @@ def shard(model, run, cpu_offload=False):
     return model
 
 
-def make_mesh(run, cpu_offload):
-    """All processes in a row. A single one makes a group of its own; cpu_offload needs Gloo as well, for
-    tensors in the machine's memory."""
-    if not dist.is_initialized():
-        dist.init_process_group(run.backend, store=dist.HashStore(), rank=0, world_size=1)
-    group = run.new_group(f'cpu:gloo,cuda:{run.backend}') if cpu_offload else dist.group.WORLD
-    return dist.DeviceMesh.from_group(group, run.device_type)
-
-
 def is_sharded(model):
     return hasattr(model, 'set_requires_gradient_sync')
 
@@ -71,7 +66,7 @@ def is_sharded(model):
 def compile_blocks(model):
     """Compile each block, and leave FSDP's own work between them uncompiled."""
     for block in model.transformer.h:
-        block.forward = torch.compile(block.forward)
+        block.compile()
 
 
 @contextmanager
@@ -96,7 +91,7 @@ def full_model_state(model):
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_world_size() == 1:  # then these are the parameters' own memory
         weights = {name: t.clone() for name, t in weights.items()}
-    if weights and model.config.tie_weights:
+    if weights and model.lm_head.weight is model.transformer.wte.weight:
         weights['lm_head.weight'] = weights['transformer.wte.weight']
     return weights
 

@@ -1,8 +1,8 @@
 """
 What a run reports: lines on standard output, in log.jsonl and to wandb; samples; its picture.
 
-    log = RunLog('out/log.jsonl', first_iter=0)
-    log.write({'iter': 0, 'loss': 10.9})
+    log = RunLog(settings, run, first_iter=0, wandb_id='1234abcd')
+    log.iteration({'iter': 0, 'loss': 10.9})     # any further key goes to log.jsonl, wandb and the picture
     pandas.read_json('out/log.jsonl', lines=True)
 """
 
@@ -19,10 +19,72 @@ from pathlib import Path
 
 import torch
 
-from support.machine.console import keep_line, print0
+from support.machine.console import ROOT, keep_line, print0
 from support.machine.files import replacing
 from support.sampling import decoding
 from support.training.plan import duration
+
+
+class RunLog:
+    """All that a run reports. settings: train.py's. first_iter, wandb_id: the run's, where it goes on."""
+
+    def __init__(self, settings, run, first_iter, wandb_id):
+        is_writing = run.is_master
+        out_dir = settings['out_dir']
+        wandb = {'project': settings['wandb_project'], 'name': settings['wandb_run_name'],
+                 'config': dict(settings), 'id': wandb_id, 'resume': 'allow'}
+        draw = [str(ROOT / 'plot.py'), out_dir, '--low_priority=True']
+        self.wandb = Wandb(wandb if is_writing and settings['wandb_log'] else None)
+        self.lines = JsonLines(Path(out_dir, 'log.jsonl') if is_writing else None, first_iter)
+        self.drawing = Drawing(draw if is_writing and settings['plot'] else None)
+        self.progress = Progress(settings['max_iters'])
+        self.first_iter, self.vitals = first_iter, []
+
+    def iteration(self, entry):
+        """entry: a dict of plain values, with the iteration as 'iter'."""
+        self.progress.show(entry)
+        self.write(entry)
+
+    def evaluation(self, entry):
+        self.write(entry)
+        if entry['iter'] > self.first_iter:
+            self.drawing.start()
+
+    def write(self, entry):
+        """NaN and infinities, which JSON lacks, are left out."""
+        vitals, self.vitals = self.vitals, []
+        for iteration, tensors in vitals:
+            self.write(health_entry(iteration, tensors))
+        self.wandb.log(entry)
+        self.lines.write({k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)})
+
+    def write_later(self, iteration, vitals):
+        """vitals: tensors by name; more may be added. They are copied from the device when the next line is
+        written, which waits for the device anyway."""
+        if vitals:
+            self.vitals.append((iteration, vitals))
+
+    def sample(self, iteration, text):
+        print0(f'sample at iteration {iteration}:\n{text}\n---------------', style='cyan')
+        self.wandb.log_sample(iteration, text)
+
+    def close(self, patience):
+        """patience: seconds to wait for the last picture."""
+        keep_line()
+        for iteration, tensors in self.vitals:
+            self.lines.write(health_entry(iteration, tensors))
+        self.lines.close()
+        self.wandb.call('finish')
+        self.drawing.close(patience)
+
+
+def health_entry(iteration, tensors):
+    """What `measure_vitals` found, as an entry of the log."""
+    health = {name: t.tolist() for name, t in tensors.items()}
+    if count := sum(health.get('out_of_range', ())):
+        print0(f'iteration {iteration}: {count:,} squared distances of the attention lie beyond the range of '
+               'its polynomial, which rises again there: use a larger n')
+    return {'iter': iteration, 'health': health}
 
 
 # ---------------------------------------------------------------------------- speed
@@ -101,10 +163,10 @@ class Progress:
         print0(', '.join(parts), live=True)
 
 
-def show_sample(model, tokenizer, prompt, run, iteration, seed, watch=iter):
-    """Print and return the model's continuation of `prompt`, token ids, within one window. It is drawn with
-    `seed` and leaves torch's generator, which dropout uses, as it is. watch: wraps the loop over its tokens,
-    and may end it by an exception."""
+def sample_text(model, tokenizer, prompt, run, seed, watch=iter):
+    """The text of the model's continuation of `prompt`, token ids, within one window. It is drawn with `seed`
+    and leaves torch's generator, which dropout uses, as it is. watch: wraps the loop over its tokens, and may
+    end it by an exception."""
     idx = torch.tensor([prompt], device=run.device)  # (1, T)
     length = min(200, model.config.block_size - len(prompt))
     # compiled for batches of one shape, the model would be compiled again for every length
@@ -116,26 +178,22 @@ def show_sample(model, tokenizer, prompt, run, iteration, seed, watch=iter):
             ids = prompt + [token.item() for token in watch(made)]
     finally:
         model.train()
-    text = tokenizer.decode(ids)
-    print0(f'sample at iteration {iteration}:\n{text}\n---------------', style='cyan')
-    return text
+    return tokenizer.decode(ids)
 
 
 # ---------------------------------------------------------------------------- files and services
 
-class RunLog:
+class JsonLines:
     """A file of JSON lines, to which a resumed run appends.
 
     The lines from `first_iter` on are removed, because the resumed run writes them again. While the disk is
-    full, lines wait in memory. path: None for no file. wandb: gets each entry too.
+    full, lines wait in memory. path: None for no file.
     """
 
-    def __init__(self, path, first_iter=0, wandb=None):
+    def __init__(self, path, first_iter=0):
         self.file, self.waiting, self.failed = None, b'', False
-        self.measured, self.wandb = [], wandb
         if path is None:
             return
-        path = Path(path)
         lines = path.read_bytes().splitlines() if first_iter and path.is_file() else []
         try:
             with replacing(path) as temporary:
@@ -145,29 +203,9 @@ class RunLog:
         self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, open till the end; a crash loses no line
 
     def write(self, entry):
-        """entry: a dict of plain values, with the iteration as 'iter'. NaN and infinities, which JSON lacks,
-        are left out."""
-        self.write_measured()
-        if self.wandb is not None:
-            self.wandb.log(entry)
         if self.file is not None:
-            known = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
-            self.waiting += json.dumps(known).encode() + b'\n'
+            self.waiting += json.dumps(entry).encode() + b'\n'
             self.write_waiting()
-
-    def write_later(self, iteration, health):
-        """health: tensors by name; more may be added. They are copied from the device when the next line is
-        written, which waits for the device anyway."""
-        self.measured.append((iteration, health))
-
-    def write_measured(self):
-        measured, self.measured = self.measured, []
-        for iteration, health in measured:
-            health = {name: t.tolist() for name, t in health.items()}
-            if count := sum(health.get('out_of_range', ())):
-                print0(f'iteration {iteration}: {count:,} squared distances of the attention lie beyond the '
-                       'range of its polynomial, which rises again there: use a larger n')
-            self.write({'iter': iteration, 'health': health})
 
     def write_waiting(self):
         try:
@@ -180,8 +218,6 @@ class RunLog:
             self.failed = True
 
     def close(self):
-        keep_line()
-        self.write_measured()
         if self.file is not None:
             self.write_waiting()
             self.file.close()

@@ -1,7 +1,7 @@
 """
 Low-rank adapters (Hu et al. 2021, "LoRA"): fine-tuning in little memory, since few weights are trained.
 
-    add_adapters(model, rank=8, alpha=16)     # before the optimizer is made
+    add_adapters(model, rank=8, alpha=16)     # before the optimizer is made; print(model) shows LoRALinear
     weights = merged_state_dict(model)        # of a plain model that computes the same
 
 A linear layer W x + b of a block becomes W x + b + (alpha / rank) B A x. Only A, (rank, inputs), and B,
@@ -13,24 +13,37 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from support.errors import UserError
+from support.machine.linear import product, replace_linears
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter, `adapt` makes it."""
+
+    def forward(self, x):
+        """x: (..., inputs) -> (..., outputs)"""
+        y = product(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_A) * self.lora_scale, self.lora_B)
+
+    def adapt(self, rank, alpha):
+        self.lora_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features ** -0.5)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.lora_scale = alpha / rank
 
 
 def add_adapters(model, rank, alpha):
-    """Freeze a GPT and add an adapter to each linear layer of its blocks; rank 0 changes nothing."""
+    """Freeze a GPT and put a layer with an adapter in the place of each linear layer of its blocks; rank 0
+    changes nothing."""
     if not rank:
         return
     model.requires_grad_(False)
-    for linear in [m for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]:
-        n_out, n_in = linear.weight.shape
-        linear.lora_A = nn.Parameter(torch.randn(rank, n_in) * n_in ** -0.5)
-        linear.lora_B = nn.Parameter(torch.zeros(n_out, rank))
-        linear.lora_scale = alpha / rank
-        linear.register_forward_hook(adapt)
+    replace_linears(model.transformer.h, LoRALinear)
+    for layer in adapted_layers(model).values():
+        layer.adapt(rank, alpha)
 
 
-def adapt(linear, inputs, output):
-    """inputs[0]: (B, T, inputs), output: (B, T, outputs) -> (B, T, outputs)"""
-    return output + F.linear(F.linear(inputs[0], linear.lora_A) * linear.lora_scale, linear.lora_B)
+def adapted_layers(model):
+    """{name: layer} of those with an adapter."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 @torch.no_grad()
@@ -38,26 +51,25 @@ def merged_state_dict(model):
     """The state dict with (alpha / rank) B A added to each W, under a plain GPT's names. The sums are in the
     machine's memory; all other tensors are the model's own."""
     weights = model.state_dict()
-    for name, linear in model.named_modules():
-        if hasattr(linear, 'lora_A'):
-            update = linear.lora_scale * linear.lora_B @ linear.lora_A
-            weights[f'{name}.weight'] = (linear.weight + update).cpu()
-            del weights[f'{name}.lora_A'], weights[f'{name}.lora_B']
+    for name, layer in adapted_layers(model).items():
+        update = layer.lora_scale * layer.lora_B @ layer.lora_A
+        weights[f'{name}.weight'] = (layer.weight + update).cpu()
+        del weights[f'{name}.lora_A'], weights[f'{name}.lora_B']
     return weights
 
 
 def check_adapters(config, state, is_resumed):
-    """ValueError for settings that don't go with adapters. state: the one that a run starts from, or None.
+    """UserError for settings that don't go with adapters. state: the one that a run starts from, or None.
     is_resumed: whether it is the run's own."""
     rank = config['lora_rank']
-    before = state.get('config', {}) if is_resumed else {}
+    before = state.config if is_resumed else {}
     if config['eval_only']:  # a state's model has its adapters merged in
         return
     for name in ('lora_rank', 'lora_alpha') if rank or before.get('lora_rank') else ():
         if is_resumed and config[name] != before.get(name, 0):
-            raise UserError(f'{name}={config[name]}, but the run to resume has {before.get(name, 0)}: '
-                             'use that, or start anew from its ckpt.pt with --init_from=finetune')
+            raise UserError(f'{name}={config[name]}, but the run to resume has {before.get(name, 0)}: use '
+                            f'that, or start a new run from its model with --init_from={config["out_dir"]}')
     if rank and state is None and config['init_from'] in ('scratch', 'auto'):
-        raise UserError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, a folder or finetune')
-    if rank and (config['ema_decay'] or config['optimizer'] != 'adamw' or config['parallel'] != 'ddp'):
-        raise UserError(f'lora_rank={rank} goes with optimizer=adamw, ema_decay=0 and parallel=ddp only')
+        raise UserError(f'lora_rank={rank} adapts a trained model: --init_from=gpt2, or a folder')
+    if rank and (config['optimizer'] != 'adamw' or config['parallel'] != 'ddp'):
+        raise UserError(f'lora_rank={rank} goes with optimizer=adamw and parallel=ddp only')

@@ -1,132 +1,103 @@
 """
-Training in less memory: cross-entropy that never holds all logits, and activation checkpointing.
+The model's own loss without all of its logits in memory.
 
-    use_lean_loss(model)             # model(x, y) returns (None, loss) from here on
-    with lean_loss(model):           # the same, for a while
-        _, loss = model(x, y)
-    checkpoint_activations(model)    # keep the input of each block, recompute the rest in the backward pass
+    lean = lean_loss(model, run)              # arguments for each call: {'loss': a function}, or {}
+    _, loss = model(x, targets, **lean)
+
+The logits of a batch are the largest tensor of a small GPT's training: 12 x 1024 tokens times 50,304 are 2.5 GB
+in float32. The function calls `model.loss` on a few positions at a time, so what stands there is what is
+computed.
 """
 
-from contextlib import contextmanager
-from functools import partial
+import inspect
 
 import torch
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from support.machine.hardware import fastest_float32
+from support.machine.console import print0
 
-
-def use_lean_loss(model):
-    """Have a GPT compute its loss without its logits: model(idx, targets) -> (None, loss)."""
-    model.loss = partial(loss_alone, model)
+CHUNK = 1 << 23  # logits in memory at a time
+GPU_CHUNK = 1 << 26  # few rows don't pay for the addition to the whole matrix's gradient
 
 
-@contextmanager
-def lean_loss(model):
-    """`use_lean_loss` within a with statement; afterwards the model is as before."""
-    before = model.__dict__.get('loss')
-    use_lean_loss(model)
-    try:
-        yield
-    finally:
-        del model.loss
-        if before is not None:
-            model.loss = before
+def lean_loss(model, run):
+    """Arguments for a model's forward pass: {'loss': ChunkedLoss}, or {} where the model takes no such
+    argument, or where its loss of a few positions isn't the mean of their losses."""
+    if 'loss' not in inspect.signature(model.forward).parameters or not hasattr(model, 'loss'):
+        print0('loss: computed with all logits in memory, as this model.py takes no loss=')
+        return {}
+    loss = ChunkedLoss(model, GPU_CHUNK if run.device_type == 'cuda' else CHUNK)
+    if not loss.agrees(run.device):
+        print0('loss: computed with all logits in memory, as this model\'s loss is no mean over positions')
+        return {}
+    return {'loss': loss}
 
 
-def loss_alone(model, x, targets):
-    """x: (B, T, C), targets: (B, T) -> None, mean cross-entropy in nats"""
-    x, targets = x.flatten(0, 1), targets.flatten()
-    if torch.compiler.is_compiling():  # the compiler fuses logits and loss by itself
-        return None, F.cross_entropy(model.softcap(model.lm_head(x)), targets, ignore_index=-1)
-    head = model.lm_head
-    w = head.weight if head.weight.is_floating_point() else head.full_weight(x.dtype)  # (V, C)
-    with fastest_float32(x.device.type):
-        return None, linear_cross_entropy(x, w, targets, model.config.logit_softcap)
+class ChunkedLoss:
+    """model.loss for use in its place: (x, targets) -> None, the mean loss. x: (B, T, C), targets: (B, T)."""
+
+    def __init__(self, model, chunk):
+        self.model, self.chunk = model, chunk
+
+    def __call__(self, x, targets):
+        rows = max(1, self.chunk // self.model.config.vocab_size)
+        if torch.compiler.is_compiling() or targets.numel() <= rows:  # a compiler fuses logits and loss
+            return None, self.model.loss(x, targets)[1]
+        return None, self.in_chunks(x, targets, rows)
+
+    def in_chunks(self, x, targets, rows):
+        head = [p for p in self.model.lm_head.parameters() if p.requires_grad]
+        return MeanOfChunks.apply(self.model.loss, rows, targets.flatten(), x.flatten(0, -2), *head)
+
+    def agrees(self, device):
+        """Whether a few positions give the same loss and gradients in chunks as at once."""
+        c = self.model.config
+        x = torch.linspace(-1, 1, 5 * c.n_embd, device=device).view(1, 5, -1).sin().requires_grad_()
+        targets = torch.tensor([[1, -1, 0, 2, 1]], device=device).clamp(max=c.vocab_size - 1)
+        params = [x, *(p for p in self.model.parameters() if p.requires_grad and p.is_floating_point())]
+        both = []
+        for loss in (self.model.loss(x, targets)[1], self.in_chunks(x, targets, rows=2)):
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+            both.append([loss.detach(), *grads])
+        return all(is_close(a, b) for a, b in zip(*both))
 
 
-def checkpoint_activations(model):
-    """Keep only the inputs of a GPT's blocks while it trains (Chen et al. 2016, "Training Deep Nets with
-    Sublinear Memory Cost"). Call it before the model is sharded or compiled."""
-    for block in model.transformer.h:
-        block.forward = partial(forward_checkpointed, block, block.forward)
+def is_close(a, b):
+    if a is None or b is None:
+        return a is b
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * (1 + a.abs().max().item()))
 
 
-def forward_checkpointed(block, forward, *args):
-    return checkpoint(forward, *args, use_reentrant=False) if block.training else forward(*args)
+class MeanOfChunks(torch.autograd.Function):
+    """The mean of loss(x, targets)[1] over all targets but -1, from a few rows at a time.
 
-
-def linear_cross_entropy(x, w, targets, cap=0.0):
-    """Mean cross-entropy of the logits x w^T in nats. x: (N, C), w: (V, C), targets: (N,); a target of -1
-    doesn't count. A cap that isn't 0 makes the logits cap tanh(x w^T / cap)."""
-    return LinearCrossEntropy.apply(x, w, targets, torch.is_grad_enabled(), cap)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy`, a few rows at a time.
-
-    The forward pass computes each chunk's gradient, softmax(x w^T) - onehot(target), while it holds the
-    chunk's softmax, so nothing is computed twice and the backward pass only scales. In 16 bits it divides by
-    the number of targets at the end, where a loss scale is there too: float16 would lose most of p / N.
+    The forward pass computes the gradients too, as only then a chunk's logits are in memory; the backward
+    pass scales them. They are of the sum: divided by the number of targets before, they would be too small
+    for float16, which the loss's scale then couldn't help.
     """
-    CHUNK = 1 << 23  # logits in memory at a time
-    GPU_CHUNK = 1 << 26  # each chunk adds to all of the weights' gradient, which few rows don't pay for
 
     @staticmethod
-    def forward(ctx, x, w, targets, with_grad, cap):
-        device, dtype = x.device.type, w.dtype  # of the products
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        rows = max(1, chunk_of(device) // w.shape[0])
-        exact = torch.promote_types(dtype, torch.float32)  # of sums
-        kept = targets != -1
-        share, count = kept.to(exact)[:, None], kept.sum()  # (N, 1)
-        if dtype == exact:
-            share, count = share / count, None
-        loss = x.new_zeros((), dtype=exact)
-        dx = torch.empty_like(x) if with_grad else None
-        dw = torch.empty_like(w) if with_grad and ctx.needs_input_grad[1] else None  # w may be frozen
-        with torch.autocast(device, enabled=False):
-            low_w = w.to(dtype)
-            for i in range(0, len(x), rows):
-                at = slice(i, i + rows)
-                low_x, target = x[at].to(dtype), targets[at].clamp(min=0)[:, None]  # (rows, C), (rows, 1)
-                logits = (low_x @ low_w.T).to(exact)
-                p, part = cross_entropy_gradient(logits, target, share[at], cap, with_grad)
-                loss += part
-                if with_grad:
-                    p = p.to(dtype)
-                    dx[at] = p @ low_w
-                if dw is not None and dtype == w.dtype:
-                    dw.addmm_(p.T, low_x, beta=1 if i else 0)
-                elif dw is not None:
-                    (dw.add_ if i else dw.copy_)(p.T @ low_x)
-                del logits, p  # before the next chunk
-        ctx.save_for_backward(dx, dw, count)
-        return loss if count is None else loss / count
+    def forward(ctx, loss, rows, targets, x, *params):
+        """x: (N, C), targets: (N,), params: what the gradient is for besides x."""
+        with_grad = any(ctx.needs_input_grad)
+        total, count = x.new_zeros((), dtype=torch.float32), (targets != -1).sum()
+        grads = [torch.empty_like(x), *map(torch.zeros_like, params)] if with_grad else []
+        for i in range(0, len(x), rows):
+            part = x[i:i + rows].detach().requires_grad_(with_grad)
+            wanted = targets[i:i + rows]
+            n = (wanted != -1).sum()
+            with torch.set_grad_enabled(with_grad):
+                mean = loss(part, wanted)[1]
+            total += torch.where(n > 0, mean.detach() * n, 0.0)
+            if with_grad:
+                found = torch.autograd.grad(mean, [part, *params], n.to(mean.dtype))
+                grads[0][i:i + rows] = found[0]
+                for grad, more in zip(grads[1:], found[1:]):
+                    grad += more
+            del mean  # and with it the logits, before the next chunk
+        ctx.save_for_backward(count, *grads)
+        return total / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw, count = ctx.saved_tensors
-        grad = grad if count is None else grad / count
-        return dx.mul_(grad), None if dw is None else dw.mul_(grad), None, None, None
-
-
-def chunk_of(device_type):
-    """Logits in memory at a time."""
-    return LinearCrossEntropy.GPU_CHUNK if device_type == 'cuda' else LinearCrossEntropy.CHUNK
-
-
-def cross_entropy_gradient(p, target, share, cap, with_grad):
-    """Turns logits p, (N, V), into the gradient for them, in place. target, share: (N, 1), the latter each
-    row's part of the sum. Returns the gradient, which is of no use without `with_grad`, and the loss, ()."""
-    capped = p.div_(cap).tanh_().mul_(cap) / cap if cap else None
-    highest, wanted = p.amax(dim=-1, keepdim=True), p.gather(1, target)
-    total = p.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # of the softmax
-    loss = ((total.log() + highest - wanted) * share).sum()
-    if with_grad:
-        p.mul_(share / total).scatter_add_(1, target, -share)
-        if cap:
-            p *= 1 - capped.square()  # the derivative of cap tanh(z / cap)
-    return p, loss
+        count, *grads = ctx.saved_tensors
+        return None, None, None, *(g.mul_(grad / count) for g in grads)

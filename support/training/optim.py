@@ -1,10 +1,13 @@
 """
-The optimizer of a run, AdamW or Muon with AdamW, and averaged weights.
+The optimizer of a run: what the model's configure_optimizers makes, or Muon for the matrices of its blocks.
 
-    opt = configure_optimizer(model, weight_decay, learning_rate, betas, 'cuda', muon={'lr_scale': 33})
+    opt = make_optimizer(model, settings, 'cuda')   # settings of train.py
+    set_lr(opt, lr=3e-4, highest=6e-4)               # half of each group's own initial_lr
+
+Each group has a name and its own initial_lr, and each parameter that is trained is in exactly one.
 """
 
-from contextlib import contextmanager
+import inspect
 
 import torch
 import torch.distributed as dist
@@ -13,24 +16,64 @@ from support.errors import UserError
 from support.machine.hardware import fastest_float32, has_bfloat16
 
 
-def configure_optimizer(model, weight_decay, learning_rate, betas, device_type, muon=None, embedding_lr=0.0):
-    """AdamW with GPT.configure_optimizers' two groups. embedding_lr: the learning rate of a third one, of the
-    token embedding, unless it is 0; ValueError if the output layer has the same weights. muon: settings of a
-    last group, the matrices of the blocks, for Muon."""
-    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, AdamW)
-    if embedding_lr:
-        if model.config.tie_weights:
-            raise UserError(f'embedding_lr={embedding_lr} needs an embedding of its own: tie_weights=False')
-        wte, decayed = model.transformer.wte.weight, adamw.param_groups[0]
-        decayed['params'] = [p for p in decayed['params'] if p is not wte]
-        adamw.add_param_group({'params': [wte], 'weight_decay': weight_decay,
-                               'lr_scale': embedding_lr / learning_rate})
-    if muon is None:
-        return adamw
-    rows = [n * model.config.n_embd // model.config.n_head for n in model.transformer.h[0].attn.heads]
-    matrices = {p: rows if name.endswith('c_attn.weight') else [len(p)]
-                for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and p.requires_grad}
-    return Muon(adamw, matrices, lr=learning_rate, **muon)
+def make_optimizer(model, settings, device_type):
+    """The optimizer for train.py's settings: optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr
+    and embedding_lr. UserError where the model lacks what they need."""
+    lr, weight_decay = settings['learning_rate'], settings['weight_decay']
+    how = {}
+    if 'cls' in inspect.signature(model.configure_optimizers).parameters:
+        how = {'cls': AdamW}
+    betas = (settings['beta1'], settings['beta2'])
+    opt = model.configure_optimizers(weight_decay, lr, betas, device_type, **how)
+    if settings['embedding_lr']:
+        separate_embedding(opt, model, settings['embedding_lr'], weight_decay)
+    if settings['optimizer'] == 'muon':
+        opt = Muon(opt, block_matrices(model), settings['muon_lr'], weight_decay)
+    for i, group in enumerate(opt.param_groups):
+        group.setdefault('name', ('decayed', 'non-decayed')[i] if i < 2 else f'group {i}')
+        group.setdefault('initial_lr', group['lr'])
+    counts = [sum(p is q for group in opt.param_groups for q in group['params'])
+              for p in model.parameters() if p.requires_grad]
+    assert set(counts) == {1}, f'parameters in {set(counts)} groups of the optimizer, not in one'
+    return opt
+
+
+def separate_embedding(opt, model, lr, weight_decay):
+    """Give the token embedding a group with a learning rate of its own."""
+    wte = model.transformer.wte.weight
+    if model.lm_head.weight is wte:
+        raise UserError(f'embedding_lr={lr} needs an embedding of its own: tie_weights=False')
+    for group in opt.param_groups:
+        group['params'] = [p for p in group['params'] if p is not wte]
+    opt.add_param_group({'params': [wte], 'weight_decay': weight_decay, 'lr': lr, 'name': 'embedding'})
+
+
+def block_matrices(model):
+    """{parameter: the rows of each matrix in it} for the matrices of a model's blocks; c_attn.weight holds
+    three, for queries, keys and values."""
+    if not hasattr(getattr(model, 'transformer', None), 'h'):
+        raise UserError('optimizer=muon is for the matrices in transformer.h, which this model.py lacks: use '
+                        '--optimizer=adamw')
+    matrices = {}
+    for name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2 and p.requires_grad:
+            attention = model.transformer.h.get_submodule(name.rpartition('.c_attn')[0])
+            rows = [len(p)]
+            if name.endswith('c_attn.weight') and hasattr(attention, 'n_kv_head'):
+                kv_rows = attention.n_kv_head * attention.head_size
+                rows = [len(p) - 2 * kv_rows, kv_rows, kv_rows]
+            elif name.endswith('c_attn.weight') and len(p) == 3 * p.shape[1]:
+                rows = [p.shape[1]] * 3
+            matrices[p] = rows
+    return matrices
+
+
+def set_lr(opt, lr, highest):
+    """Set the learning rate of each group: lr, of a schedule that rises to `highest`, or the same share of the
+    group's own."""
+    for group in opt.param_groups:
+        own = group['initial_lr']
+        group['lr'] = lr if own == highest else own * lr / highest
 
 
 def plain(method):
@@ -62,13 +105,13 @@ class Muon(PlainOptimizer):
     """
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets found_inf instead of skipping the step
 
-    def __init__(self, adamw, matrices, lr, momentum=0.95, momentum_warmup=300, **settings):
-        """adamw: over all parameters. matrices: {parameter: the rows of each matrix in it}, three matrices
-        in c_attn.weight. settings: more of the third group, such as lr_scale and weight_decay."""
+    def __init__(self, adamw, matrices, lr, weight_decay=0.0, momentum=0.95, momentum_warmup=300):
+        """adamw: over all parameters. matrices: {parameter: the rows of each matrix in it}."""
         for group in adamw.param_groups:
             group['params'] = [p for p in group['params'] if p not in matrices]
-        muon = {'params': [*matrices], 'parts': [*matrices.values()], 'lr': lr, 'momentum': momentum,
-                'momentum_warmup': momentum_warmup, 'step': 0, **settings}
+        muon = {'params': [*matrices], 'parts': [*matrices.values()], 'lr': lr, 'name': 'Muon',
+                'weight_decay': weight_decay, 'momentum': momentum, 'momentum_warmup': momentum_warmup,
+                'step': 0}
         super().__init__([*adamw.param_groups, muon], {})
         self.adamw, self.state = adamw, adamw.state
 
@@ -82,7 +125,9 @@ class Muon(PlainOptimizer):
         found_inf = self.adamw.found_inf = getattr(self, 'found_inf', None)
         self.adamw.step()
         group = self.param_groups[-1]
-        params = group['params']
+        used = [(p, rows) for p, rows in zip(group['params'], group['parts'], strict=True)
+                if p.grad is not None]
+        params, parts = [p for p, _ in used], [rows for _, rows in used]
         grads, keep = [p.grad for p in params], 1.0
         if found_inf is not None:  # as a tensor: a number would make the host wait for the device
             skip, zero, keep = found_inf > 0, torch.zeros_like(found_inf), 1 - found_inf
@@ -98,10 +143,9 @@ class Muon(PlainOptimizer):
         for b, g in zip(buffers, grads, strict=True):
             b.lerp_(g, new)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
-        matrices = [m for g, rows in zip(grads, group['parts'], strict=True) for m in g.split(rows)]
+        matrices = [m for g, rows in zip(grads, parts, strict=True) for m in g.split(rows)]
         each = iter(orthogonalize(matrices))
-        updates = [torch.cat([next(each) for _ in rows]) if len(rows) > 1 else next(each)
-                   for rows in group['parts']]
+        updates = [torch.cat([next(each) for _ in rows]) if len(rows) > 1 else next(each) for rows in parts]
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'] * keep)
         torch._foreach_mul_(updates, group['lr'] * keep)
         torch._foreach_sub_(params, updates)
@@ -116,13 +160,13 @@ def orthogonalize(matrices):
         by_shape.setdefault(tuple(m.shape), []).append(i)
     for (rows, columns), members in by_shape.items():
         x = torch.stack([matrices[i] for i in members])  # (n, rows, columns)
-        x = share(x) if dist.is_initialized() else newton_schulz(x)
+        x = newton_schulz_by_all(x) if dist.is_initialized() else newton_schulz(x)
         for i, update in zip(members, x * max(1, rows / columns) ** 0.5):
             results[i] = update
     return results
 
 
-def share(x):
+def newton_schulz_by_all(x):
     """newton_schulz(x): each process computes its part of x and sends it to the others."""
     world_size = dist.get_world_size()
     part = -(-len(x) // world_size)
@@ -152,40 +196,5 @@ def newton_schulz(x, steps=5):
         for _ in range(steps):
             gram = x @ x.mT  # (n, rows, rows)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(dtype, memory_format=torch.contiguous_format)
-
-
-class WeightAverage:
-    """Exponential moving average of a model's parameters (Polyak & Juditsky 1992), to evaluate and sample.
-
-    Update t, counted from 0, decays it by min(decay, (1 + t) / (10 + t)), so that it soon forgets the initial
-    weights. A decay of 0 averages nothing: all methods do nothing.
-    """
-
-    def __init__(self, model, decay):
-        self.decay = decay
-        self.params = list(model.parameters()) if decay else []
-        self.average = [p.detach().clone() for p in self.params]
-
-    def update(self, t):
-        if self.params:
-            keep = min(self.decay, (1 + t) / (10 + t))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - keep)
-
-    @contextmanager
-    def in_place(self):
-        """Give the model the averaged weights within a with statement."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    def swap(self):
-        for p, a in zip(self.params, self.average):
-            if hasattr(p, 'to_local'):  # FSDP keeps references to the memory of its part
-                kept = p.detach().clone()
-                p.detach().copy_(a)
-                a.copy_(kept)
-            else:  # not copied: a state dict made in between keeps the averages
-                p.data, a.data = a.data, p.data
+    x = x.mT if is_tall else x
+    return x.to(dtype, memory_format=torch.contiguous_format)
