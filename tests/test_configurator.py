@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import io
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -50,7 +52,7 @@ def configured(*args, **more):
     """The settings after `args`, nothing printed."""
     script = SETTINGS | more
     with contextlib.redirect_stdout(io.StringIO()):
-        configure(script, list(args))
+        configure(script, args=list(args))
     return script
 
 
@@ -107,7 +109,7 @@ def test_last_argument_wins(tmp_path):
     ('--bias', True),
     ('--out_dir=out-here', 'out-here'),
     ('--out_dir="quoted"', 'quoted'),
-    ('--out_dir=', ''),
+    ('--start=', ''),
     ('--start=1+1=', '1+1='),
     ('--start=--bias=True', '--bias=True'),
     ('--start=--help', '--help'),
@@ -131,25 +133,25 @@ def test_value_arrives(argument, value):
 
 
 @pytest.mark.parametrize('argument, allowed', [
-    ('--batch_size=1.5', 'takes int'),
-    ('--batch_size=big', 'takes int'),
-    ('--batch_size=True', 'takes int'),
-    ('--batch_size=', 'takes int'),
-    ('--batch_size=None', 'takes int'),
-    ('--learning_rate=fast', 'takes float'),
-    ('--learning_rate=True', 'takes float'),
-    ('--learning_rate=None', 'takes float'),
-    ('--bias=1', 'takes bool'),
-    ('--bias=yes', 'takes bool'),
-    ('--bias=None', 'takes bool'),
-    ('--out_dir=None', 'takes str'),
-    ('--top_k=many', 'takes int or None'),
-    ('--compile=None', 'takes bool or str'),
+    ('--batch_size=1.5', 'a whole number'),
+    ('--batch_size=big', 'a whole number'),
+    ('--batch_size=True', 'a whole number'),
+    ('--batch_size=', 'a whole number'),
+    ('--batch_size=None', 'a whole number'),
+    ('--learning_rate=fast', 'a number'),
+    ('--learning_rate=True', 'a number'),
+    ('--learning_rate=None', 'a number'),
+    ('--bias=1', 'True or False'),
+    ('--bias=yes', 'True or False'),
+    ('--bias=None', 'True or False'),
+    ('--out_dir=None', 'a string'),
+    ('--top_k=many', 'a whole number or None'),
+    ('--compile=None', 'True or False or a string'),
 ])
 def test_wrong_type_is_refused_in_one_line_that_names_the_right_one(argument, allowed):
     with pytest.raises(ValueError) as error:
         configured(argument)
-    assert str(error.value).endswith(allowed) and '\n' not in str(error.value)
+    assert f' must be {allowed}, not ' in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('argument', ['--batch_size', '--learning_rate', '--out_dir', '--top_k'])
@@ -162,7 +164,7 @@ def test_bare_name_is_for_booleans(argument):
                                          {'__annotate__': lambda form: {'compile': bool | str}}])
 def test_annotations_tell_the_types_in_old_and_new_pythons(annotations):
     for text, value in (('False', False), ('auto', 'auto')):
-        assert configure({'compile': 'auto'} | annotations, [f'--compile={text}']) == {'compile': value}
+        assert configure({'compile': 'auto'} | annotations, args=[f'--compile={text}']) == {'compile': value}
 
 
 def test_unknown_key_is_refused_with_the_nearest_names():
@@ -176,13 +178,13 @@ def test_unknown_key_is_refused_with_the_nearest_names():
 def test_constants_private_names_and_functions_are_no_settings(name, tmp_path):
     with pytest.raises(ValueError, match=f'Unknown config key: {name}'):
         configured(f'--{name}=3')
-    assert set(configure(dict(SETTINGS), [])) == {'out_dir', 'start', 'batch_size', 'learning_rate', 'bias',
-                                                  'top_k', 'compile'}
+    assert set(configure(dict(SETTINGS), args=[])) == set(SETTINGS) - {
+        '__annotations__', '_private', 'CONSTANT', 'helper'}
 
 
 def test_configure_returns_the_settings_as_they_are_after_it(capsys):
     script = dict(SETTINGS)
-    returned = configure(script, ['--batch_size=7', '--top_k=None'])
+    returned = configure(script, args=['--batch_size=7', '--top_k=None'])
     assert returned['batch_size'] == 7 and returned['top_k'] is None
     assert returned == {k: script[k] for k in returned}
 
@@ -215,7 +217,7 @@ arguments = values | st.builds('--{}={}'.format, st.sampled_from(sorted(SETTINGS
 def test_random_arguments_are_taken_or_refused_and_never_leave_a_wrong_type(args):
     script = dict(SETTINGS)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ValueError, FileNotFoundError):
-        configure(script, args)
+        configure(script, args=args)
     for key in ('out_dir', 'batch_size', 'learning_rate', 'bias'):
         assert type(script[key]) is type(SETTINGS[key])
     assert type(script['top_k']) in (int, type(None)) and type(script['compile']) in (bool, str)
@@ -229,7 +231,7 @@ def test_impossible_argument_is_refused(argument):
 
 def test_overrides_are_printed(tmp_path, capsys):
     path = config_file(tmp_path, 'batch_size = 2  # a reason\n')
-    configure(dict(SETTINGS), [path, '--learning_rate=1'])
+    configure(dict(SETTINGS), args=[path, '--learning_rate=1'])
     out = capsys.readouterr().out
     assert f'Overriding config with {path}:\nbatch_size = 2  # a reason\n' in out
     assert out.endswith('Overriding: learning_rate = 1.0\n')
@@ -238,7 +240,7 @@ def test_overrides_are_printed(tmp_path, capsys):
 def test_only_the_first_process_prints(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
     script = dict(SETTINGS)
-    configure(script, ['--batch_size=7'])
+    configure(script, args=['--batch_size=7'])
     assert script['batch_size'] == 7 and capsys.readouterr().out == ''
 
 
@@ -292,12 +294,13 @@ def test_unknown_key_in_a_config_gets_the_nearest_names(tmp_path):
 
 
 @pytest.mark.parametrize('text, allowed', [
-    ('batch_size = 1.5', 'takes int'), ('batch_size = "2"', 'takes int'), ('bias = 1', 'takes bool'),
-    ('learning_rate = None', 'takes float'), ('out_dir = None', 'takes str'),
-    ('top_k = "all"', 'takes int or None'), ('batch_size = True', 'takes int'),
+    ('batch_size = 1.5', 'a whole number'), ('batch_size = "2"', 'a whole number'),
+    ('bias = 1', 'True or False'),
+    ('learning_rate = None', 'a number'), ('out_dir = None', 'a string'),
+    ('top_k = "all"', 'a whole number or None'), ('batch_size = True', 'a whole number'),
 ])
 def test_wrong_type_in_a_config_is_refused(text, allowed, tmp_path):
-    with pytest.raises(ValueError, match=f'{allowed}$'):
+    with pytest.raises(ValueError, match=f' must be {allowed}, not '):
         configured(config_file(tmp_path, text))
 
 
@@ -316,7 +319,7 @@ def test_config_is_found_by_its_bare_name_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     script, _ = settings_of('train.py')
     with contextlib.redirect_stdout(io.StringIO()):
-        configure(script, ['eval_gpt2'])
+        configure(script, args=['eval_gpt2'])
     assert (script['init_from'], script['eval_only']) == ('gpt2', True)
     (tmp_path / 'config').mkdir()
     config_file(tmp_path / 'config', 'batch_size = 99', 'mine.py')
@@ -373,7 +376,7 @@ def test_setting_without_its_value_is_told_how_it_is_written(args, written):
 def test_train_takes_every_config_of_the_repository(path):
     script, _ = settings_of('train.py')
     with contextlib.redirect_stdout(io.StringIO()):
-        configure(script, [str(path)])
+        configure(script, args=[str(path)])
 
 
 # ---------------------------------------------------------------------------- the scripts' settings
@@ -390,7 +393,7 @@ def test_defaults_are_the_contract_s(script):
 def test_help_lists_every_setting_with_its_default_and_comment(script, capsys):
     script_globals, source_lines = settings_of(script)
     with pytest.raises(SystemExit) as exit_:
-        configure(script_globals, ['--help'])
+        configure(script_globals, args=['--help'])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and script_globals['__doc__'] in out
     assert len(source_lines) >= len(DEFAULTS[script])
@@ -408,7 +411,7 @@ def test_help_wins_over_everything_else_on_the_line(run_script):
 @pytest.mark.parametrize('place', ['command line', 'config'])
 def test_misspelt_setting_of_train_is_refused_with_the_right_name(place, tmp_path):
     script, _ = settings_of('train.py')
-    names, suggested, tried = configure(dict(script), []), 0, 0
+    names, suggested, tried = configure(dict(script), args=[]), 0, 0
     for name, value in names.items():
         wrong = sorted(w for w in misspellings(name) - set(names) if w.isidentifier() and w[0] != '_')
         for word in random.Random(0).sample(wrong, 15):
@@ -417,7 +420,7 @@ def test_misspelt_setting_of_train_is_refused_with_the_right_name(place, tmp_pat
                 arg = config_file(tmp_path, f'{word} = {value!r}')
             with pytest.raises(ValueError, match=f'^Unknown config key: {word} ') as error, \
                     contextlib.redirect_stdout(io.StringIO()):
-                configure(dict(script), [arg])
+                configure(dict(script), args=[arg])
             tried += 1
             suggested += f'did you mean {name}' in str(error.value) or f' or {name}' in str(error.value)
     assert tried == 15 * len(names) > 500 and suggested > 0.98 * tried
@@ -444,7 +447,7 @@ def test_random_config_is_taken_or_refused_and_never_leaves_a_wrong_type(tmp_pat
     script = dict(SETTINGS)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            configure(script, [str(path)])
+            configure(script, args=[str(path)])
     except (ValueError, FileNotFoundError) as error:
         assert '\n' not in str(error) or isinstance(error, UnicodeDecodeError)
         return
@@ -455,11 +458,106 @@ def test_random_config_is_taken_or_refused_and_never_leaves_a_wrong_type(tmp_pat
         assert type(script[key]) is type(SETTINGS[key])
 
 
+# ---------------------------------------------------------------------------- the model's settings
+
+MODEL = """
+from dataclasses import dataclass, field
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50304  # of the data
+    n_embd: int = 768
+    dropout: float = 0  # of the model
+    window: int | None = None  # keys that a query sees
+    gate: str = 'none'  # none, sigmoid
+    torch: bool = False
+    max: int = 3
+    _own: int = 3
+    layers: list = field(default_factory=list)
+    unset: int = field(init=False, default=1)
+"""
+
+
+@pytest.fixture
+def with_model(tmp_path, monkeypatch):
+    """Runs configure with a model.py of somebody's own: the script's globals, the settings."""
+    config_file(tmp_path, MODEL, 'their_model.py')
+    monkeypatch.syspath_prepend(tmp_path)
+    config_class = importlib.import_module('their_model').GPTConfig
+
+    def run(*args, **script):
+        script = {'n_embd': 64, 'torch': ast, 'batch_size': 12} | script
+        return script, configure(script, config_class, args=list(args))
+    yield run
+    del sys.modules['their_model']
+
+
+def test_fields_of_the_model_are_settings_but_for_those_that_the_script_binds(with_model, tmp_path):
+    script, found = with_model()
+    assert found == {'n_embd': 64, 'batch_size': 12, 'dropout': 0, 'window': None, 'gate': 'none'}
+    assert script['gate'] == 'none' and script['torch'] is ast and found.given == set()
+    path = config_file(tmp_path, 'window = 8 * n_embd\nn_embd = 64  # the default\nbatch_size = 4')
+    script, found = with_model(path, '--gate=sigmoid', '--dropout=1')
+    assert found == {'n_embd': 64, 'batch_size': 4, 'dropout': 1.0, 'window': 512, 'gate': 'sigmoid'}
+    assert script['window'] == 512 and found.given == {'window', 'n_embd', 'batch_size', 'gate', 'dropout'}
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--window=all', "window must be a whole number or None, not 'all'"),
+    ('--gat=sigmoid', 'Unknown config key: gat (did you mean gate?)'),
+    ('--pos_emb=rope', 'Unknown config key: pos_emb (this model.py has no such option)'),
+    ('--use_rope=True', 'Unknown config key: use_rope (this model.py has no such option)'),
+    ('--torch=True', 'Unknown config key: torch (a field of the model whose name the script uses itself: '),
+    ('--max=4', 'Unknown config key: max (a field of the model whose name the script uses itself: '),
+    ('--vocab_size=65', 'Unknown config key: vocab_size (taken from the data)'),
+    ('--finetune_from=out', "Unknown config key: finetune_from (removed: init_from takes the run's folder"),
+    ('--ema_decay=0.9', 'Unknown config key: ema_decay (removed: '),
+    ('--plan_gpus=8xH100', 'Unknown config key: plan_gpus (removed: see docs/SCALING.md)'),
+    ('--cpu_offload=True', 'Unknown config key: cpu_offload (removed: '),
+    ('--allow_changed_data', 'Unknown config key: allow_changed_data (removed: '),
+    ('--skip_spikes=3', 'Unknown config key: skip_spikes (removed)'),
+])
+def test_model_s_settings_are_checked_and_missing_ones_are_explained(argument, message, with_model):
+    with pytest.raises(ValueError) as error:
+        with_model(argument)
+    assert str(error.value).startswith(message)
+
+
+def test_help_lists_the_model_s_settings_with_the_comments_of_its_file(with_model, tmp_path, capsys):
+    script = config_file(tmp_path, '"""A script."""\nn_embd = 64  # of the script\nbatch_size = 12', 's.py')
+    with pytest.raises(SystemExit):
+        with_model('--help', __file__=script)
+    own, theirs = capsys.readouterr().out.split('\n\nSettings of the model (their_model.py):\n')
+    assert own.startswith('A script.\n\nSettings (--key=value):\n  n_embd=64') and 'of the script' in own
+    assert [line.split('  # ')[0].split() for line in theirs.splitlines()] == [
+        ['dropout=0', 'of', 'the', 'model'], ['window=None', 'keys', 'that', 'a', 'query', 'sees'],
+        ["gate='none'", 'none,', 'sigmoid']]
+
+
+def test_settings_can_be_saved_in_a_checkpoint_that_any_program_reads(tmp_path):
+    found = configure(dict(SETTINGS), args=['--batch_size=3'])
+    torch.save({'config': found}, tmp_path / 'ckpt.pt')
+    read = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['config']
+    assert read == found and type(read).__module__ != type(found).__module__
+
+
+@pytest.mark.parametrize('text, given', [
+    ('batch_size = 12', {'batch_size'}), ('batch_size: int = 12', {'batch_size'}),
+    ('for batch_size in (1, 2): pass', {'batch_size'}), ('print([batch_size for batch_size in "ab"])', set()),
+    ('def set_it():\n    global bias\n    bias = True\nset_it()', {'bias'}),
+    ('if False:\n    bias = True', set()), ('def f():\n    bias = True', set()),
+    ('from math import pi as _pi\nout_dir = str(_pi)', {'out_dir'}),
+])
+def test_given_are_the_settings_that_a_config_assigns_be_it_their_default(text, given, tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert configure(dict(SETTINGS), args=[config_file(tmp_path, text)]).given == given
+
+
 # ---------------------------------------------------------------------------- what a user sees
 
 @pytest.mark.parametrize('argument, line', [
     ('--bach_size=3', 'ValueError: Unknown config key: bach_size (did you mean batch_size?)'),
-    ('--batch_size=x', "ValueError: batch_size='x' is str, but batch_size takes int"),
+    ('--batch_size=x', "ValueError: batch_size must be a whole number, not 'x'"),
     ('--batch_size', 'ValueError: --batch_size needs a value: --batch_size=...'),
     ('wrong.py', 'ValueError: Unknown config key: N '),
     ('missing.py', 'FileNotFoundError: no config missing.py'),

@@ -230,6 +230,7 @@ def test_process_of_several_ends_without_python_s_clean_up(monkeypatch):
     monkeypatch.setattr(runtime.dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(runtime.dist, 'destroy_process_group', lambda: done.append('destroyed'))
     monkeypatch.setattr(runtime.atexit, 'register', done.append)
+    monkeypatch.setattr(sys.modules['__main__'], '__file__', str(ROOT / 'train.py'))
     runtime.Runtime('cpu', 'float32', False, 'gloo', 1, 2).stop()
     assert done == ['destroyed', runtime.end_at_once]
     monkeypatch.setattr(os, '_exit', lambda status: done.append(f'exit {status}'))
@@ -252,3 +253,20 @@ def test_restarted_processes_find_each_other_by_keys_of_their_own(monkeypatch):
         arguments['store'].set('address', attempt)
     monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # whose counts may differ
     assert runtime.restart_store(0, 2) == {}
+
+
+def test_run_that_ends_in_another_program_keeps_that_program_s_exit_status(tmp_path):
+    (tmp_path / 'test_theirs.py').write_text('''
+import torch.distributed as dist
+from support.machine.runtime import Runtime
+
+def test_that_trains():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    Runtime('cpu', 'float32', False, 'gloo').stop()
+
+def test_that_fails():
+    assert False
+''')
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', tmp_path],
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and '1 failed, 1 passed' in done.stdout

@@ -20,9 +20,8 @@ from pathlib import Path
 
 from support.errors import UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
-from support.text.dataset import header_size, split_files
 from support.text.prepare import dataset_folder, prepare_corpus
-from support.text.tokens import count_tokens
+from support.text.tokens import describe_file, split_files
 
 source = 'HuggingFaceFW/fineweb-edu'  # a Hugging Face dataset, or a local file or folder of documents
 subset = 'sample-10BT'  # on the hub: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10, ...
@@ -67,9 +66,10 @@ def take_shards(folder, source, n):
 
 def count_shard(path):
     """Number of tokens in a file with a header, which must be that of the file."""
-    if not header_size(path):
+    file = describe_file(path, 'uint16')
+    if not file.offset:
         raise UserError(f'{path} has no header of 20240520, 1 and the number of tokens: not such a file')
-    return count_tokens(path)
+    return file.count
 
 
 configure(globals())

@@ -114,6 +114,6 @@ def show_error(kind, error, trace):
     if isinstance(error, USER_ERRORS):
         print(styled(f'{kind_of(error)}: {error}', 'bold red', sys.stderr), file=sys.stderr)
     elif issubclass(kind, ModuleNotFoundError):
-        support.show_missing(kind, error, trace)
+        support.show_import_error(kind, error, trace)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -3,17 +3,14 @@
 import functools
 import os
 import re
-import statistics
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from support.errors import UserError
-
-kept_products = ''  # see keep_products
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -127,8 +124,8 @@ def fastest_float32(device):
 
 
 class OneDNN:
-    """A context in which float32 products on a CPU are oneDNN's. It uses AVX-512 wherever a processor has it;
-    PyTorch's default library, MKL, doesn't on AMD's. The flag permits bfloat16, which only AMX uses."""
+    """A context in which float32 products on a CPU are oneDNN's. The flag permits bfloat16, which only AMX
+    uses: see prefers_onednn."""
 
     def __enter__(self):
         torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
@@ -137,60 +134,17 @@ class OneDNN:
         torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
 
 
-def prefers_onednn():
-    """Whether float32 products on a CPU are oneDNN's: where they are exact and faster, or as `keep_products`
-    or, before it, FLOAT32_PRODUCTS=onednn or default in the environment says."""
-    wanted = os.environ.get('FLOAT32_PRODUCTS') or kept_products
-    if wanted not in ('', 'onednn', 'default'):
-        raise UserError(f'FLOAT32_PRODUCTS={wanted} is not one of onednn, default')
-    if wanted == 'default':
-        return False
-    is_exact, is_faster = measure_onednn()
-    return is_exact and (is_faster or wanted == 'onednn')
-
-
-def products():
-    return 'onednn' if prefers_onednn() else 'default'
-
-
-def keep_products(library):
-    """Multiply by 'onednn' or 'default', as an earlier part of a run did or its first process does, for
-    libraries round differently. Empty: by the faster one of this process."""
-    global kept_products
-    kept_products = library
-
-
 @functools.cache
-def measure_onednn():
-    """Whether oneDNN multiplies float32 matrices as exactly as the default library, and whether faster, on a
-    small GPT's layer. One thread, half a millisecond at a time, and the median of many turns: other programs
-    seldom disturb one library in most of them, so the choice seldom changes."""
-    if not torch.backends.mkldnn.is_available():
-        return False, False
-    x, w = (torch.arange(n * 256).sin().view(n, 256) for n in (192, 512))
-    exact = sample_products(x.double(), w.double())
-    contexts, errors, ratios = (nullcontext(), OneDNN()), [], []
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for context in contexts:
-        with context:
-            errors.append([(found - e).abs().max().item() for found, e in zip(sample_products(x, w), exact)])
-    for _ in range(32):
-        times = []
-        for context in contexts:
-            with context:
-                times.append(best_time(lambda: x @ w.T, 'cpu', repeats=2))
-        ratios.append(times[1] / times[0])
-    torch.set_num_threads(n_threads)
-    is_exact = all(ours <= 8 * default for default, ours in zip(*errors))
-    return is_exact, statistics.median(ratios) < 0.97
-
-
-def sample_products(x, w):
-    """The kinds of products of a linear layer and of attention, forward and backward; a library may round
-    some and not others. x: (192, 256), w: (512, 256)"""
-    g, q = torch.cat((x, x), dim=1), x.view(12, 64, 64)
-    return x @ w.T, g @ w, g.T @ x, torch.baddbmm(q, q, q.mT), q @ q, q.mT @ q
+def prefers_onednn():
+    """Whether float32 products on this CPU are oneDNN's: AMD's processors with AVX-512, which MKL doesn't use
+    there, and without AMX, which would compute them in bfloat16. False where the processor is unknown."""
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        described = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+    except OSError:  # not Linux
+        return False
+    return 'AuthenticAMD' in described and not re.search(r'\bamx', described)
 
 
 def measure_bandwidth(device):

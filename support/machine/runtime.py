@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import support
 from support.errors import UserError
 from support.machine.console import flush, print0
-from support.machine.hardware import (DTYPES, device_name, has_bfloat16, keep_products, products,
-                                      synchronize)
+from support.machine.hardware import DTYPES, device_name, has_bfloat16, prefers_onednn, synchronize
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,19 @@ class Runtime:
             torch.set_float32_matmul_precision('high')
         if self.device_type == 'cpu':
             keep_freed_memory()
-            keep_products('')
-            if self.world_size > 1:
-                keep_products(self.broadcast(products()))
         torch.manual_seed(seed)  # all processes make the same model; Runtime.seed makes their dropout differ
         on_cpu = self.device_type == 'cpu' and self.dtype == 'float32'
-        library = f'products: {products()}, ' if on_cpu else ''
+        products = 'onednn' if prefers_onednn() else 'default'
+        library = f'products: {products}, ' if on_cpu else ''
         print0(f'device: {self.device} ({device_name(self.device)}), dtype: {self.dtype}, {library}compile: '
                f'{self.compile}, backend: {self.backend}, processes: {self.world_size}')
 
     def stop(self):
-        """Leave the other processes."""
+        """Leave the other processes. One of our scripts then ends with status 0, unless by an exception."""
         if dist.is_initialized():
             dist.destroy_process_group()
-            atexit.register(end_at_once)  # a thread of Gloo's that needs Python while it ends would abort
+            if support.runs_own_script():
+                atexit.register(end_at_once)  # a thread of Gloo's that needs Python at the end would abort
 
 
 def start(device='auto', dtype='auto', compile='auto', backend='auto', seed=1337, threads=0):

@@ -1,14 +1,23 @@
 """
-The files of a dataset's folder: which make up a split, in which format, and what dataset.json says of them.
+A dataset: a folder of token files, opened once.
 
-    paths = split_files('data/openwebtext', 'train')
-    read_info('data/openwebtext')  # {'tokens': {'train': 9035582198, 'val': 4434897}, ...}
+    data = Dataset('data/shakespeare_char')
+    data.check(block_size, model.config.vocab_size)
+    starts = data['val'].eval_windows(block_size, batch_size)
+    x, y = data['val'].read(starts[0], block_size)
+
+The folder, `data/<name>/`:
+    train.bin, val.bin   token ids, uint16 in machine order, no header; others in tokens.py
+    train.mask, val.mask optional: what to learn of conversations (masks.py)
+    tokenizer.json       of a tokenizer of its own
+    meta.pkl             {'vocab_size': int}, for characters 'itos': {id: char}, 'stoi': {char: id}
+    dataset.json         optional: source, tokenizer, dtype, number of tokens, checksums
+Without tokenizer.json and meta.pkl the ids are GPT-2 BPE.
 """
 
 import functools
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +25,17 @@ import numpy as np
 from support.errors import MissingFile, UserError
 from support.machine.console import ROOT, print0
 from support.machine.files import explain_failure
+from support.text.masks import Conversations, open_mask
+from support.text.tokens import DTYPES, open_tokens, split_files
+from support.text.vocabulary import read_vocabulary
+from support.text.windows import READ_AT_START, Split
 
-AS_UINT16 = 'write it with array.astype(numpy.uint16).tofile(path)'
 say_once = functools.cache(print0)
 
 
 def find_dataset(data_dir, dataset):
-    """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the repository's."""
+    """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the
+    repository's."""
     here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
     if data_dir or not dataset or os.path.isdir(here) or not there.is_dir():
         return data_dir or here
@@ -30,73 +43,97 @@ def find_dataset(data_dir, dataset):
     return str(there)
 
 
-def split_files(data_dir, split):
-    """A split's files: [SPLIT.bin], or [SPLIT_000.bin, SPLIT_001.bin, ...], or [NAME_SPLIT_000001.bin, ...],
-    numbered from 0 or 1; [] if there are none. Raises an error if it isn't clear which, or one is missing."""
-    whole, groups = Path(data_dir, f'{split}.bin'), {}
-    for path in sorted(Path(data_dir).glob(f'*{split}_*.bin')):
-        if found := re.fullmatch(rf'((?:.*[_-])?{split})_([0-9]{{3,}})\.bin', path.name):
-            group = groups.setdefault(found[1], {})
-            if twin := group.get(int(found[2])):
-                raise UserError(f'{data_dir} has {twin.name} and {path.name}: remove one or the other')
-            group[int(found[2])] = path
-    if whole.is_file() and split in groups:
-        first = next(iter(groups[split].values()))
-        raise UserError(f'{data_dir} has {whole.name} and {first.name}: remove one or the other')
-    if whole.is_file() or not groups:
-        return [whole] if whole.is_file() else []
-    name = split if split in groups else next(iter(groups))
-    if len(groups) > 1 and name != split:
-        raise UserError(f'{data_dir} has files of several datasets, {", ".join(groups)}: leave one')
-    group = groups[name]
-    first = 1 if name != split and 0 not in group else 0
-    for i, (number, path) in enumerate(sorted(group.items()), first):
-        if number != i:
-            digits = len(path.stem) - len(name) - 1
-            missing = path.with_name(f'{name}_{i:0{digits}}.bin')
-            raise MissingFile(f'{missing} is missing, but {path.name} exists')
-    return [group[number] for number in sorted(group)]
+class Dataset:
+    """What a dataset's folder holds.
+
+    splits: {'train': a Split, 'val': a Split}, those asked for; the tokenizer is known without any.
+    info: dataset.json as a dict, {} if there is none. template: how text becomes a conversation, or
+    None. vocab_path: the file that names the tokenizer and vocab_size, None if they are GPT-2's by
+    default.
+
+    Raises MissingFile for a file that is missing, UserError for one that is empty, damaged, of
+    another length than its header or dataset.json says, or if files contradict each other.
+    """
+
+    def __init__(self, folder, splits=('train', 'val')):
+        self.folder, self.info = folder, read_info(folder)
+        self.splits = {name: open_split(folder, name, self.info) for name in splits}
+        self.tokenizer, self.vocab_size, self.vocab_path = read_vocabulary(folder, self.info)
+        self.template = self.info.get('chat')
+
+    def __getitem__(self, split):
+        return self.splits[split]
+
+    def check(self, block_size, vocab_size):
+        """UserError if a split has no room for a window, or ids beyond the model's vocabulary."""
+        for split in self.splits.values():
+            split.check(block_size, vocab_size)
+
+    def fingerprints(self):
+        """{split: SHA-256 in hex}, by which a resumed run knows its data. UserError if dataset.json
+        has another for a file. Says of which splits it is that of a part only."""
+        digests = self.info.get('sha256', {})
+        found = {name: split.fingerprint(digests) for name, split in self.splits.items()}
+        for split in self.splits.values():
+            if not split.is_read_whole():
+                print0(f'{split.path}: {READ_AT_START:,} of its {len(split):,} tokens were '
+                       'checked, in 64 pieces, not the SHA-256 of the whole; other ids are checked '
+                       'when they are read')
+        return found
+
+    def check_unchanged(self):
+        """UserError if the size, the time or the inode of a file differs from what was opened, or
+        it is gone."""
+        for split in self.splits.values():
+            for numbers in split.arrays().values():
+                numbers.check_unchanged()
 
 
-def header_size(path):
-    """Bytes before a file's tokens: 0, or 1024 in llm.c's and modded-nanogpt's files, which begin with 256
-    int32: 20240520, 1, the number of tokens. Raises ValueError if the file has another number."""
-    with explain_failure(f'{path} can\'t be read'), open(path, 'rb') as file:
-        start = file.read(12)
-    magic, version, count = np.frombuffer(start.ljust(12, b'\0'), '<i4').tolist()
-    if (magic, version) == (20240801, 7) or magic == 20240520 and version != 1:
-        raise UserError(f'{path} has llm.c\'s header {magic}, {version}, of other tokens than uint16, whose '
-                         f'header is 20240520, 1: {AS_UINT16}')
-    held = max(0, path.stat().st_size - 1024) // 2
-    if magic == 20240520 and count != held:
-        raise UserError(f'{path} has {held:,} tokens, but {count:,} by its header: truncated, or damaged. '
-                         'Download or prepare it again')
-    return 1024 if magic == 20240520 else 0
+def open_split(folder, name, info):
+    """A split of a dataset's folder. info: of `read_info`."""
+    path, paths = Path(folder, f'{name}.bin'), split_files(folder, name)
+    if not paths:
+        prepare = Path(folder, 'prepare.py')
+        how = f'run: python {prepare}' if prepare.is_file() else 'see "Your own text" in README.md'
+        raise MissingFile(f'{path} is missing; {how}')
+    tokens = open_tokens(paths, info.get('dtype', 'uint16'))
+    expected = info.get('tokens', {}).get(name, len(tokens))
+    if len(tokens) != expected:
+        raise UserError(f'{path} has {len(tokens):,} tokens, but dataset.json says {expected:,}: '
+                        'truncated, or written by another program. Prepare it again, or delete '
+                        'dataset.json')
+    mask = open_mask(folder, name, len(tokens), info.get('chat'))
+    return Split(name, tokens, path) if mask is None else Conversations(name, tokens, mask, path)
 
 
-def width_of(tokens):
-    """Bits of the numbers that a file's first tokens, (N,) uint16, seem to be made of: 8, 16 or 32."""
-    if len(tokens) < 64:
-        return 16
-    low, high = (np.bincount(byte, minlength=256) for byte in (tokens & 255, tokens >> 8))
-    if abs(low - high).sum() < len(tokens) / 2 and np.count_nonzero(high) > 8:  # bytes of one distribution
-        return 8
-    return 32 if tokens[1::2].max() < 16 <= 256 <= tokens[::2].max() else 16
+# ---------------------------------------------------------------------------- dataset.json
 
-
-def check_length(tokens):
-    """ValueError if the file of a memory map has become shorter: to read beyond its end kills a process."""
-    if isinstance(tokens, np.memmap) and os.stat(tokens.filename).st_size < tokens.offset + tokens.nbytes:
-        raise UserError(f'{tokens.filename} has become shorter since it was opened; prepare the data again, '
-                         'then resume')
-
-
-def read_info(data_dir):
-    """dataset.json as a dict; {} if there is none, or if it isn't of the files beside it, which is told.
-    Raises ValueError if it is damaged."""
-    path = Path(data_dir, 'dataset.json')
+def read_info(folder):
+    """dataset.json as a dict; {} if there is none, or if neither split has as many tokens as it
+    says, which is printed. Raises UserError if it is damaged."""
+    path = Path(folder, 'dataset.json')
     if not path.is_file():
         return {}
+    info = parse_info(path)
+    if info.get('unfinished'):
+        raise UserError(f'{folder}: the preparation of this data was broken off; prepare it again')
+    if info.get('dtype', 'uint16') not in DTYPES:
+        raise UserError(f'{path}: dtype={str(info["dtype"])[:40]} is not one of '
+                        f'{", ".join(DTYPES)}')
+    width, others = np.dtype(info.get('dtype', 'uint16')).itemsize, []
+    for split in {'train', 'val'} & info.get('tokens', {}).keys():
+        size = sum(path.stat().st_size for path in split_files(folder, split))
+        if size not in (0, width * info['tokens'][split]):
+            others.append(split)
+    if len(others) == 2:  # another program's; a single one may be truncated
+        print0(f'ignoring {path}, which is not of the files beside it: the number of tokens '
+               'differs (train, val)')
+        return {}
+    return info
+
+
+def parse_info(path):
+    """dataset.json as a dict. Raises UserError if it is damaged."""
     with explain_failure(f'{path} is damaged; prepare the data again'):
         if path.stat().st_size > 1 << 20:
             raise UserError('it has more than a megabyte')
@@ -106,23 +143,7 @@ def read_info(data_dir):
         info = json.loads(text)
         counts, digests = info.get('tokens', {}), info.get('sha256', {})
         if not (all(isinstance(n, int) and 0 <= n < 1 << 63 for n in counts.values())
-                and all(isinstance(text, str) for text in [*digests.values(), info.get('source', ''),
-                                                           info.get('tokenizer', '')])):
+                and all(isinstance(text, str) for text in [
+                    *digests.values(), info.get('source', ''), info.get('tokenizer', '')])):
             raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
-    if info.get('unfinished'):
-        raise UserError(f'{data_dir}: the preparation of this data was broken off; prepare it again')
-    sizes = {split: sum(path.stat().st_size for path in split_files(data_dir, split))
-             for split in ('train', 'val') if split in counts}
-    found = [split for split, size in sizes.items() if size]
-    others = [split for split in found if sizes[split] != 2 * counts[split]]
-    if others == found and (len(others) > 1 or any(is_older(data_dir, split) for split in others)):
-        say_once(f'ignoring {path}, which is not of the files beside it: the number of tokens differs '
-                 f'({", ".join(others)})')
-        return {}
     return info
-
-
-def is_older(data_dir, split):
-    """Whether dataset.json was written before one of a split's files."""
-    written = Path(data_dir, 'dataset.json').stat().st_mtime_ns
-    return any(path.stat().st_mtime_ns > written for path in split_files(data_dir, split))

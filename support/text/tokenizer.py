@@ -1,7 +1,7 @@
 """
 Text to token ids and back: a vocabulary of characters, GPT-2's byte pair encoding, or one's own (bpe.py).
 
-    tokenizer = read_tokenizer('data/shakespeare_char')
+    tokenizer = Dataset('data/shakespeare_char').tokenizer  # support/text/dataset.py
     tokenizer.decode(tokenizer.encode('To be'))
 """
 
@@ -17,9 +17,7 @@ import numpy as np
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
-from support.machine.pickles import read_pickle
 from support.text.bpe import END, MOST_IDS, BPETokenizer
-from support.text.dataset import read_info
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
@@ -230,87 +228,3 @@ def is_gpt2_vocab(vocab):
     tokens = sorted((t for t in vocab if t != END), key=vocab.get)
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest() == GPT2_VOCAB_SHA256 \
         and [vocab[t] for t in tokens] == [*range(len(tokens))]
-
-
-# ---------------------------------------------------------------------------- of datasets
-
-def read_tokenizer(data_dir):
-    """The tokenizer of a dataset's folder."""
-    return read_vocabulary(data_dir)[0]
-
-
-def read_vocabulary(data_dir):
-    """tokenizer, vocab_size, path of a dataset's folder; path: the file that names them, or None where none
-    does, so that the ids are GPT-2's. Raises ValueError if the files contradict each other."""
-    info, path = read_info(data_dir), Path(data_dir, 'tokenizer.json')
-    kind, meta = info.get('tokenizer'), read_meta(data_dir)
-    if kind == 'bpe' and not path.is_file():
-        raise UserError(f'{path} is missing, but dataset.json says that the tokens are of a tokenizer of '
-                         'their own: prepare the data again')
-    if path.is_file() and kind != 'char':
-        return read_own_tokenizer(path, info, meta)
-    if meta:
-        tokenizer = CharTokenizer(meta['itos']) if meta['itos'] else NoTokenizer(meta['vocab_size'])
-        return tokenizer, meta['vocab_size'], Path(data_dir, 'meta.pkl')
-    if kind not in (None, 'gpt2'):
-        path, size = Path(data_dir, 'dataset.json'), info.get('vocab_size')
-        if not isinstance(size, int) or not 0 < size <= MOST_IDS:
-            raise UserError(f'{path} names another tokenizer, {kind[:40]}, so it needs its vocab_size, at '
-                             f'most {MOST_IDS:,}; or put its tokenizer.json beside it')
-        return NoTokenizer(size, f'its data is of another tokenizer, {kind[:40]}, whose tokenizer.json is '
-                                 'not beside it'), size, path
-    return GPT2Tokenizer(), PADDED_GPT2_VOCAB, None
-
-
-def read_own_tokenizer(path, info, meta):
-    """Like `read_vocabulary`, of a tokenizer.json, the dataset.json and the meta.pkl beside it."""
-    tokenizer, kind = load_tokenizer(path), info.get('tokenizer', 'bpe')
-    found, digest = tokenizer.to_dict()['kind'], info.get('sha256', {}).get(path.name)
-    if kind == 'gpt2' != found or meta and meta['itos']:
-        other = 'dataset.json says that they are GPT-2\'s' if kind == 'gpt2' else 'meta.pkl has characters'
-        raise UserError(f'{path} says that the tokens are its own, but {other}: remove one or the other')
-    if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-        raise UserError(f'{path} is not the one that the data was prepared with: its SHA-256 is another in '
-                         'dataset.json. Prepare the data again')
-    if found == 'gpt2':
-        return tokenizer, PADDED_GPT2_VOCAB, None
-    return tokenizer, max(tokenizer.n_vocab, meta['vocab_size'] if meta else 0), path
-
-
-def read_meta(data_dir):
-    """meta.pkl as a dict with 'vocab_size' and 'itos', {id: string} or {} if the file has none; None if there
-    is no file. Raises ValueError if it is damaged, or missing where dataset.json says that the data is
-    characters."""
-    path = Path(data_dir, 'meta.pkl')
-    if not path.is_file():
-        if read_info(data_dir).get('tokenizer') == 'char':
-            raise UserError(f'{path} is missing, but dataset.json says that the tokens are characters: '
-                             'prepare the data again, or delete dataset.json if it is not of this data')
-        return None
-    with explain_failure(f'{path} is not a character vocabulary'):
-        meta = read_pickle(path.read_bytes())
-        size = meta['vocab_size']
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise TypeError(f'vocab_size={size!r} is not a positive integer')
-        stoi = meta.get('stoi')
-        inverse = {i: c for c, i in stoi.items()} if isinstance(stoi, dict) else {}
-        return {**meta, 'itos': strings_by_id(meta.get('itos'), size) or strings_by_id(inverse, size)}
-
-
-def strings_by_id(itos, size):
-    """A table of ids and strings, a dict or a list, as {id: string}; {} if it is something else."""
-    if isinstance(itos, (list, tuple, str)):
-        itos = dict(enumerate(itos))
-    if not isinstance(itos, dict):
-        return {}
-    found = {i: text_of(c) for i, c in itos.items()
-             if isinstance(i, int) and 0 <= i < size}
-    return found if all(isinstance(c, str) for c in found.values()) else {}
-
-
-def text_of(value):
-    """Bytes of UTF-8 as a string, any other value as it is."""
-    try:
-        return value.decode('utf-8') if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return value

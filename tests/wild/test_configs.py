@@ -17,7 +17,7 @@ def configured(tmp_path, capsys):
         found, _ = settings_of(script)
         data = text if isinstance(text, bytes) else text.encode()
         (tmp_path / 'theirs.py').write_bytes(data)
-        return configure(found, [str(tmp_path / 'theirs.py'), *args]), capsys.readouterr().out
+        return configure(found, args=[str(tmp_path / 'theirs.py'), *args]), capsys.readouterr().out
     return run
 
 
@@ -77,7 +77,7 @@ def test_unknown_setting_that_is_on_or_misspelt_or_changes_the_model_is_refused(
 
 def test_dropped_name_leaves_the_script_as_it_was(tmp_path, capsys):
     script = {'CONSTANT': 5, 'batch_size': 1}
-    configure(script, [config_file(tmp_path, 'CONSTANT = 0\nother = None')])
+    configure(script, args=[config_file(tmp_path, 'CONSTANT = 0\nother = None')])
     assert script['CONSTANT'] == 5 and 'other' not in script
 
 

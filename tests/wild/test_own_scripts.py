@@ -73,7 +73,7 @@ def test_settings_may_be_read_in_the_main_block_or_in_a_function(folder):
 
 @pytest.mark.parametrize('args, line', [
     (['--bach_size=3'], 'ValueError: Unknown config key: bach_size (did you mean batch_size?)'),
-    (['--batch_size=x'], "ValueError: batch_size='x' is str, but batch_size takes int"),
+    (['--batch_size=x'], "ValueError: batch_size must be a whole number, not 'x'"),
     (['wrong.py'], 'ValueError: Unknown config key: N, batch_sizes (did you mean batch_size?) '),
     (['idle.py'], 'ValueError: idle.py, line 1: batch_size: 3 assigns nothing; '),
     (['missing.py'], 'FileNotFoundError: no config missing.py'),
