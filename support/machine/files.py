@@ -146,6 +146,23 @@ def lock(path):
     return None
 
 
+def is_held(path):
+    """Whether the file of this name is still the one that this process has locked; True if the disk can't
+    say, or nothing was locked."""
+    file = LOCKS.get(os.path.realpath(path))
+    if file is None:
+        return True
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return True
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return True
+    LOCKS.pop(os.path.realpath(path)).close()
+    return False
+
+
 def try_lock(file):
     """Whether this process has got a lock on an open file, or locks don't exist there."""
     try:

@@ -6,7 +6,7 @@ Pickles that other programs wrote: plain values and NumPy's numbers are read, an
         state = torch.load(path, weights_only=True)
 
 A pickle names the functions that rebuild its objects. Those below stand in for the few that are allowed:
-NumPy's numbers become Python's, arrays become flat lists, paths become strings.
+NumPy's numbers become Python's, arrays become flat lists, paths become strings, a GPTConfig has attributes.
 """
 
 import io
@@ -62,7 +62,12 @@ def path(*parts):
     return str(PurePath(*parts))
 
 
+class Settings:
+    """Stands in for a GPTConfig that its program pickled as an object."""
+
+
 STAND_INS = [
+    (Settings, '__main__.GPTConfig'), (Settings, 'model.GPTConfig'),
     (OrderedDict, 'collections.OrderedDict'), (latin1, '_codecs.encode'), (NumberType, 'numpy.dtype'),
     (Numbers, 'numpy.ndarray'),
     *((stand_in, f'numpy.{core}.{name}') for core in ('core', '_core')  # NumPy 1 and 2
