@@ -11,31 +11,31 @@ Measure how fast this machine trains a model, generates from it, and reads its d
 Prints a table, then the same and a description of the machine as one line of JSON.
 """
 
-from configurator import configure  # first, as it says what this Python lacks
+from configurator import configure  # import first: reports missing packages
 
 import itertools
 import json
-import os
 import platform
 import statistics
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 
 import torch
 
 from model import GPT, GPTConfig
 from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
-from support.sampling.decoding import generate
-from support.training.diagnostics import Guard
-from support.training.loss import checkpoint_activations, use_lean_loss
-from support.machine.linear import use_fast_products
-from support.training.optim import configure_optimizer
+from support.machine.linear import use_cpu_linears
+from support.sampling.decoding import for_sampling, generate
 from support.sampling.quantize import build_int8, check_weights
+from support.text.dataset import Dataset, find_dataset
+from support.text.tokenizer import PADDED_GPT2_VOCAB
+from support.text.windows import Split, prefetch
+from support.training.diagnostics import Guard
+from support.training.loss import lean_loss
+from support.training.optim import make_optimizer
 from support.training.plan import parameters_in_words
-from support.text.dataset import find_dataset
-from support.text.tokenizer import PADDED_GPT2_VOCAB, read_vocabulary
-from support.text.tokens import check_split, choose_windows, open_split, prefetch, read_windows
 
 # ---------------------------------------------------------------------------- settings
 
@@ -45,8 +45,7 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
-bias = False
-attn_type = 'SM'  # SM, GK, GKpoly-n, PA_f
+bias = False  # further options of the model are those of GPTConfig in model.py
 real_data = True  # False: random tokens, no data needed
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
@@ -63,7 +62,9 @@ compile: bool | str = 'auto'  # torch.compile
 profile = False  # write bench_trace.json and print the ten most expensive operators
 peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or measured
 
-configure(globals())
+settings = configure(globals(), GPTConfig)
+ADAMW = {'optimizer': 'adamw', 'learning_rate': 1e-4, 'weight_decay': 1e-2, 'beta1': 0.9, 'beta2': 0.95,
+         'embedding_lr': 0.0}
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise UserError(f'mode={mode} is not one of train, decode, data, all')
@@ -81,31 +82,31 @@ if weights == 'int8' and mode != 'decode':
 
 
 def load_tokens():
-    """The tokens to train on, (N,) uint16, and the size of their vocabulary."""
+    """The split to train on, and the size of its vocabulary."""
     if not real_data:
-        return torch.randint(PADDED_GPT2_VOCAB, (1 << 20,)).to(torch.uint16).numpy(), PADDED_GPT2_VOCAB
-    folder = find_dataset(data_dir, dataset)
+        tokens = torch.randint(PADDED_GPT2_VOCAB, (1 << 20,)).to(torch.uint16).numpy()
+        return Split('train', tokens), PADDED_GPT2_VOCAB
     try:
-        tokens = open_split(folder, 'train')
+        data = Dataset(find_dataset(data_dir, dataset), splits=('train',))
     except FileNotFoundError as error:
         raise MissingFile(f'{error}; or measure on random tokens: --real_data=False') from None
-    _, vocab_size, _ = read_vocabulary(folder)
-    check_split(tokens, os.path.join(folder, 'train.bin'), block_size, vocab_size)
-    return tokens, vocab_size
+    data.check(block_size, data.vocab_size)
+    return data['train'], data.vocab_size
 
 
 run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 tokens, vocab_size = load_tokens()
-config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias, attn_type=attn_type)
+config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings},
+                   vocab_size=vocab_size)
 model = GPT(config).to(run.device)
+model.activation_checkpointing = activation_checkpointing
 if weights == 'int8':
     model = build_int8(config, model.state_dict().items())
-use_lean_loss(model)
-use_fast_products(model, run)
-if activation_checkpointing:
-    checkpoint_activations(model)
-optimizer = None if weights == 'int8' else configure_optimizer(
-    model, weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=run.device_type)
+use_cpu_linears(model, run)
+lean = lean_loss(model, run)
+optimizer = None
+if weights == 'full':
+    optimizer = make_optimizer(model, ADAMW, run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if run.compile:
@@ -116,8 +117,8 @@ print(parameters_in_words(model))
 # ---------------------------------------------------------------------------- the work
 
 def get_batch(iteration):
-    starts = choose_windows(tokens, 'random', seed, iteration, batch_size, block_size)
-    return [run.to_device(a) for a in read_windows(tokens, starts, block_size)]
+    starts = tokens.train_windows('random', seed, iteration, batch_size, block_size)
+    return [run.to_device(a) for a in tokens.read(starts, block_size)]
 
 
 batches = prefetch(get_batch, ((i,) for i in itertools.count()))
@@ -127,11 +128,12 @@ def train_step(iteration):
     """As train.py makes it: batches ahead of their use, clipping, the guard."""
     x, y = next(batches)
     with run.autocast():
-        _, loss = model(x, y)
+        _, loss = model(x, y, **lean)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    guard.watch(iteration, loss.detach(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer)
-    scaler.step(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if guard.allows(iteration, loss.detach(), grad_norm, optimizer):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
@@ -180,6 +182,7 @@ def measure_training():
 
 
 def measure_decoding():
+    for_sampling(model, run, decode_batch)
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
     size = hardware.DTYPES[run.dtype].itemsize
@@ -208,7 +211,7 @@ def print_table(rows, limits):
 
 
 MEASUREMENTS = {'train': measure_training, 'decode': measure_decoding, 'data': measure_reading}
-rows = [function() for name, function in MEASUREMENTS.items() if mode in (name, 'all')]
+rows = [MEASUREMENTS[name]() for name in ('train', 'data', 'decode') if mode in (name, 'all')]
 limits = {'flops_per_s': hardware.measure_matmul(run.device, run.dtype),
           'bytes_per_s': hardware.measure_bandwidth(run.device)}
 for r in rows:

@@ -11,10 +11,9 @@ How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of 
 Prints a table, then the same as a line of JSON.
 """
 
-from configurator import configure  # first, as it says what this Python lacks
+from configurator import configure  # import first: reports missing packages
 
 import math
-import os
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -23,13 +22,12 @@ from tqdm import tqdm
 
 from support.errors import UserError
 from support.machine import runtime
-from support.training.loss import lean_loss
+from support.evaluating.scoring import TASKS, Windows, count_targets, mean_loss, read_items, score_texts
 from support.sampling.quantize import build_int8, check_weights
-from support.training.state import load_model
-from support.evaluating.scoring import TASKS, count_targets, mean_loss, read_items, score_texts
-from support.text.dataset import find_dataset
-from support.text.tokenizer import is_same_tokenizer, read_tokenizer
-from support.text.tokens import check_split, open_split
+from support.text.dataset import Dataset, find_dataset
+from support.text.tokenizer import is_same_tokenizer
+from support.training.loss import lean_loss
+from support.training.models import load_model
 
 # ---------------------------------------------------------------------------- settings
 
@@ -79,7 +77,7 @@ if run.compile:
 
 def data_folder():
     """The folder that the settings name, else the one that the model was trained on."""
-    trained = state.get('config', {})
+    trained = state.config
     if data_dir or dataset:
         return find_dataset(data_dir, dataset)
     return find_dataset(trained.get('data_dir'), trained.get('dataset', 'openwebtext'))
@@ -87,15 +85,14 @@ def data_folder():
 
 def loss_of_split(model):
     """Mean loss in nats over all of a split's windows, perplexity, and bits for each byte of the text."""
-    folder, block_size = data_folder(), model.config.block_size
-    if not is_same_tokenizer(read_tokenizer(folder).to_dict(), tokenizer.to_dict()):
-        raise UserError(f'{folder} was prepared with another tokenizer than the model\'s')
-    tokens, path = open_split(folder, split), os.path.join(folder, f'{split}.bin')
-    check_split(tokens, path, block_size, model.config.vocab_size)
-    windows = (block_size, batch_size, -(-limit // batch_size))
-    with lean_loss(model):
-        loss = mean_loss(model, run, tokens, *windows, watch=partial(tqdm, desc=path, disable=None))
-    n_targets, n_bytes = count_targets(run, tokens, tokenizer.token_bytes(), *windows)
+    data = Dataset(data_folder(), splits=(split,))
+    if not is_same_tokenizer(data.tokenizer.to_dict(), tokenizer.to_dict()):
+        raise UserError(f'{data.folder} was prepared with another tokenizer than the model\'s')
+    data.check(model.config.block_size, model.config.vocab_size)
+    windows = Windows(model.config.block_size, batch_size, -(-limit // batch_size))
+    bar = partial(tqdm, desc=data[split].path, disable=None)
+    loss = mean_loss(model, run, data[split], windows, lean_loss(model, run), watch=bar)
+    n_targets, n_bytes = count_targets(run, data[split], tokenizer.token_bytes(), windows)
     found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 
@@ -122,12 +119,18 @@ def print_table(results):
 
 
 scorer = (model, tokenizer, run, batch_size)
-results = {name: loss_of_split(model) if name == 'loss' else cost_of_int8() if name == 'int8' else
-           TASKS[name].measure(items[name], partial(score_texts, *scorer)) for name in own_tasks}
+results = {}
+for name in own_tasks:
+    if name == 'loss':
+        results[name] = loss_of_split(model)
+    elif name == 'int8':
+        results[name] = cost_of_int8()
+    else:
+        results[name] = TASKS[name].measure(items[name], partial(score_texts, *scorer))
 if lm_eval_tasks:
     results |= evaluate_with_lm_eval(lm_eval_tasks, *scorer, limit)
 print_table(results)
-line = dumps({'model': out_dir if init_from == 'resume' else init_from, 'iter': state.get('iter_num'),
+line = dumps({'model': out_dir if init_from == 'resume' else init_from, 'iter': state.iter_num,
               'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'weights': weights,
               'limit': limit, 'results': results}, default=float)  # float: of NumPy's numbers
 if json:

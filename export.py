@@ -23,8 +23,8 @@ from support.hub.huggingface import (add_chat_template, beyond, to_transformers,
                                      write_tokenizer)
 from support.hub.layouts import CODE, FILES, OWN_CODE, write_model
 from support.machine.files import reason_of
-from support.training.checkpoint import load_trained
-from support.training.state import config_from_args, model_args, tokenizer_of
+from support.training.models import config_from_args, model_args, tokenizer_of
+from support.training.state import State
 
 # ---------------------------------------------------------------------------- settings
 
@@ -43,7 +43,7 @@ ALL_FILES = (*FILES, *CODE, 'tokenizer.json', 'tokenizer_config.json', 'README.m
 
 def write_folder(folder, state):
     """Write the files of an export. Returns their names and a summary."""
-    args, weights = model_args(config_from_args(state['model_args'])), state['model']
+    args, weights = model_args(config_from_args(state.model_args)), state.model
     tokenizer = tokenizer_of(state)
     tokenizer.encode('')  # raises ValueError if the tokens have no text
     config, theirs = to_transformers(*with_pad_token(args, weights, tokenizer))
@@ -52,8 +52,8 @@ def write_folder(folder, state):
         config.unpadded_vocab_size = args['vocab_size']  # by which init_from reads the model back
     names = write_model(folder, config, theirs, tokenizer.n_vocab, tokenizer.n_vocab if end is None else end)
     names += write_tokenizer(folder, tokenizer, args['block_size'])
-    if state.get('chat'):
-        add_chat_template(folder, state['chat'])
+    if state.chat:
+        add_chat_template(folder, state.chat)
     n_parameters = sum(v.numel() for k, v in weights.items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
     name, log = push or folder.resolve().name, Path(out_dir, 'log.jsonl')
@@ -83,9 +83,9 @@ def check_target(folder):
 
 
 check_target(Path(export_dir))
-folder, (_, state) = Path(export_dir), load_trained(out_dir)
+folder, (_, state) = Path(export_dir), State.trained_in(out_dir)
 names, summary = write_folder(folder, state)
-print(f'wrote {folder}: {summary}, iteration {state.get("iter_num")}')
+print(f'wrote {folder}: {summary}, iteration {state.iter_num}')
 
 # ---------------------------------------------------------------------------- the hub
 

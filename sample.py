@@ -15,7 +15,7 @@ Text appears as it is generated. Sample i of a run (from 0) has the seed `seed +
 the last block_size, and each token takes longer, because nothing can be cached.
 """
 
-from configurator import configure  # first, as it says what this Python lacks
+from configurator import configure  # import first: reports missing packages
 
 import sys
 import time
@@ -29,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 from support.errors import UserError
 from support.machine import runtime
 from support.machine.files import read_text
-from support.sampling.decoding import Text, stream
+from support.sampling.decoding import Text, for_sampling, stream
 from support.sampling.quantize import check_weights
-from support.training.state import load_model
+from support.training.models import load_model
 from support.sampling.prompt import Dialogue, Sampling, interact
 from support.text.chat import check_template, render
 
@@ -80,14 +80,15 @@ if prompts is not None:
 with redirect_stdout(sys.stderr if json else sys.stdout):
     run = runtime.start(device, dtype, compile, threads=threads)
     model, tokenizer, state = load_model(init_from, out_dir, run, weights)
+    for_sampling(model, run, min(num_samples, batch_size))
 if run.compile:
     model.compile(dynamic=True)
 template = None  # of a conversation
 if chat:
-    if not state.get('chat'):
+    if not state.chat:
         raise UserError(f'{out_dir if init_from == "resume" else init_from} was not trained on '
                          'conversations, so chat=True has no template for it: see docs/chat.md')
-    template = check_template(state['chat'])
+    template = check_template(state.chat)
     texts = [render([{'role': 'user', 'content': text}], template, is_question=True) for text in texts]
 
 

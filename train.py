@@ -23,9 +23,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from support.errors import UserError
-from support.evaluating.scoring import BitsPerByte, mean_loss
+from support.evaluating.scoring import BitsPerByte, Windows, mean_loss
 from support.machine import hardware, runtime
 from support.machine.console import print0
 from support.machine.linear import use_cpu_linears
@@ -36,7 +36,7 @@ from support.training.diagnostics import Guard, measure_vitals, watch_update
 from support.training.log import Meter, RunLog, sample_text
 from support.training.loss import lean_loss
 from support.training.optim import make_optimizer, set_lr
-from support.training.state import State
+from support.training.state import State, kept_name
 
 # ---------------------------------------------------------------------------- settings
 
@@ -120,28 +120,26 @@ sequences = run.world_size * batch_size  # of a micro-step, over all processes
 
 # ---------------------------------------------------------------------------- data, model
 
+start.share_names(config, run)  # of the first process: a name may have a time in it
 data = start.open_data(config)
 fingerprints = data.fingerprints()
 start.check_ranks(config, fingerprints, run)
 folder.claim(config, run)
 state, is_resumed = start.find_state(config, run)  # of an earlier run, or None
-changes = {k: config[k] for k in ('attn_type', 'pa_norm') if k in config.given} | {'dropout': dropout}
-if state:
-    model = models.build_model(state, changes)
-elif init_from in ('scratch', 'auto'):
-    model = GPT(models.config_from_settings(config, data.vocab_size))
-else:
-    model = models.load_pretrained(init_from, changes)
+model = models.starting_model(config, state, data.vocab_size)
 window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
-start.check_data(config, data, window, model.config, state, is_resumed)
+windows = Windows(window, batch_size, eval_iters)  # that an evaluation reads
+start.report_start(config, state, is_resumed, model.config)
+start.check_start(config, state, is_resumed, data, model.config)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:
     model.crop_block_size(window)
 if activation_checkpointing:
-    models.checkpoint_activations(model)
+    start.check_offers(model, 'activation_checkpointing')
+    model.activation_checkpointing = True
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_cpu_linears(model, run)
 model = fsdp.shard(model, run) if parallel == 'fsdp' else model.to(run.device)
@@ -157,19 +155,17 @@ for group in opt.param_groups:
 
 # what one iteration hands to the next, besides the weights; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss, wandb_id = 0, math.inf, os.urandom(4).hex()
-n_without_gain = 0  # evaluations since the best one
+n_worse = 0  # evaluations since the best one
 meter, guard = Meter(run), Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
 if is_resumed:
     iter_num, best_val_loss, wandb_id = state.iter_num, state.best_val_loss, state.wandb_id or wandb_id
-    n_without_gain = state.n_without_gain
-    meter.seconds, meter.tokens = state.seconds, state.n_tokens
-    guard.load_state_dict(state.guard or guard.state_dict())
+    n_worse = state.n_worse
+    start.restore(state, meter, guard, gradient_accumulation_steps * batch_size * window)
     if not eval_only:
         if state.trained:  # then state.model has adapters merged in
             models.load_weights(model, state.trained)
         models.load_optimizer(opt, state.optimizer)
         scaler.load_state_dict(state.scaler or scaler.state_dict())
-    print0(f'resuming at iteration {iter_num}')
 del state
 first_iter = saved_iter = iter_num
 
@@ -221,7 +217,7 @@ def get_lr(it):
 
 def estimate_loss(watch=iter):
     """Mean loss of each split over the same windows each time. watch: see mean_loss."""
-    losses = {name: mean_loss(partial(model, **lean), run, split, window, batch_size, eval_iters, watch)
+    losses = {name: mean_loss(model, run, split, windows, lean, watch)
               for name, split in data.splits.items()}
     print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
            f'{bits_per_byte.in_words(losses)}', style='bold')
@@ -270,12 +266,12 @@ def evaluate_and_save():
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating:
             data.check_unchanged()
-            folder.check(out_dir)
+            folder.check_folder(out_dir)
             vitals = evaluate(seconds)
         if saving and save_state('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
         if keeping:
-            save_state(f'ckpt_{iter_num}.pt', with_optimizer=ckpt_with_optimizer)
+            save_state(kept_name(iter_num), with_optimizer=ckpt_with_optimizer)
         if sampling and is_measuring:
             with stop.alone(is_alone):
                 log.sample(iter_num, sample_text(model, data.tokenizer, data['val'][:1].tolist(), run,
@@ -285,7 +281,7 @@ def evaluate_and_save():
 
 def evaluate(seconds):
     """Losses of both splits, the state of the layers, and ckpt.pt. Returns the vitals."""
-    global best_val_loss, n_without_gain
+    global best_val_loss, n_worse
     losses = estimate_loss(stop.watch)
     guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
     log.evaluation({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
@@ -298,7 +294,7 @@ def evaluate(seconds):
             log.write_later(iter_num, vitals)
     before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
     is_best = best_val_loss < before
-    n_without_gain = 0 if is_best else n_without_gain + 1
+    n_worse = 0 if is_best else n_worse + 1
     if iter_num > 0 and (is_best or always_save_checkpoint):
         print0(f'saving checkpoint to {out_dir}')
         if not save_state('ckpt.pt', with_optimizer=ckpt_with_optimizer):
@@ -321,7 +317,7 @@ def write_state(name, keep=None, with_optimizer=True):
         model_args=models.model_args(model.config),
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        n_without_gain=n_without_gain,
+        n_worse=n_worse,
         config=dict(config),
         tokenizer=data.tokenizer.to_dict(),
         chat=data.template,
@@ -335,8 +331,10 @@ def write_state(name, keep=None, with_optimizer=True):
     if not run.is_master:
         return True
     guard.stop_if_unfit(iter_num, last_state(), state)
+    if not with_optimizer:
+        state = state.without_optimizer()
     try:
-        state.save(os.path.join(out_dir, name), keep and os.path.join(out_dir, keep), with_optimizer)
+        state.save(os.path.join(out_dir, name), keep and os.path.join(out_dir, keep))
     except OSError as error:
         print0(f'NOT SAVED: {error}. The run goes on and tries again at the next interval')
         return False
@@ -364,7 +362,7 @@ def log_iteration(loss, grad_norm, lr):
 
 # ---------------------------------------------------------------------------- without training
 
-bits_per_byte = BitsPerByte(run, data, window, batch_size, eval_iters)
+bits_per_byte = BitsPerByte(run, data, windows)
 if eval_only:
     estimate_loss()
     run.stop()
@@ -372,10 +370,10 @@ if eval_only:
 
 batches = prefetch(get_batch, ((i, m) for i in itertools.count(iter_num) for m in range(ramp.at(i))))
 end = max(iter_num, max_iters + 1)
-to_do = plan.Work(end - iter_num, (ramp.before(end) - ramp.before(iter_num)) * sequences)
+to_do = plan.Work(iter_num, end, (ramp.before(end) - ramp.before(iter_num)) * sequences)
 print0(plan.describe(model, run, data, to_do, config))
 if dry_run:
-    print0(plan.rehearse(lambda: update(get_lr(iter_num)), meter, to_do, config))
+    print0(plan.rehearse(lambda: update(get_lr(iter_num)), run, data, to_do, config))
     run.stop()
     raise SystemExit
 
@@ -401,7 +399,7 @@ try:
             vitals = evaluate_and_save()
         except Stopped:  # in an evaluation or a sample, which then doesn't count
             continue
-        if patience and n_without_gain >= patience:
+        if patience and n_worse >= patience:
             print0(f'stopping: no better validation loss in {patience} evaluations')
             break
         loss, grad_norm = update(lr, vitals)

@@ -1,7 +1,7 @@
 """
 How good a model is: the loss of a split, log-probabilities of texts, LAMBADA, HellaSwag.
 
-    loss = mean_loss(model, run, tokens, block_size=1024, batch_size=12)
+    loss = mean_loss(model, run, data['val'], Windows(block_size=1024, batch_size=12))
     score = functools.partial(score_texts, model, tokenizer, run, batch_size)
     measure_lambada(read_items('lambada_test.jsonl', 'test', ['text']), score)  # {'acc': 0.4, ...}
 
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,32 +24,37 @@ from tqdm import tqdm
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, read_text
-from support.text.tokens import eval_windows, read_windows
 
 MAX_LOGITS = 1 << 28  # in memory at once: 1 GiB of float32
 
 
 # ---------------------------------------------------------------------------- the loss of a split
 
-@torch.no_grad()
-def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=iter):
-    """Mean cross-entropy in nats of `n_batches` batches of windows spread evenly over a split (0: the whole
-    split), shared among the processes.
+class Windows(NamedTuple):
+    """The windows of a split that an evaluation reads: n_batches of them, spread evenly; 0: all."""
+    block_size: int
+    batch_size: int
+    n_batches: int = 0
 
-    watch: wraps the loop over the batches, as tqdm does, and may end it by an exception. To save memory, give
-    it a model with a lean loss.
+
+@torch.no_grad()
+def mean_loss(model, run, split, windows, lean=None, watch=iter):
+    """Mean cross-entropy in nats of a split's `windows`, shared among the processes.
+
+    lean: arguments of the forward pass that save memory (support/training/loss.py). watch: wraps the loop
+    over the batches, as tqdm does, and may end it by an exception.
     """
     was_training = model.training
     model.eval()
     losses, counts = [torch.zeros((), device=run.device)], [0]
-    batches = eval_windows(tokens, block_size, batch_size, n_batches)
+    batches = split.eval_windows(*windows)
     # pad with batches without targets: a sharded model needs all processes for each forward pass
-    batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(tokens))
+    batches = np.pad(batches, ((0, -len(batches) % run.world_size), (0, 0)), constant_values=len(split))
     try:
         for starts in watch(batches[run.rank::run.world_size]):
-            x, y = read_windows(tokens, starts, block_size)
+            x, y = split.read(starts, windows.block_size)
             with run.autocast():
-                _, loss = model(run.to_device(x), run.to_device(y))
+                _, loss = model(run.to_device(x), run.to_device(y), **(lean or {}))
             if (y >= 0).any():
                 losses.append(loss.clone())  # a CUDA graph writes the next one over it
                 counts.append(int((y >= 0).sum()))
@@ -59,13 +65,15 @@ def mean_loss(model, run, tokens, block_size, batch_size, n_batches=0, watch=ite
     return loss_sum / n_targets
 
 
-def count_targets(run, tokens, token_bytes, block_size, batch_size, n_batches=0):
+def count_targets(run, split, token_bytes, windows):
     """Number of targets in the windows that `mean_loss` reads, and of the bytes of their text. token_bytes:
     (n_vocab,) int64; an id beyond it has no text."""
-    n_targets, n_bytes, token_bytes = 0, 0, np.pad(token_bytes, (0, max(0, 65536 - len(token_bytes))))
-    for starts in eval_windows(tokens, block_size, batch_size, n_batches)[run.rank::run.world_size]:
-        _, y = read_windows(tokens, starts, block_size)
-        n_targets, n_bytes = n_targets + int((y >= 0).sum()), n_bytes + int(token_bytes[y[y >= 0]].sum())
+    n_targets, n_bytes = 0, 0
+    for starts in split.eval_windows(*windows)[run.rank::run.world_size]:
+        _, y = split.read(starts, windows.block_size)
+        targets = y[y >= 0]
+        n_targets += len(targets)
+        n_bytes += int(token_bytes[targets[targets < len(token_bytes)]].sum())
     return run.sum(n_targets, n_bytes)
 
 
@@ -73,28 +81,30 @@ class BitsPerByte:
     """Turns losses, which depend on the tokenizer, into bits for each byte of text, by which models of any
     tokenizer can be compared.
 
-        in_bits = BitsPerByte(run, tokenizer, data, block_size, batch_size, n_batches)  # as for mean_loss
+        in_bits = BitsPerByte(run, data, windows)  # as for mean_loss
         in_bits({'train': 4.1, 'val': 4.2})  # {'train_bits_per_byte': 1.48, ...}; all processes call it
     """
 
-    def __init__(self, run, tokenizer, data, *windows):
-        self.run, self.tokenizer, self.data, self.windows = run, tokenizer, data, windows
+    def __init__(self, run, data, windows):
+        self.run, self.data, self.windows = run, data, windows
 
     @functools.cached_property
     def bits_per_nat(self):
         """{split: a byte's bits for each nat of a target}, {} where the text isn't known."""
-        knows = self.run.is_master and self.tokenizer.knows_text()
-        token_bytes = self.run.broadcast(self.tokenizer.token_bytes() if knows else None)
-        counts = {} if token_bytes is None else {
-            split: count_targets(self.run, tokens, token_bytes, *self.windows)
-            for split, tokens in self.data.items()}
-        return {split: n_targets / math.log(2) / n_bytes for split, (n_targets, n_bytes) in counts.items()
+        tokenizer = self.data.tokenizer
+        knows = self.run.is_master and tokenizer.knows_text()
+        token_bytes = self.run.broadcast(tokenizer.token_bytes() if knows else None)
+        if token_bytes is None:
+            return {}
+        counts = {name: count_targets(self.run, split, token_bytes, self.windows)
+                  for name, split in self.data.splits.items()}
+        return {name: n_targets / math.log(2) / n_bytes for name, (n_targets, n_bytes) in counts.items()
                 if n_bytes}
 
     def __call__(self, losses):
-        return {f'{split}_bits_per_byte': losses[split] * bits for split, bits in self.bits_per_nat.items()}
+        return {f'{name}_bits_per_byte': losses[name] * bits for name, bits in self.bits_per_nat.items()}
 
-    def told(self, losses):
+    def in_words(self, losses):
         """The same as the end of a line of the log."""
         return ''.join(f', {name.replace("_bits_per_byte", "")} {bits:.4f} bits/byte'
                        for name, bits in self(losses).items())

@@ -72,16 +72,16 @@ def model_card(name, state, args, kind, n_parameters, tokenizer, log):
     name: the folder's or the repository's. state: of the checkpoint. args: its GPTConfig as a dict. kind: one
     of KINDS. log: path of the run's log.jsonl.
     """
-    settings = state.get('config', {})
+    settings = state.config
     data_dir = find_dataset(settings.get('data_dir'), settings.get('dataset', ''))
-    info, logged = read_info(data_dir), losses_at(state.get('iter_num'), log)
+    info, logged = read_info(data_dir), losses_at(state.iter_num, log)
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
-              'best validation so far': state.get('best_val_loss')}
+              'best validation so far': state.best_val_loss}
     source = info.get('source', '')
     source = Path(source).name if Path(source).is_absolute() else source
     data = {'dataset': Path(data_dir).name, 'source': source,
             **{f'{split} tokens': f'{n:,}' for split, n in info.get('tokens', {}).items()},
-            **{f'{split} SHA-256': digest for split, digest in state.get('data', {}).items()}}
+            **{f'{split} SHA-256': digest for split, digest in (state.data or {}).items()}}
     prompt, token = {
         'char': lambda: ('\n' if '\n' in tokenizer.stoi else 'The', f'{len(tokenizer.stoi)} characters'),
         'bpe': lambda: ('\n', f'{tokenizer.n_vocab:,} byte pairs of its own'),
@@ -89,7 +89,7 @@ def model_card(name, state, args, kind, n_parameters, tokenizer, log):
     return CARD.format(
         name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=KINDS[kind],
         trust=', trust_remote_code=True' * (kind == OWN_CODE),
-        iteration=state.get('iter_num', 'unknown'), block_size=args['block_size'],
+        iteration='unknown' if state.iter_num is None else state.iter_num, block_size=args['block_size'],
         prompt=prompt, token=f'one of {token}',
         losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if v is not None}),
         data=table('data', {k: v for k, v in data.items() if v}), model=table('architecture', args),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import model
-from model import GPT, GPTConfig, mlp_size
+from model import GPT, GPTConfig
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, replacing
 from support import attention
@@ -184,7 +184,7 @@ def llama_layout(folder):
         args['n_kv_head'] = c.num_key_value_heads
     needed = {'hidden_act': 'silu', 'rms_norm_eps': 1e-5, 'rope_type': 'default', 'rope_theta': 10000.0,
               'partial_rotary_factor': 1.0, 'head_dim': c.hidden_size // c.num_attention_heads,
-              'intermediate_size': mlp_size(GPTConfig(**args))[1]}
+              'intermediate_size': GPTConfig(**args).n_inner}
     found = c.to_dict() | (c.rope_parameters or {})
     if wrong := [f'{k}={found[k]} (not {v})' for k, v in needed.items() if found.get(k) not in (None, v)]:
         raise UserError(f'model.py doesn\'t compute this Llama: {", ".join(wrong)}')

@@ -29,11 +29,14 @@ class CPULinear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
-def use_cpu_linears(model, run):
-    """Replace a model's plain linear layers, if it computes in float32 on a CPU and isn't compiled."""
+def use_cpu_linears(model, run, quiet=False):
+    """Replace a model's plain linear layers, if it computes in float32 on a CPU and isn't compiled; prints a
+    line about it unless quiet."""
     if not HAS_ONEDNN or run.device_type != 'cpu' or run.dtype != 'float32' or run.compile:
         return
     n = replace_linears(model, CPULinear)
+    if quiet or n == 0:
+        return
     print0(f'linear layers: {n} of CPULinear (support/machine/linear.py), products by '
            f'{"oneDNN" if prefers_onednn() else "the default library, of a few rows by oneDNN"}')
 

@@ -17,6 +17,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from support.machine.hardware import DTYPES
+from support.machine.linear import pack
+
 
 def repeat_rows(cache, n):
     """Repeat each row n times, for n continuations of one prompt."""
@@ -75,6 +78,18 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None
         else:
             fill(model(rows.ids[:, max(0, t - block_size):t])[0])
         yield rows.ids[:, t:t + 1]
+
+
+def for_sampling(model, run, n_rows):
+    """Prepare a model whose weights stay as they are for decoding n_rows texts at a time: in 16 bits linear
+    layers keep their weights in that type, which autocast would convert at each token; on a CPU in float32
+    several rows get weights in the layout of their product."""
+    if run.dtype == 'float32':
+        pack(model, n_rows)
+        return
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.to(DTYPES[run.dtype])
 
 
 def make_cache(model, n_positions):

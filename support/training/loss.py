@@ -25,11 +25,16 @@ def lean_loss(model, run):
     if 'loss' not in inspect.signature(model.forward).parameters or not hasattr(model, 'loss'):
         print0('loss: computed with all logits in memory, as this model.py takes no loss=')
         return {}
-    loss = ChunkedLoss(model, GPU_CHUNK if run.device_type == 'cuda' else CHUNK)
+    loss = ChunkedLoss(model, chunk_of(run.device_type))
     if not loss.agrees(run.device):
         print0('loss: computed with all logits in memory, as this model\'s loss is no mean over positions')
         return {}
     return {'loss': loss}
+
+
+def chunk_of(device_type):
+    """Logits in memory at a time."""
+    return GPU_CHUNK if device_type == 'cuda' else CHUNK
 
 
 class ChunkedLoss:
@@ -51,12 +56,13 @@ class ChunkedLoss:
     def agrees(self, device):
         """Whether a few positions give the same loss and gradients in chunks as at once."""
         c = self.model.config
-        x = torch.linspace(-1, 1, 5 * c.n_embd, device=device).view(1, 5, -1).sin().requires_grad_()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        x = torch.linspace(-1, 1, 5 * c.n_embd, device=device).view(1, 5, -1).sin()
+        x.requires_grad_(bool(trained))  # 8-bit weights have no backward pass
         targets = torch.tensor([[1, -1, 0, 2, 1]], device=device).clamp(max=c.vocab_size - 1)
-        params = [x, *(p for p in self.model.parameters() if p.requires_grad and p.is_floating_point())]
         both = []
         for loss in (self.model.loss(x, targets)[1], self.in_chunks(x, targets, rows=2)):
-            grads = torch.autograd.grad(loss, params, allow_unused=True)
+            grads = torch.autograd.grad(loss, [x, *trained], allow_unused=True) if trained else []
             both.append([loss.detach(), *grads])
         return all(is_close(a, b) for a, b in zip(*both))
 

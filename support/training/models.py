@@ -16,10 +16,10 @@ from support.errors import OutOfMemory, UserError
 from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure, reason_of
-from support.machine.linear import use_fast_products
+from support.machine.linear import use_cpu_linears
 from support.sampling.quantize import build_int8
-from support.text.dataset import find_dataset
-from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, read_tokenizer, tokenizer_from
+from support.text.dataset import Dataset, find_dataset
+from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, tokenizer_from
 from support.training.state import State, find_trained, map_state
 
 GPT2_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
@@ -156,8 +156,9 @@ def untied_if_needed(config, parameters, weights):
 
 def starting_model(config, state, vocab_size):
     """The model that a run starts with: that of its State, or of a GPT-2 by its name or folder, or a new one.
-    dropout, attn_type and pa_norm are the run's own, where it sets them."""
-    changes = {k: config[k] for k in ('dropout', 'attn_type', 'pa_norm') if config.get(k) not in NOT_SET}
+    dropout is the run's own, and attn_type and pa_norm where they were given."""
+    changes = {k: config[k] for k in ('attn_type', 'pa_norm') if k in config.given}
+    changes['dropout'] = config['dropout']
     if state is not None:
         return build_model(state, changes)
     if config['init_from'] in ('scratch', 'auto'):
@@ -182,7 +183,7 @@ def load_model(init_from, out_dir, run, weights='full'):
         tokenizer = tokenizer_of(state)
     else:
         model, tokenizer = build_model(state, {'dropout': 0.0}), tokenizer_of(state)
-    use_fast_products(model, run)
+    use_cpu_linears(model, run)
     return model.eval().to(run.device), tokenizer, state
 
 
@@ -213,7 +214,8 @@ def tokenizer_of(state):
     if state.tokenizer is not None:
         return tokenizer_from(state.tokenizer)
     size = state.model_args.get('vocab_size', GPT2_VOCAB)
-    tokenizer = read_tokenizer(find_dataset(state.config.get('data_dir'), state.config.get('dataset', '')))
+    folder = find_dataset(state.config.get('data_dir'), state.config.get('dataset', ''))
+    tokenizer = Dataset(folder, splits=()).tokenizer
     if tokenizer.n_vocab > size:
         return NoTokenizer(size, 'the data folder that the checkpoint names is missing, or has no vocabulary '
                                  f'of {size}')

@@ -1,70 +1,94 @@
 """
 What a run needs: data, arithmetic, memory, disk, time. Computed before it begins.
 
-    print(describe(model, run, tokens, iterations, sequences, batch_size, out_dir))  # on this machine
+    print(describe(model, run, data, Work(0, 1000, sequences), settings))            # on this machine
     print(scale(model, n_gpus=8, gpu='H100', sequences=480, iterations=600000))      # on others
     with out_of_memory_advice(batch_size=12, gradient_accumulation_steps=40):
         ...
 """
 
 import dataclasses
+import math
 import re
 import statistics
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from model import GPT
 from support.errors import OutOfMemory, UserError
+from support.machine.console import print0
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
-from support.training.loss import chunk_of, use_lean_loss
-from support.machine.linear import use_fast_products
-from support.training.state import config_from_settings
+from support.machine.linear import use_cpu_linears
+from support.training.loss import chunk_of
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
 # ---------------------------------------------------------------------------- on this machine
 
-def describe(model, run, tokens, iterations, sequences, batch_size, out_dir, parallel='ddp',
-             activation_checkpointing=False, cpu_offload=False):
-    """A short table of what a run needs, with warnings.
+class Work(NamedTuple):
+    """What a run still has to do."""
+    first: int  # iteration
+    end: int  # the first iteration that it doesn't make
+    sequences: int  # of all processes
 
-    model: on its device. tokens: {split: number of tokens}. iterations, sequences: those still to do, by all
-    processes. Counts and sizes are exact, but memory is an estimate.
-    """
-    c = model.config
-    to_see = sequences * c.block_size
-    micro_steps = -(-sequences // (max(1, iterations) * batch_size * run.world_size))
-    setup = Setup(run.world_size, batch_size, micro_steps, parallel == 'fsdp', activation_checkpointing,
-                  cpu_offload, DTYPES[run.dtype].itemsize, RESERVED if run.device_type == 'cuda' else 0,
-                  run.device_type)
-    memory, there = memory_needed(model, setup), total_memory(run.device)
-    disk, free = 4 * checkpoint_bytes(model), free_disk(out_dir)  # three files, and one being written
+
+def describe(model, run, data, to_do, settings):
+    """A short table of what a run needs, with warnings. model: on its device. settings: train.py's. Counts
+    and sizes are exact, but memory is an estimate."""
+    c, n_iters, batch_size = model.config, to_do.end - to_do.first, settings['batch_size']
+    tokens = to_do.sequences * c.block_size
+    epochs = tokens / data['train'].epoch_length(c.block_size)
+    disk, free = 4 * checkpoint_bytes(model), free_disk(settings['out_dir'])  # three files and one to come
     rows = {
-        'data': f'{tokens["train"]:,} tokens to train on, {tokens["val"]:,} to validate',
+        'data': f'{len(data["train"]):,} tokens to train on, {len(data["val"]):,} to validate',
         'model': f'{c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size {c.block_size}, vocabulary '
                  f'{c.vocab_size:,}',
-        'run': f'{iterations:,} iterations of {to_see // max(1, iterations):,} tokens: {to_see:,} tokens, '
-               f'{to_see / tokens["train"]:.2f} epochs, {model.estimate_mfu(sequences, 1.0, 1.0):.1e} FLOPs',
-        'memory': f'about {size(memory)}' + (f' of {size(there)} on {run.device}' if there else '')
-                  + ('  <- TOO LITTLE: a smaller batch_size, activation_checkpointing, or parallel=fsdp'
-                     if there and memory > there else ''),
-        'disk': f'{size(disk)} for checkpoints, {size(free)} free'
-                + ('  <- TOO LITTLE' if disk > free else ''),
+        'run': f'{n_iters:,} iterations of {tokens // max(1, n_iters):,} tokens: {tokens:,} tokens, '
+               f'{epochs:.2f} epochs, {model.estimate_mfu(to_do.sequences, 1.0, 1.0):.1e} FLOPs',
+        'memory': memory_in_words(model, run, to_do, settings),
+        'disk': f'{size(disk)} for checkpoints, {size(free)} free',
     }
-    if (speedup := bfloat16_speedup(c, run, batch_size, parallel)) >= 1.5:
+    if disk > free:
+        rows['disk'] += '  <- TOO LITTLE'
+    speedup = bfloat16_speedup(c, run, batch_size, settings['parallel'])
+    if speedup >= 1.5:
         rows['dtype'] = f'--dtype=bfloat16 would be about {speedup:.1f} times as fast on this machine'
-    return '\n'.join(f'{name:8}{text}' for name, text in rows.items())
+    return '\n'.join(f'{name:8}{text}' for name, text in rows.items() if text)
+
+
+def memory_in_words(model, run, to_do, settings):
+    """What a device will hold; '' for a model whose blocks are of another kind than ours."""
+    if not isinstance(model, GPT) or not hasattr(model, 'activation_checkpointing'):
+        return ''
+    batch_size, n_iters = settings['batch_size'], max(1, to_do.end - to_do.first)
+    micro_steps = -(-to_do.sequences // (n_iters * batch_size * run.world_size))
+    setup = Setup(run.world_size, batch_size, micro_steps, settings['parallel'] == 'fsdp',
+                  settings['activation_checkpointing'], DTYPES[run.dtype].itemsize,
+                  RESERVED if run.device_type == 'cuda' else 0, run.device_type)
+    needed, there = memory_needed(model, setup), total_memory(run.device)
+    text = f'about {size(needed)}'
+    if there:
+        text += f' of {size(there)} on {run.device}'
+    if there and needed > there:
+        text += '  <- TOO LITTLE: a smaller batch_size, activation_checkpointing, or parallel=fsdp'
+    return text
 
 
 def parameters_in_words(model):
     """'number of parameters: 10.65M, without the 98,304 of positions', which are only looked up"""
-    t = model.transformer
-    tables = {'positions': t.wpe, 'n-grams': t.wne, 'tokens': None if model.config.tie_weights else t.wte}
-    found = [f'the {table.weight.numel():,} of {name}' for name, table in tables.items() if table is not None]
     counted = f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
+    looked_up = {'positions': 'wpe', 'n-grams': 'wne', 'tokens': 'wte'}
+    transformer = getattr(model, 'transformer', None)
+    tables = {what: getattr(transformer, name, None) for what, name in looked_up.items()}
+    tables = {what: table.weight for what, table in tables.items() if table is not None}
+    if tables.get('tokens') is getattr(model.lm_head, 'weight', None):
+        tables.pop('tokens', None)
+    found = [f'the {weight.numel():,} of {what}' for what, weight in tables.items()]
     return f'{counted}, without {" and ".join(found)}' if found else counted
 
 
@@ -83,8 +107,7 @@ def bfloat16_speedup(config, run, batch_size, parallel='ddp'):
     for dtype in ('float32', 'bfloat16'):
         with torch.random.fork_rng(devices=[]):
             model, other = GPT(small), dataclasses.replace(run, dtype=dtype)
-        use_lean_loss(model)
-        use_fast_products(model, other)
+        use_cpu_linears(model, other, quiet=True)
 
         def step(model=model, other=other):
             with other.autocast():
@@ -125,7 +148,6 @@ class Setup:
     micro_steps: int  # of each process, an iteration
     sharded: bool = False  # FSDP
     checkpointing: bool = False  # of activations
-    offload: bool = False  # parameters and optimizer in the machine's memory
     dtype_size: int = 2  # bytes of a number in matrix products
     reserved: float = RESERVED
     device_type: str = 'cuda'
@@ -134,7 +156,7 @@ class Setup:
 def memory_needed(model, setup):
     """Bytes that a device holds at the peak of an iteration."""
     activations = activation_memory(model, setup)
-    if setup.n_processes == setup.micro_steps == 1 and not setup.offload:
+    if setup.n_processes == setup.micro_steps == 1:
         # gradients come as activations go, but the output layer's comes with the loss
         later = 4 * n_trained(model) - head_gradient(model)
         block = setup.batch_size * model.config.block_size * block_activations(model, setup.dtype_size)
@@ -149,7 +171,7 @@ def state_memory(model, setup):
     Autocast adds copies of the matrices in 16 bits, later micro-steps a second gradient of the output layer
     and, under DDP, its buckets, which otherwise are the gradients. FSDP holds 1/n of the state, and
     gathered: the embeddings and their gradient in float32, two blocks in 16 bits, a block's gradient in both
-    types. Between micro-steps it holds the sum of whole gradients too, unless they are offloaded.
+    types. Between micro-steps it holds the sum of whole gradients too.
     """
     n, trained = model.get_num_params(non_embedding=False), n_trained(model)
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -160,8 +182,8 @@ def state_memory(model, setup):
         return 4 * n + 12 * trained + buckets + low * blocks + again
     block = blocks // model.config.n_layer
     gathered = 8 * (n - blocks) + (2 * setup.dtype_size + 4 + low) * block
-    accumulated = 4 * n if setup.micro_steps > 1 and not setup.offload else 0
-    return (0 if setup.offload else 16 * n // setup.n_processes) + gathered + accumulated
+    accumulated = 4 * n if setup.micro_steps > 1 else 0
+    return 16 * n // setup.n_processes + gathered + accumulated
 
 
 def block_activations(model, size):
@@ -198,19 +220,7 @@ STRATEGIES = {
     'ddp + checkpointing': {'checkpointing': True},
     'fsdp': {'sharded': True},
     'fsdp + checkpointing': {'sharded': True, 'checkpointing': True},
-    'fsdp + checkpointing + offload': {'sharded': True, 'checkpointing': True, 'offload': True},
 }
-
-
-def scale_of(config):
-    """`scale` for the settings of train.py."""
-    with torch.device('meta'):
-        model = GPT(config_from_settings(config, PADDED_GPT2_VOCAB))
-    sequences = config['gradient_accumulation_steps'] * config['batch_size']
-    count, _, gpu = config['plan_gpus'].partition('x')
-    if not re.fullmatch('0*[1-9][0-9]*', count):
-        raise UserError(f'plan_gpus={config["plan_gpus"]} is no number and kind of GPUs, such as 8xH100')
-    return scale(model, int(count), gpu or 'H100', sequences, config['max_iters'] + 1)
 
 
 def scale(model, n_gpus, gpu, sequences, iterations):
@@ -254,20 +264,18 @@ def scale_row(model, gpu, setup, iterations):
 
 
 def iteration_time(model, gpu, setup):
-    """Seconds: the longer of arithmetic and exchange, which overlap, plus what offloading adds.
+    """Seconds: the longer of arithmetic and exchange, which overlap.
 
     A ring passes each byte on once: DDP 8 N an iteration (gradients, there and back), FSDP 4 N a micro-step
-    (parameters of 16 bits, twice) and 4 N an iteration (gradients), offloaded 4 N a micro-step.
+    (parameters of 16 bits, twice) and 4 N an iteration (gradients).
     """
-    peak, _, near, far, host = GPUS[gpu]
+    peak, _, near, far, _ = GPUS[gpu]
     n, n_gpus, micro_steps = model.get_num_params(non_embedding=False), setup.n_processes, setup.micro_steps
     flops = model.estimate_mfu(setup.batch_size * micro_steps, 1.0, 1.0)  # of a GPU
     arithmetic = flops * (4 / 3 if setup.checkpointing else 1) / (MFU * peak)
-    bytes_each = 4 * micro_steps + 4 * (micro_steps if setup.offload else 1) if setup.sharded else 8
+    bytes_each = 4 * micro_steps + 4 if setup.sharded else 8
     exchange = n * bytes_each * (n_gpus - 1) / n_gpus / (near if n_gpus <= NODE else far)
-    # to and from the machine's memory, at whose own speed, 20 GB/s a GPU, AdamW moves 28 bytes a parameter
-    offloading = n / n_gpus * (12 * micro_steps / host + 28 / 20e9) if setup.offload else 0
-    return max(arithmetic, exchange) + offloading
+    return max(arithmetic, exchange)
 
 
 def best_tokens(n_params, A, alpha, B, beta):
@@ -303,15 +311,30 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
 
 # ---------------------------------------------------------------------------- time
 
-def time_needed(times, iterations, eval_interval, eval_batches, micro_steps):
-    """The time of a run, in words. times: seconds of a few iterations, the first two not counted; iterations:
-    the run's range of them; eval_batches: of each process, an evaluation."""
-    if not times:
-        return 'none, the run is finished'
-    step = statistics.median(times[2:] or times)
-    n_evals = sum(i % eval_interval == 0 or i == iterations[-1] for i in iterations)
-    evaluations = n_evals * eval_batches * step / micro_steps / 3  # a forward pass is a third of a step
-    return (f'{step * 1000:.2f}ms an iteration, {duration(len(iterations) * step + evaluations)} in all, '
+def rehearse(step, run, data, to_do, settings):
+    """Make up to 12 iterations, and say how long the whole run would take."""
+    n, n_iters = min(12, to_do.end - to_do.first), to_do.end - to_do.first
+    if n <= 0:
+        return 'time    none, the run is finished'
+    times = []
+    for i in range(n):
+        run.synchronize()
+        begin = time.perf_counter()
+        loss, _ = step()
+        run.synchronize()
+        times.append(time.perf_counter() - begin)
+        print0(f'iter {to_do.first + i}: loss {loss.item():.4f}, time {1000 * times[-1]:.2f}ms')
+    seconds = statistics.median(times[2:] or times)  # the first two choose kernels
+    every, last = settings['eval_interval'], to_do.end - 1
+    n_evals = last // every - (to_do.first - 1) // every + (last % every > 0)
+    windows = data['val'].count_windows(settings['block_size']), data['train'].count_windows(
+        settings['block_size'])
+    asked = settings['eval_iters'] * settings['batch_size'] or math.inf
+    n_windows = sum(min(asked, count) for count in windows)
+    # a forward pass is a third of a step
+    per_window = seconds / (to_do.sequences / n_iters) / 3
+    evaluations = n_evals * n_windows * per_window
+    return (f'time    {seconds * 1000:.2f}ms an iteration, {duration(n_iters * seconds + evaluations)} in all, '
             f'of which evaluations {duration(evaluations)}')
 
 

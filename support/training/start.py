@@ -14,8 +14,9 @@ from support.errors import MissingFile, UserError
 from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
+from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer
-from support.text.tokens import SAMPLERS
+from support.text.windows import SAMPLERS
 from support.training.fsdp import check_parallel
 from support.training.lora import check_adapters
 from support.training.state import State, find_trained
@@ -46,7 +47,7 @@ def check_settings(config, run):
     if config['learning_rate'] == 0 and (config['optimizer'] == 'muon' or config['embedding_lr']):
         raise UserError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its schedule: it '
                          'must be above 0')
-    check_parallel(config['parallel'], run, config['optimizer'], config.get('cpu_offload', False))
+    check_parallel(config['parallel'], run, config['optimizer'])
     if config['gradient_accumulation_steps'] % run.world_size:
         raise UserError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} counts over '
                          f'all processes and must be a multiple of their number, {run.world_size}')
@@ -56,6 +57,20 @@ def range_in_words(least, end):
     if end == math.inf:
         return f'at least {least} and finite'
     return f'at least {least} and ' + ('fit into 64 bits' if end == 2**63 else f'below {end}')
+
+
+def open_data(config):
+    """The Dataset that the settings name."""
+    try:
+        data = Dataset(find_dataset(config['data_dir'], config['dataset']))
+    except MissingFile as error:
+        if config['data_dir'] or config['dataset'] != 'openwebtext':
+            raise
+        raise MissingFile('to begin small, run: python data/shakespeare_char/prepare.py, then python train.py '
+                          f'config/train_shakespeare_char_cpu.py; for OpenWebText, 90 GB: {error}') from None
+    if data.vocab_path:
+        print0(f'found vocab_size = {data.vocab_size} (inside {data.vocab_path})')
+    return data
 
 
 NAMES = ('out_dir', 'wandb_project', 'wandb_run_name')  # those of the first process count
@@ -207,3 +222,9 @@ def check_tokenizer_of_hub(init_from, data, model_vocab_size):
         how = 'gpt2' if isinstance(theirs, GPT2Tokenizer) else init_from
         raise UserError(f'{init_from} has another tokenizer than {data.folder}: prepare the text with '
                         f'--tokenizer={how}')
+
+
+def check_offers(model, name):
+    """UserError if this model.py lacks what a setting needs of it."""
+    if not hasattr(model, name):
+        raise UserError(f'{name}=True needs a model with the attribute {name}, which this model.py lacks')
