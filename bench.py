@@ -172,7 +172,7 @@ def measure_training():
     profiler = torch.profiler.profile() if profile else nullcontext()
     with profiler:
         times = time_calls(train_step, num_steps)
-    found = row('train', times, batch_size * block_size, flops=model.estimate_mfu(batch_size, 1.0, 1.0))
+    found = row('train', times, batch_size * block_size, flops=hardware.training_flops(model, batch_size))
     if profile:
         profiler.export_chrome_trace('bench_trace.json')
         by = 'self_cuda_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'

@@ -472,15 +472,15 @@ class GPT(nn.Module):
         tables = [t.wpe, t.wne, None if self.config.tie_weights else t.wte]
         return n - sum(table.weight.numel() for table in tables if table is not None)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Share of `peak_flops` (default: A100, dense bf16 FLOP/s) used by an iteration of `dt` seconds that
-        runs `fwdbwd_per_iter` sequences of block_size tokens forward and backward. A token costs
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """Share of an A100's 312e12 dense bf16 FLOP/s used by an iteration of `dt` seconds that runs
+        `fwdbwd_per_iter` sequences of block_size tokens forward and backward. A token costs
         6 N + 12 L nh hs T FLOPs (Chowdhery et al. 2022, PaLM, appendix B); frozen weights cost 4 N."""
         c = self.config
         per_weight = 6 if self.lm_head.weight.requires_grad else 4
         attention = 12 * c.n_layer * c.n_head * c.head_size * c.block_size
         flops_per_token = per_weight * self.get_num_params() + attention
-        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / 312e12
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, cls=torch.optim.AdamW):
         """AdamW (Loshchilov & Hutter 2019) with two groups, in `named_parameters` order: tensors of two or

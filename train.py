@@ -355,7 +355,7 @@ def log_iteration(loss, grad_norm, lr):
     entry = {'iter': iter_num, 'loss': loss.item(), 'lr': lr, 'grad_norm': grad_norm.item(),
              'clipped': guard.n_clipped.item() / min(log_interval, iter_num + 1)} | meter.lap()
     rate = entry['tokens_per_s'] / run.world_size / window  # sequences/s of a process
-    entry['mfu'] = mfu = peak.percent(model.estimate_mfu(rate, 1.0, 1.0))
+    entry['mfu'] = mfu = peak.percent(hardware.training_flops(model, rate))
     log.iteration(entry)
     guard.n_clipped.zero_()
 

@@ -67,6 +67,12 @@ def data_sheet_flops(device, dtype):
     return GPUS[max(kinds, key=len)].flops if kinds else None
 
 
+def training_flops(model, n_sequences):
+    """FLOPs of a forward and a backward pass of n_sequences windows; a model's estimate_mfu, as nanoGPT's,
+    gives the share of an A100's 312e12 FLOP/s."""
+    return 312e12 * model.estimate_mfu(n_sequences, 1.0)
+
+
 def has_bfloat16(device_type):
     """Whether the device multiplies bfloat16 numbers itself, not by way of float32."""
     if device_type == 'cuda':

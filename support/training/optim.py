@@ -31,7 +31,7 @@ def make_optimizer(model, settings, device_type):
         opt = Muon(opt, block_matrices(model), settings['muon_lr'], weight_decay)
     for i, group in enumerate(opt.param_groups):
         group.setdefault('name', ('decayed', 'non-decayed')[i] if i < 2 else f'group {i}')
-        group.setdefault('initial_lr', group['lr'])
+        group.setdefault('initial_lr', group['lr'] * group.get('lr_scale', 1.0))  # muP's forks have the second
     counts = [sum(p is q for group in opt.param_groups for q in group['params'])
               for p in model.parameters() if p.requires_grad]
     assert set(counts) == {1}, f'parameters in {set(counts)} groups of the optimizer, not in one'

@@ -22,7 +22,7 @@ from model import GPT
 from support.errors import OutOfMemory, UserError
 from support.machine.console import print0
 from support.machine.files import free_disk
-from support.machine.hardware import DTYPES, GPUS, best_time, total_memory
+from support.machine.hardware import DTYPES, GPUS, best_time, total_memory, training_flops
 from support.machine.linear import use_cpu_linears
 from support.training.loss import chunk_of
 from support.text.tokenizer import PADDED_GPT2_VOCAB
@@ -49,7 +49,7 @@ def describe(model, run, data, to_do, settings):
         'model': f'{c.n_layer} layers of {c.n_embd}, {c.n_head} heads, block_size {c.block_size}, vocabulary '
                  f'{c.vocab_size:,}',
         'run': f'{n_iters:,} iterations of {tokens // max(1, n_iters):,} tokens: {tokens:,} tokens, '
-               f'{epochs:.2f} epochs, {model.estimate_mfu(to_do.sequences, 1.0, 1.0):.1e} FLOPs',
+               f'{epochs:.2f} epochs, {training_flops(model, to_do.sequences):.1e} FLOPs',
         'memory': memory_in_words(model, run, to_do, settings),
         'disk': f'{size(disk)} for checkpoints, {size(free)} free',
     }
@@ -271,7 +271,7 @@ def iteration_time(model, gpu, setup):
     """
     peak, _, near, far, _ = GPUS[gpu]
     n, n_gpus, micro_steps = model.get_num_params(non_embedding=False), setup.n_processes, setup.micro_steps
-    flops = model.estimate_mfu(setup.batch_size * micro_steps, 1.0, 1.0)  # of a GPU
+    flops = training_flops(model, setup.batch_size * micro_steps)  # of a GPU
     arithmetic = flops * (4 / 3 if setup.checkpointing else 1) / (MFU * peak)
     bytes_each = 4 * micro_steps + 4 if setup.sharded else 8
     exchange = n * bytes_each * (n_gpus - 1) / n_gpus / (near if n_gpus <= NODE else far)
