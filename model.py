@@ -356,10 +356,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: less memory in training, a third more arithmetic
+        wpe = wne = None
+        if config.pos_emb == 'learned':
+            wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngram > 1:
+            wne = NgramEmbedding(config)
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd) if config.pos_emb == 'learned' else None,
-            'wne': NgramEmbedding(config) if config.ngram > 1 else None,
+            'wpe': wpe,
+            'wne': wne,
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             'ln_f': make_norm(config),

@@ -25,18 +25,15 @@ import torch.distributed as dist
 
 from model import GPTConfig
 from support.errors import UserError
-from support.evaluating.scoring import BitsPerByte, Windows, mean_loss
-from support.machine import hardware, runtime
+from support.evaluating import scoring
+from support.machine import hardware, runtime, signals
 from support.machine.console import print0
 from support.machine.linear import use_cpu_linears
-from support.machine.signals import Stopped, StopRequest
 from support.text.windows import BatchRamp, prefetch
-from support.training import folder, fsdp, lora, models, plan, start
-from support.training.diagnostics import Guard, measure_vitals, watch_update
+from support.training import diagnostics, folder, fsdp, lora, models, optim, plan, start
 from support.training.log import Meter, RunLog, sample_text
 from support.training.loss import lean_loss
-from support.training.optim import make_optimizer, set_lr
-from support.training.state import State, kept_name
+from support.training.state import State
 
 # ---------------------------------------------------------------------------- settings
 
@@ -130,7 +127,7 @@ model = models.starting_model(config, state, data.vocab_size)
 window = min(block_size, model.config.block_size)  # tokens of a sequence
 if window < block_size:
     print0(f'block_size {block_size} exceeds the model\'s {window}; using {window}')
-windows = Windows(window, batch_size, eval_iters)  # that an evaluation reads
+windows = scoring.Windows(window, batch_size, eval_iters)  # that an evaluation reads
 start.report_start(config, state, is_resumed, model.config)
 start.check_start(config, state, is_resumed, data, model.config)
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
@@ -148,7 +145,7 @@ print0(plan.parameters_in_words(model))
 
 # ---------------------------------------------------------------------------- optimizer, progress
 
-opt = make_optimizer(model, config, run.device_type)
+opt = optim.make_optimizer(model, config, run.device_type)
 for group in opt.param_groups:
     count = sum(p.numel() for p in group['params'])
     print0(f'num {group["name"]} parameter tensors: {len(group["params"])}, with {count:,} parameters')
@@ -156,7 +153,8 @@ for group in opt.param_groups:
 # what one iteration hands to the next, besides the weights; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss, wandb_id = 0, math.inf, os.urandom(4).hex()
 n_worse = 0  # evaluations since the best one
-meter, guard = Meter(run), Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
+meter = Meter(run)
+guard = diagnostics.Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
 if is_resumed:
     iter_num, best_val_loss, wandb_id = state.iter_num, state.best_val_loss, state.wandb_id or wandb_id
     n_worse = state.n_worse
@@ -216,8 +214,8 @@ def get_lr(it):
 
 
 def estimate_loss(watch=iter):
-    """Mean loss of each split over the same windows each time. watch: see mean_loss."""
-    losses = {name: mean_loss(model, run, split, windows, lean, watch)
+    """Mean loss of each split over the same windows each time. watch: see scoring.mean_loss."""
+    losses = {name: scoring.mean_loss(model, run, split, windows, lean, watch)
               for name, split in data.splits.items()}
     print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
            f'{bits_per_byte.in_words(losses)}', style='bold')
@@ -227,7 +225,7 @@ def estimate_loss(watch=iter):
 def update(lr, vitals=None):
     """One iteration: forward, backward, clipping, the optimizer's step. Returns the loss of the whole batch
     and the norm of the gradient, on the device. vitals: a record of diagnostics to add to, or None."""
-    set_lr(opt, lr, learning_rate)
+    optim.set_lr(opt, lr, learning_rate)
     run.seed(seed, iter_num)
     loss, n_micro = torch.zeros((), device=run.device), ramp.at(iter_num)
     meter.begin_iteration()
@@ -242,7 +240,7 @@ def update(lr, vitals=None):
     loss = run.mean(loss)
     scaler.unscale_(opt)
     grad_norm = fsdp.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-    with watch_update(model, vitals) if vitals else nullcontext():
+    with diagnostics.watch_update(model, vitals) if vitals else nullcontext():
         if guard.allows(iter_num, loss, grad_norm, opt):
             scaler.step(opt)
     scaler.update()
@@ -271,7 +269,7 @@ def evaluate_and_save():
         if saving and save_state('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
         if keeping:
-            save_state(kept_name(iter_num), with_optimizer=ckpt_with_optimizer)
+            save_state(f'ckpt_{iter_num}.pt', with_optimizer=ckpt_with_optimizer)
         if sampling and is_measuring:
             with stop.alone(is_alone):
                 log.sample(iter_num, sample_text(model, data.tokenizer, data['val'][:1].tolist(), run,
@@ -290,7 +288,7 @@ def evaluate(seconds):
     vitals = None
     if is_measuring:
         with stop.alone(is_alone):
-            vitals = measure_vitals(model, run, probe, stop.check if is_alone else None)
+            vitals = diagnostics.measure_vitals(model, run, probe, stop.check if is_alone else None)
             log.write_later(iter_num, vitals)
     before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
     is_best = best_val_loss < before
@@ -310,9 +308,12 @@ def save_state(name, keep=None, with_optimizer=True):
 
 def write_state(name, keep=None, with_optimizer=True):
     """The same on the first process; with parallel=ddp it may be the only one that calls it."""
+    weights, trained = fsdp.full_model_state(model), None
+    if lora_rank:
+        weights, trained = lora.merged_state_dict(model), model.state_dict()
     state = State(
-        model=lora.merged_state_dict(model) if lora_rank else fsdp.full_model_state(model),
-        trained=model.state_dict() if lora_rank else None,
+        model=weights,
+        trained=trained,
         optimizer=fsdp.full_optimizer_state(model, opt),
         model_args=models.model_args(model.config),
         iter_num=iter_num,
@@ -362,7 +363,7 @@ def log_iteration(loss, grad_norm, lr):
 
 # ---------------------------------------------------------------------------- without training
 
-bits_per_byte = BitsPerByte(run, data, windows)
+bits_per_byte = scoring.BitsPerByte(run, data, windows)
 if eval_only:
     estimate_loss()
     run.stop()
@@ -385,7 +386,7 @@ if iter_num > max_iters:
     print0(f'finished at iteration {max_iters}; raise --max_iters to go on')
 else:
     print0('to continue after a stop: the same command with --init_from=auto')
-log, stop = RunLog(config, run, iter_num, wandb_id), StopRequest(run)
+log, stop = RunLog(config, run, iter_num, wandb_id), signals.StopRequest(run)
 probe, _ = data['val'].read(data['val'].eval_windows(window, batch_size, 1)[0], window)
 peak, mfu = hardware.Peak(run.device, run.dtype), math.nan  # mfu in percent
 is_alone = parallel != 'fsdp'  # the first process, in measurements: it has the whole model
@@ -397,7 +398,7 @@ try:
         lr = get_lr(iter_num) if decay_lr else learning_rate
         try:
             vitals = evaluate_and_save()
-        except Stopped:  # in an evaluation or a sample, which then doesn't count
+        except signals.Stopped:  # in an evaluation or a sample, which then doesn't count
             continue
         if patience and n_worse >= patience:
             print0(f'stopping: no better validation loss in {patience} evaluations')
