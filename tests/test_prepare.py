@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT
 
 import support.text.prepare as preparation
+from support.text.dataset import Dataset
 from support.text.prepare import write_text_dataset, write_tokens
-from support.text.tokenizer import GPT2Tokenizer, read_tokenizer
-from support.text.tokens import open_split, read_info
+from support.text.tokenizer import GPT2Tokenizer
 
 META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, 'a': 1, 'é': 2}}
 SHAKESPEARE = ROOT.parent / 'shared/data/tinyshakespeare/input.txt'
@@ -60,7 +60,7 @@ def decode(folder):
     """A dataset's two texts."""
     *splits, info = read(folder)
     if info['tokenizer'] == 'bpe':
-        return [read_tokenizer(folder).decode(ids) for ids in splits]
+        return [Dataset(folder).tokenizer.decode(ids) for ids in splits]
     if info['tokenizer'] == 'char':
         itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
         return [''.join(itos[i] for i in ids) for ids in splits]
@@ -129,7 +129,7 @@ def test_dataset_json_tells_what_the_files_hold(tmp_path):
     assert (info['tokenizer'], info['source']) == ('char', 'a test')
     for name, digest in info['sha256'].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
-    assert set(info['sha256']) == {'train.bin', 'val.bin'} and read_info(tmp_path) == info
+    assert set(info['sha256']) == {'train.bin', 'val.bin'} and Dataset(tmp_path).info == info
 
 
 def test_meta_is_what_nanogpt_reads(tmp_path):
@@ -140,17 +140,18 @@ def test_meta_is_what_nanogpt_reads(tmp_path):
 def test_text_is_split_by_characters_with_its_end_for_validation(tmp_path):
     text = ''.join(chr(97 + i % 26) for i in range(1001))
     write_text_dataset(tmp_path, text, 'char', 'a test')
-    decode = read_tokenizer(tmp_path).decode
-    assert decode(open_split(tmp_path, 'train').tolist()) == text[:900]
-    assert decode(open_split(tmp_path, 'val').tolist()) == text[900:]
+    data = Dataset(tmp_path)
+    decode = data.tokenizer.decode
+    assert decode(data['train'][:]) == text[:900] and decode(data['val'][:]) == text[900:]
 
 
 def test_text_in_bpe_leaves_no_vocabulary_of_characters_behind(bpe, tmp_path):
     text = 'It was a bright cold day in April. ' * 20
     write_text_dataset(tmp_path, text, 'char', 'a test')
     write_text_dataset(tmp_path, text, 'gpt2', 'a test')
-    assert not (tmp_path / 'meta.pkl').exists() and read_info(tmp_path)['tokenizer'] == 'gpt2'
-    parts = [read_tokenizer(tmp_path).decode(open_split(tmp_path, split)) for split in ('train', 'val')]
+    data = Dataset(tmp_path)
+    assert not (tmp_path / 'meta.pkl').exists() and data.info['tokenizer'] == 'gpt2'
+    parts = [data.tokenizer.decode(data[split][:]) for split in ('train', 'val')]
     assert parts == [text[:630], text[630:]]
 
 
@@ -391,7 +392,7 @@ def test_a_corpus_s_tokenizer_is_trained_on_its_training_part(corpus, jsonl, tmp
     assert re.search(r'trained on 1\d\d of 2,498 documents', capsys.readouterr().out)
     monkeypatch.setattr(corpus, 'train_bpe', None)  # what was interrupted has its tokenizer already
     corpus.prepare_corpus(tmp_path / 'out', jsonl, tokenizer='bpe', vocab_size=265)
-    own, (train, val, info) = read_tokenizer(tmp_path / 'out'), read(tmp_path / 'out')
+    own, (train, val, info) = Dataset(tmp_path / 'out').tokenizer, read(tmp_path / 'out')
     assert own.json.encode() == trained and own.n_vocab == info['vocab_size'] == 265 and not parts.exists()
     ends = [i for i, token in enumerate(train) if token == own.end]
     documents = [own.decode(train[a + 1:b]) for a, b in zip([-1, *ends], ends)]
@@ -763,7 +764,7 @@ def test_ready_files_are_taken_as_they_are(where, take_shards, capsys, monkeypat
     for name in names:
         assert (take_shards.folder / name).read_bytes() == (take_shards.held / name).read_bytes()
     assert 'train has 8,003 tokens in 2 files' in capsys.readouterr().out
-    assert len(open_split(take_shards.folder, 'train')) == 8003
+    assert len(Dataset(take_shards.folder)['train']) == 8003
     assert wanted[:3] == (['*_val_*.bin', '*_train_000001.bin', '*_train_000002.bin'] * (where == 'hub'))
 
 
@@ -823,4 +824,4 @@ def test_character_data_without_its_characters_is_not_opened_as_gpt2_s(tmp_path)
     write_text_dataset(tmp_path, 'abc' * 100, 'char', 'test')
     (tmp_path / 'meta.pkl').unlink()
     with pytest.raises(ValueError, match='meta.pkl is missing, but dataset.json says'):
-        read_tokenizer(tmp_path)
+        Dataset(tmp_path)

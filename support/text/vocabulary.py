@@ -59,7 +59,7 @@ def read_own_tokenizer(path, info, meta):
     return tokenizer, max(tokenizer.n_vocab, meta['vocab_size'] if meta else 0), path
 
 
-def read_meta(data_dir, is_needed):
+def read_meta(data_dir, is_needed=False):
     """meta.pkl as a dict with 'vocab_size' and 'itos', {id: string} or {} if the file has none;
     None if there is no file. is_needed: whether dataset.json says that the tokens are characters.
     Raises UserError if it is damaged, or needed and missing."""

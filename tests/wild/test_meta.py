@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import evaluations, losses
 
-from support.text.tokenizer import CharTokenizer, NoTokenizer, read_meta, read_tokenizer, tokenizer_from
+from support.errors import UserError
+from support.text.dataset import Dataset
+from support.text.tokenizer import CharTokenizer, NoTokenizer, tokenizer_from
 
 CHARS = ['\n', 'a', 'é']
 ITOS, STOI = dict(enumerate(CHARS)), {c: i for i, c in enumerate(CHARS)}
@@ -34,6 +36,11 @@ WITHOUT = {
 }
 
 
+def opened(folder):
+    """Its vocabulary is read without any tokens."""
+    return Dataset(folder, splits=())
+
+
 def write(folder, meta, protocol=4, core='numpy._core'):
     data = pickle.dumps(meta, protocol)
     (folder / 'meta.pkl').write_bytes(data.replace(b'numpy._core', core.encode()))
@@ -43,11 +50,11 @@ def write(folder, meta, protocol=4, core='numpy._core'):
 @pytest.mark.parametrize('name', WITH_TEXT)
 def test_vocabulary_is_read_however_it_is_written(name, protocol, tmp_path):
     write(tmp_path, WITH_TEXT[name], protocol)
-    meta = read_meta(tmp_path)
-    assert (type(meta['vocab_size']), meta['vocab_size']) == (int, 64 if name == 'padded' else 3)
-    assert meta['itos'] == ITOS and {type(i) for i in meta['itos']} == {int}
-    assert {type(c) for c in meta['itos'].values()} == {str}
-    assert read_tokenizer(tmp_path).decode([1, 2]) == 'aé' and read_tokenizer(tmp_path).n_vocab == 3
+    data = opened(tmp_path)
+    itos, size = data.tokenizer.itos, data.vocab_size
+    assert (type(size), size) == (int, 64 if name == 'padded' else 3)
+    assert itos == ITOS and {*map(type, itos)} == {int} and {*map(type, itos.values())} == {str}
+    assert data.tokenizer.decode([1, 2]) == 'aé' and data.tokenizer.n_vocab == 3
 
 
 @pytest.mark.parametrize('protocol', range(3))  # which name modules in plain text
@@ -55,14 +62,14 @@ def test_numpy_1_s_pickles_are_read_too(protocol, tmp_path):
     for name in ('NumPy size', 'NumPy ids', 'NumPy strings', 'NumPy array of strings'):
         write(tmp_path, WITH_TEXT[name], protocol, core='numpy.core')
         assert b'_core' not in (tmp_path / 'meta.pkl').read_bytes()
-        assert read_meta(tmp_path)['itos'] == ITOS
+        assert opened(tmp_path).tokenizer.itos == ITOS
 
 
 @pytest.mark.parametrize('protocol', range(6))
 @pytest.mark.parametrize('name', WITHOUT)
 def test_vocabulary_without_text_has_a_size_and_says_what_is_missing(name, protocol, tmp_path):
     write(tmp_path, WITHOUT[name], protocol)
-    tokenizer = read_tokenizer(tmp_path)
+    tokenizer = opened(tmp_path).tokenizer
     assert isinstance(tokenizer, NoTokenizer) and tokenizer.n_vocab == 3
     for one in (tokenizer, tokenizer_from(tokenizer.to_dict())):
         for use in (one.encode, one.decode, one.decode_bytes):
@@ -76,8 +83,8 @@ def test_vocabulary_without_text_has_a_size_and_says_what_is_missing(name, proto
                                   {'vocab_size': np.timedelta64(3, 's')}])
 def test_other_files_are_refused_in_one_line(meta, tmp_path):
     write(tmp_path, meta)
-    with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary') as error:
-        read_meta(tmp_path)
+    with pytest.raises(UserError, match='meta.pkl is not a character vocabulary') as error:
+        opened(tmp_path)
     assert '\n' not in str(error.value)
 
 
@@ -86,8 +93,8 @@ def test_other_files_are_refused_in_one_line(meta, tmp_path):
 def test_a_few_bytes_that_ask_for_much_memory_are_refused(data, tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary'):
-        read_meta(tmp_path)
+    with pytest.raises(UserError, match='meta.pkl is not a character vocabulary'):
+        opened(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1e8
     tracemalloc.stop()
 
@@ -128,4 +135,4 @@ def test_vocabulary_as_a_list_samples(numbered, train, run_script, tmp_path):
     out = run_script('sample.py', f'--out_dir={tmp_path / "out"}', '--device=cpu', '--start=abc',
                      '--num_samples=1', '--max_new_tokens=4').stdout
     assert len(out.splitlines()[-2]) == 7 and out.splitlines()[-2].startswith('abc')
-    assert isinstance(read_tokenizer(numbered), CharTokenizer)
+    assert isinstance(opened(numbered).tokenizer, CharTokenizer)
