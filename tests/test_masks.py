@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from support.errors import MissingFile, UserError
-from support.evaluating.scoring import mean_loss
+from support.evaluating.scoring import Windows, mean_loss
 from support.machine import runtime
 from support.text.dataset import Dataset
 from support.text.masks import BEGIN, READ, TARGET, Conversations
-from support.training import checkpoint
+from support.training.state import State
 
 ANSWERS = ('--max_iters=6', '--eval_interval=3', '--eval_iters=0', '--batch_size=2',
            '--gradient_accumulation_steps=4', '--learning_rate=1e-2', '--dropout=0.2')
@@ -135,7 +135,7 @@ def test_masked_loss_equals_that_of_the_answers_one_conversation_at_a_time(n_bat
     with torch.no_grad():
         each = torch.cat([nats(model, *one) for one in conversations_of(split)])
     run = runtime.start('cpu', 'float32', False)
-    assert mean_loss(model, run, split, 32, 4, n_batches) == pytest.approx(
+    assert mean_loss(model, run, split, Windows(32, 4, n_batches)) == pytest.approx(
         each.double().mean().item(), rel=1e-6)
 
 
@@ -159,9 +159,9 @@ def test_gradient_of_an_iteration_is_that_of_the_mean_over_all_its_targets():
 def test_run_evaluates_the_answers_and_resumes_as_if_uninterrupted(folder, train, tmp_path):
     args = *ANSWERS, '--sampler=epoch'
     log = train(*args, data_dir=folder, out_dir=tmp_path / 'whole')['log']
-    state = checkpoint.load(tmp_path / 'whole/latest.pt')
-    model, data = GPT(GPTConfig(**state['model_args'])).eval(), Dataset(folder)
-    model.load_state_dict(checkpoint.load(tmp_path / 'whole/ckpt.pt')['model'])
+    state = State.load(tmp_path / 'whole/latest.pt')
+    model, data = GPT(GPTConfig(**state.model_args)).eval(), Dataset(folder)
+    model.load_state_dict(State.load(tmp_path / 'whole/ckpt.pt').model)
     with torch.no_grad():
         for split, found in zip(('train', 'val'), evaluations(log)[6]):
             alone = torch.cat([nats(model, *one) for one in conversations_of(data[split])])
@@ -169,8 +169,8 @@ def test_run_evaluates_the_answers_and_resumes_as_if_uninterrupted(folder, train
     assert evaluations(log)[6][0] < evaluations(log)[0][0]
     train(*args, '--max_iters=2', data_dir=folder)
     train(*args, '--init_from=resume', data_dir=folder)
-    resumed = checkpoint.load(tmp_path / 'out/latest.pt')['model']
-    assert all(torch.equal(state['model'][k], resumed[k]) for k in resumed)
+    resumed = State.load(tmp_path / 'out/latest.pt').model
+    assert all(torch.equal(state.model[k], resumed[k]) for k in resumed)
     spoil(folder, np.flatnonzero(np.fromfile(folder / 'train.mask', np.uint8) == TARGET)[0], READ)
     with pytest.raises(UserError, match='is not the data that .* was trained on'):
         train(*args, '--max_iters=9', '--init_from=resume', data_dir=folder)

@@ -30,7 +30,7 @@ tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, or a tokeni
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
 
-configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
 
 def make_tokenizer(conversations):

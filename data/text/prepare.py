@@ -24,7 +24,7 @@ tokenizer = 'char'  # char, gpt2, bpe (trained on the text), or a tokenizer.json
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 val_fraction = 0.1  # of the characters, from the end
 
-configure(globals(), [a for a in sys.argv[1:] if a.startswith('-')])
+configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
 paths = [a for a in sys.argv[1:] if not a.startswith('-')]
 if not paths:

@@ -71,9 +71,13 @@ class Dataset:
 
     def fingerprints(self):
         """{split: SHA-256 in hex}, by which a resumed run knows its data. UserError if dataset.json
-        has another for a file. Says of which splits it is that of a part only."""
-        digests = self.info.get('sha256', {})
-        found = {name: split.fingerprint(digests) for name, split in self.splits.items()}
+        has another for a file. The first call prints of which splits it is that of a part only."""
+        return dict(self.digests)
+
+    @functools.cached_property
+    def digests(self):
+        expected = self.info.get('sha256', {})
+        found = {name: split.fingerprint(expected) for name, split in self.splits.items()}
         for split in self.splits.values():
             if not split.is_read_whole():
                 print0(f'{split.path}: {READ_AT_START:,} of its {len(split):,} tokens were '
