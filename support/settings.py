@@ -38,8 +38,6 @@ WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: '
          types.NoneType: 'None', list: 'a list', tuple: 'a tuple', dict: 'a dict'}
 PATHS = ('out_dir', 'data_dir', 'init_from', 'export_dir', 'output', 'source', 'json', 'tokenizer',
          'val')  # ~ is the home folder in these
-NAMES = ('out_dir', 'wandb_project', 'wandb_run_name')  # may contain the time
-OF_A_NODE = ('device', 'data_dir')  # a node may keep its copy of the data in a place of its own
 CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle', 'np': 'numpy',
                   'torch': 'torch'}  # nanoGPT's train.py imports them before it executes a config
 DASHES = '\u2013\u2014\u2212'  # en dash, em dash, minus sign: editors put them in place of hyphens
@@ -190,19 +188,6 @@ def allowed_types(hint, value):
     if named:
         return tuple(named)
     return PLAIN if value is None else (type(value),)
-
-
-def agree(config, run, **more):
-    """Set NAMES in config to the first process's. ValueError, on all processes, if they differ in
-    anything else. more: other values that must be the same."""
-    config.update(run.broadcast({key: config[key] for key in NAMES if key in config}))
-    own = {key: str(value) for key, value in {**config, **more}.items() if key not in OF_A_NODE}
-    of_ranks = run.gather_objects(own)
-    for rank, other in enumerate(of_ranks):
-        differing = [f'{key}={other.get(key)} instead of {of_ranks[0].get(key)}'
-                     for key in own | other if other.get(key) != of_ranks[0].get(key)]
-        if differing:
-            raise UserError(f'rank {rank} has other settings than rank 0: {", ".join(differing)}')
 
 
 # ---------------------------------------------------------------------------- the command line

@@ -54,17 +54,22 @@ def device_name(device):
     return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
 
 
+def gpu_of(name):
+    """The Gpu with this device name, such as 'NVIDIA H100 80GB HBM3'; None if unknown."""
+    kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
+    return GPUS[max(kinds, key=len)] if kinds else None
+
+
 def data_sheet_flops(device, dtype):
     """FLOP/s of a known GPU by its data sheet, else None.
 
     The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that
     rate on data centre GPUs and at other shares of it elsewhere.
     """
-    kinds = []
-    if device.startswith('cuda') and dtype != 'float32':
-        name = torch.cuda.get_device_name(device)
-        kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
-    return GPUS[max(kinds, key=len)].flops if kinds else None
+    if not device.startswith('cuda') or dtype == 'float32':
+        return None
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def training_flops(model, n_sequences):
