@@ -23,23 +23,27 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 
 def runs_own_script():
-    """Whether the program is one of this repository's scripts, and not another that imports them."""
-    folder = os.path.dirname(os.path.realpath(getattr(sys.modules['__main__'], '__file__', None) or '/'))
-    return folder == HERE or folder.startswith(tuple(os.path.join(HERE, n, '') for n in ('data', 'scripts')))
+    """Whether the program is one of this repository's scripts, and not another that imports
+    them."""
+    file = getattr(sys.modules['__main__'], '__file__', None) or os.sep
+    folder = os.path.dirname(os.path.realpath(file))
+    inner = tuple(os.path.join(HERE, name, '') for name in ('data', 'scripts'))
+    return folder == HERE or os.path.join(folder, '').startswith(inner)
 
 
 def show_import_error(kind, error, trace):
     """sys.excepthook while a script imports: a missing package and Ctrl-C are one line each."""
     if issubclass(kind, ModuleNotFoundError):
-        print(f'{kind.__name__}: {error} for {sys.executable}: activate the environment or install the '
-              f'package, {INSTALL}', file=sys.stderr)
-    elif issubclass(kind, KeyboardInterrupt):
-        print('interrupted', file=sys.stderr)
-    else:
+        print(f'{kind.__name__}: {error} for {sys.executable}: activate the environment or install '
+              f'the package, {INSTALL}', file=sys.stderr)
+    elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+    elif (os.environ.get('RANK') or '0') == '0':
+        # a terminal has echoed ^C on the current line
+        print('\ninterrupted' if sys.stderr.isatty() else 'interrupted', file=sys.stderr)
 
 
-atexit.register(gc.freeze)  # Python's end takes 0.4 s less if it doesn't look for cycles in all of PyTorch
+atexit.register(gc.freeze)  # Python ends 0.4 s sooner without a search for cycles in all of PyTorch
 if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
     # libgomp's 300,000 spins of a waiting thread would take time from other programs
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')

@@ -1,12 +1,12 @@
 """
-Settings from config files and the command line: a script's plain assignments, checked and overridden.
+Settings of a script, its plain assignments: overridden by config files and the command line.
 
     config = configure(globals())              # right under the settings
     config = configure(globals(), GPTConfig)   # the fields of GPTConfig are settings too
-    config.given                               # names that a config file or the command line assigned
+    config.given                               # names that a config or the command line assigned
 
-Arguments act from left to right, the last one wins. A config file is Python and is executed in the script's
-globals, so it can do what any program can: run only configs that you trust.
+Arguments act from left to right, the last one wins. A config file is Python, executed in the
+script's globals. It can do what any program can: run only configs that you trust.
 """
 
 import ast
@@ -23,20 +23,24 @@ import shlex
 import sys
 import textwrap
 import tokenize
+import traceback
 import types
 import typing
 from collections import OrderedDict
 from pathlib import Path
 
 from support.errors import MissingFile, UserError
-from support.machine.console import ROOT, prepare_streams
+from support.machine.console import ROOT, is_first_process, prepare_streams
 
 KINDS = (bool, int, float, str, types.NoneType)
+PLAIN = (*KINDS, list, tuple, dict)
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string',
          types.NoneType: 'None', list: 'a list', tuple: 'a tuple', dict: 'a dict'}
-PATHS = ('out_dir', 'data_dir', 'init_from', 'export_dir', 'output', 'source', 'json', 'tokenizer', 'val')
-IMPORTED = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle', 'np': 'numpy', 'torch': 'torch'}
-DASHES = '\u2013\u2014\u2212'  # en dash, em dash, minus sign: what editors and chats make of hyphens
+PATHS = ('out_dir', 'data_dir', 'init_from', 'export_dir', 'output', 'source', 'json', 'tokenizer',
+         'val')  # ~ is the home folder in these
+CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle', 'np': 'numpy',
+                  'torch': 'torch'}  # nanoGPT's train.py imports them before it executes a config
+DASHES = '\u2013\u2014\u2212'  # en dash, em dash, minus sign: editors put them in place of hyphens
 FROM_DATA = 'taken from the data'
 OTHER_NAMES = {  # settings of other repositories: what does it here
     'use_rope rope rotary use_rotary use_rotary_embeddings': "pos_emb = 'rope'",
@@ -65,26 +69,28 @@ OTHER_NAMES = {  # settings of other repositories: what does it here
     'vocab_size meta_vocab_size': FROM_DATA,
 }
 OTHER_NAMES = {name: ours for names, ours in OTHER_NAMES.items() for name in names.split()}
+TARGETS = {ours.partition(' ')[0] for ours in OTHER_NAMES.values()}
 REMOVED = {  # settings of earlier versions: what to do instead
     'finetune_from': "init_from takes the run's folder or a .pt file",
     'ema_decay use_ema ema': 'averaged weights gained nothing, see docs/ablations.md',
     'plan_gpus plan_gpu': 'see docs/SCALING.md',
     'cpu_offload': 'activation_checkpointing and a smaller batch_size save memory',
-    'allow_changed_data': 'a new run on other data starts with init_from = the folder of this run',
+    'allow_changed_data': "for other data start a new run: init_from takes this run's folder",
     'residual_scale skip_spikes muon_momentum': '',
 }
 REMOVED = {name: hint for names, hint in REMOVED.items() for name in names.split()}
-ON_BY_DEFAULT = ['tie_weights', *(name for name, ours in OTHER_NAMES.items() if ours == 'tie_weights')]
+ON_BY_DEFAULT = ['tie_weights', *(k for k, ours in OTHER_NAMES.items() if ours == 'tie_weights')]
 
 
 class Settings(dict):
-    """{name: value} of all settings. given: the names that a config file or the command line assigned."""
+    """{name: value} of all settings. given: the names that a config or the command line
+    assigned."""
 
     def __init__(self, values, given):
         super().__init__(values)
         self.given = set(given)
 
-    def __reduce__(self):  # a checkpoint holds a type that any program may load
+    def __reduce__(self):  # pickled as a type that torch.load accepts without this module
         return OrderedDict, (), None, None, iter(self.items())
 
 
@@ -92,69 +98,68 @@ class Settings(dict):
 class Script:
     """A script whose settings are being read."""
     variables: dict  # its globals
-    allowed: dict  # {setting: the types that it may take}
+    allowed: dict  # {setting: the types that it may have}
     defaults: dict
-    of_model: dict  # the defaults of the model's fields, settings or not
-    out: typing.TextIO
+    of_model: dict  # {field of the model: default}, of those too that are no settings
+    out: typing.TextIO | None
     given: set = dataclasses.field(default_factory=set)
 
     def say(self, text):
-        """Print a line, on the first process, if it can be written: a full disk doesn't end a script."""
-        if (os.environ.get('RANK') or '0') == '0':
+        """Print a line on the first process. A full disk or a closed pipe doesn't end the
+        script."""
+        if self.out and is_first_process():
             with contextlib.suppress(OSError):
                 print(text, file=self.out)
 
     def assign(self, key, value, text):
+        """Check and set a setting. text: the value as it was written."""
         value = convert(key, value, text, self.allowed[key])
         if key in PATHS and isinstance(value, str):
             if not value and self.defaults[key]:
-                raise UserError(f'{key} is empty: write --{key}={self.defaults[key]} or another path')
+                raise UserError(f'{key} is empty; its default is {self.defaults[key]}')
             value = os.path.expanduser(value)
         self.variables[key] = value
         self.given.add(key)
 
 
 def is_own_setting(name, value):
-    """A script of ours: the lower-case names bound to a bool, int, float, str or None."""
+    """In a script of ours: the lower-case names bound to a bool, int, float, str or None."""
     return name.islower() and name[0] != '_' and isinstance(value, KINDS)
 
 
 def is_plain_value(name, value):
-    """A script of somebody's own that executes configurator.py: upper-case names and containers too."""
-    return name[0] != '_' and isinstance(value, (*KINDS, list, tuple, dict))
+    """In a script of somebody's own that executes configurator.py: any case, containers too."""
+    return name[0] != '_' and isinstance(value, PLAIN)
 
 
 def configure(variables, model_config=None, args=None, is_setting=is_own_setting):
     """Apply `args` (default: sys.argv[1:]) to the settings in `variables`, a script's globals.
 
-    Settings are the names bound so far for which is_setting(name, value) holds, and the fields with defaults
-    of model_config, a dataclass, which are bound too. Returns them as Settings. Raises ValueError for an
-    unknown key or a wrong type, FileNotFoundError for a missing config.
+    Settings are the names bound so far for which is_setting(name, value) holds, and the fields with
+    defaults of model_config, a dataclass, which are bound too. Returns them as Settings. Raises
+    ValueError for an unknown key or a wrong type, FileNotFoundError for a missing config.
     """
     prepare_streams()
     args = sys.argv[1:] if args is None else args
-    wants_json = variables.get('json') is False and {'--json', '--json=true'} & {a.lower() for a in args}
-    out = sys.stderr if wants_json else sys.stdout  # a program that reads JSON from stdout gets nothing else
+    # a program that reads JSON from stdout gets nothing else
+    asks_json = any(arg.lower() in ('--json', '--json=true') for arg in args)
+    out = sys.stderr if asks_json and variables.get('json') is False else sys.stdout
     script = read_script(variables, model_config, is_setting, out)
     if '--help' in args or '-h' in args:
-        print_help(script, model_config)
+        show_help(script, args, model_config)
         sys.exit(0)
-    for before, arg, after in zip(['', *args], args, [*args[1:], '']):
-        if arg.startswith('--'):
-            apply_argument(script, arg, after)
-        else:
-            apply_file(script, find_config(arg, script.allowed, before))
+    for i in range(len(args)):
+        apply_argument(script, args, i)
     return Settings({key: variables[key] for key in script.allowed}, script.given)
 
 
 def read_script(variables, model_config, is_setting, out):
     """The Script with these globals. Binds the fields of model_config whose names are free."""
     hints = variables.get('__annotations__') or {}
-    if variables.get('__annotate__'):  # from Python 3.14 on, annotations are computed when asked for
+    if variables.get('__annotate__'):  # from Python 3.14 on, annotations are computed on demand
         hints = variables['__annotate__'](1)
     allowed = {k: allowed_types(hints.get(k), v) for k, v in variables.items() if is_setting(k, v)}
-    of_model = model_defaults(model_config)
-    hints = type_hints(model_config)
+    of_model, hints = read_model(model_config)
     for name, default in of_model.items():
         if name not in variables and not hasattr(builtins, name):
             variables[name] = default
@@ -162,32 +167,64 @@ def read_script(variables, model_config, is_setting, out):
     return Script(variables, allowed, {k: variables[k] for k in allowed}, of_model, out)
 
 
-def model_defaults(model_config):
-    """{field: default} of a dataclass; vocab_size is the data's."""
+def read_model(model_config):
+    """{field: default} of a dataclass, without vocab_size, which the data decide; its
+    annotations."""
     if not dataclasses.is_dataclass(model_config):
-        return {}
-    return {f.name: f.default for f in dataclasses.fields(model_config)
-            if f.init and f.name != 'vocab_size' and is_plain_value(f.name, f.default)}
-
-
-def type_hints(model_config):
+        return {}, {}
+    of_model = {f.name: f.default for f in dataclasses.fields(model_config)
+                if f.init and f.name != 'vocab_size' and is_plain_value(f.name, f.default)}
     try:
-        return typing.get_type_hints(model_config) if model_config else {}
+        return of_model, typing.get_type_hints(model_config)
     except (NameError, TypeError):  # names that only a type checker imports
-        return {}
+        return of_model, {}
 
 
 def allowed_types(hint, value):
-    """Types a setting may take: its annotation's (`compile: bool | str = 'auto'`), else its default's. A bare
-    None takes any."""
+    """Types that a setting may have: its annotation's (`compile: bool | str = 'auto'`), else its
+    default's. A bare None may become anything."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     named = [h for h in (typing.get_args(hint) if is_union else (hint,)) if isinstance(h, type)]
     if named:
         return tuple(named)
-    return (*KINDS, list, tuple, dict) if value is None else (type(value),)
+    return PLAIN if value is None else (type(value),)
 
 
-# ---------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------- the command line
+
+def apply_argument(script, args, i):
+    """Apply args[i]: --key=value, or a config file."""
+    arg, before, after = args[i], args[i - 1] if i else '', args[i + 1:]
+    if re.match(f'-?[{DASHES}]', arg):
+        meant = arg.lstrip('-' + DASHES)
+        raise UserError(f'{arg} begins with a dash that is no hyphen: write --{meant}')
+    if not arg.startswith('--'):
+        apply_file(script, find_config(arg, script.allowed, before))
+        return
+    key, equals, text = arg[2:].partition('=')
+    if key not in script.allowed:
+        raise UserError(unknown_key([key], script))
+    check_spaces(arg, after, script.allowed[key])
+    if not equals and bool not in script.allowed[key]:
+        value = shlex.quote(after[0]) if after and after[0][:1] != '-' else '...'
+        raise UserError(f'--{key} needs a value: --{key}={value}')
+    script.assign(key, parse(text) if equals else True, text)
+    script.say(f'Overriding: {key} = {script.variables[key]}')
+
+
+def check_spaces(arg, after, allowed):
+    """ValueError for --key = value, --key =value and --key= value. after: the arguments that
+    follow. allowed: the types of the setting."""
+    following = (after[0] if after else '') or '-'
+    if '=' not in arg and following[0] == '=':
+        value = following[1:] or ''.join(after[1:2])
+    elif arg[-1] == '=' and arg.count('=') == 1 and following[0] != '-' and str not in allowed:
+        value = following
+    else:
+        return
+    meant = f'{arg.rstrip("=")}={shlex.quote(value) if value else "..."}'
+    raise UserError(f'write {meant}, without spaces around "="')
+
 
 def parse(text):
     """A Python literal, true/false in any case, or the text itself."""
@@ -210,25 +247,16 @@ def convert(key, value, text, allowed):
     if str in allowed and value is not None:
         return text
     wanted = ' or '.join(WORDS.get(kind, kind.__name__) for kind in allowed)
-    raise UserError(f'{key} must be {wanted}, not {value!r:.80}')
-
-
-def apply_argument(script, arg, after):
-    """Assign --key=value. after: the argument that follows."""
-    key, equals, text = arg[2:].partition('=')
-    if key not in script.allowed:
-        raise UserError(unknown_key([key], script))
-    if not equals and bool not in script.allowed[key]:
-        value = shlex.quote(after) if after and after[0] != '-' else '...'
-        raise UserError(f'--{key} needs a value: --{key}={value}')
-    script.assign(key, parse(text) if equals else True, text)
-    script.say(f'Overriding: {key} = {script.variables[key]}')
+    shown = repr(value) if isinstance(value, str) else text
+    meant = re.sub(f'[{DASHES}]', '-', text)
+    hint = '' if meant == text else f': its dash is no hyphen, write {meant}'
+    raise UserError(f'{key} must be {wanted}, not {shown[:80]}{hint}')
 
 
 # ---------------------------------------------------------------------------- config files
 
 class Assignments(dict):
-    """The namespace of a config's top level: writes to the script's globals, and notes the names."""
+    """The namespace of a config's top level: writes to the script's globals and notes the names."""
 
     def __init__(self, variables):
         super().__init__()
@@ -245,9 +273,27 @@ class Assignments(dict):
         del self.variables[name]
 
 
+def apply_file(script, path):
+    """Execute a config in the script's globals, then check every name that it bound."""
+    source, tree = read_config(path)
+    script.say(f'Overriding config with {path}:\n{source}')
+    nodes = [*ast.walk(tree)]
+    read = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    for name in read & set(CONFIG_IMPORTS) - set(script.variables):
+        script.variables[name] = importlib.import_module(CONFIG_IMPORTS[name])
+    imported = {(a.asname or a.name).split('.')[0] for node in nodes
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    before = dict(script.variables)
+    bound = execute(tree, path, script.variables)
+    unknown = [key for key in bound if not is_accepted(script, key, imported, before)]
+    if unknown:
+        raise UserError(f'{unknown_key(unknown, script)} (in {path}; '
+                        'a name of the config\'s own begins with "_")')
+
+
 def read_config(path):
-    """source and syntax tree of a config. Raises ValueError if it isn't Python, or if a statement assigns
-    nothing, as those of YAML and JSON do."""
+    """source and syntax tree of a config. Raises ValueError if it isn't Python, or if a statement
+    assigns nothing, as those of YAML and JSON do."""
     try:
         with tokenize.open(path) as file:
             source = file.read()
@@ -264,9 +310,9 @@ def read_config(path):
         raise UserError(f'{path} is not Python ({error or "too deep"})') from None
     for node in tree.body:
         if assigns_nothing(node):
-            line = source.splitlines()[node.lineno - 1].strip()
-            raise UserError(f'{path}, line {node.lineno}: {line[:80]} assigns nothing; a config is Python: '
-                            'name = value')
+            line = source.splitlines()[node.lineno - 1].strip()[:80]
+            raise UserError(f'{path}, line {node.lineno}: {line} assigns nothing; a config is '
+                            'Python: name = value')
     return source, tree
 
 
@@ -281,36 +327,36 @@ def assigns_nothing(node):
     return not is_text and not acts
 
 
-def apply_file(script, path):
-    """Execute a config in the script's globals, then check every name that it bound."""
-    source, tree = read_config(path)
-    script.say(f'Overriding config with {path}:\n{source}')
-    nodes = [*ast.walk(tree)]
-    imported = {(a.asname or a.name).split('.')[0] for node in nodes
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
-    for name in {node.id for node in nodes if isinstance(node, ast.Name)} & set(IMPORTED):
-        script.variables.setdefault(name, importlib.import_module(IMPORTED[name]))
-    before, assigned = dict(script.variables), Assignments(script.variables)
-    exec(compile(tree, str(path), 'exec'), script.variables, assigned)
-    changed = [k for k, v in script.variables.items() if k not in before or v is not before[k]]
-    unknown = []
-    for key in dict.fromkeys([*changed, *assigned.names & set(script.variables)]):
-        value = script.variables[key]
-        if key.startswith('_'):
-            continue
-        if key in script.allowed:
-            script.assign(key, value, str(value))
-        elif key in imported or isinstance(value, (types.ModuleType, types.FunctionType, type)):
-            continue
-        elif can_be_ignored(key, value, script.allowed):
-            script.say(f'Ignoring {key} = {value!r}: there is no such setting here, and it is off')
-            script.variables.pop(key)
-            script.variables.update({key: before[key]} if key in before else {})
-        else:
-            unknown.append(key)
-    if unknown:
-        raise UserError(f'{unknown_key(unknown, script)} (in {path}; '
-                        'a name of the config\'s own begins with "_")')
+def execute(tree, path, variables):
+    """Execute a config in a script's globals. Returns the names that are bound by it."""
+    before, assigned = dict(variables), Assignments(variables)
+    try:
+        exec(compile(tree, str(path), 'exec'), variables, assigned)
+    except NameError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
+        raise UserError(f'{path}, line {line}: {error}') from None
+    by_functions = [k for k, v in variables.items() if k not in before or v is not before[k]]
+    return [k for k in dict.fromkeys([*by_functions, *assigned.names]) if k in variables]
+
+
+def is_accepted(script, key, imported, before):
+    """Check a name that a config bound: sets a setting, drops one that is unknown and off. False if
+    it is unknown and on. imported: names that the config imports. before: the globals before it."""
+    value = script.variables[key]
+    if key.startswith('_'):
+        return True
+    if key in script.allowed:
+        script.assign(key, value, str(value))
+        return True
+    if key in imported or isinstance(value, (types.ModuleType, types.FunctionType, type)):
+        return True
+    if not can_be_ignored(key, value, script.allowed):
+        return False
+    script.say(f'Ignoring {key} = {value!r}: there is no such setting here, and it is off')
+    script.variables.pop(key)
+    script.variables.update({key: before[key]} if key in before else {})
+    return True
 
 
 def can_be_ignored(key, value, allowed):
@@ -321,12 +367,14 @@ def can_be_ignored(key, value, allowed):
 
 
 def find_config(name, allowed=(), before=''):
-    """The config's path: as given, or by its name in config/, here or in the repository. before: the argument
-    before it."""
+    """The config's path: as given, or by its name in config/, here or in the repository. before:
+    the argument before it."""
     file = name.removesuffix('.py') + '.py'
     choices = [Path(name), Path('config', file), ROOT / 'config' / file]
-    for path in [*choices, Path(file), ROOT / file] if os.path.dirname(name) else choices:
-        if os.path.isfile(path) and path.suffix != '.pt':  # unlike Path.is_file, False for too long a name
+    if os.path.dirname(name):
+        choices += [Path(file), ROOT / file]
+    for path in choices:
+        if os.path.isfile(path) and path.suffix != '.pt':  # no error for too long a name
             return path
     raise MissingFile(f'no config {name}{what_was_meant(name, allowed, before)}')
 
@@ -336,13 +384,13 @@ def find_config(name, allowed=(), before=''):
 def what_was_meant(name, allowed, before):
     """What an argument that is no config may have been meant for."""
     setting, folder = name.lstrip('-'), Path(name).parent if name.endswith('.pt') else Path(name)
-    if before.startswith('--') and '=' not in before and not name.endswith('.py'):
-        return f'; settings are written {before}={name}'
+    if re.fullmatch(r'--\w+=?', before) and not name.endswith('.py'):
+        return f'; settings are written {before.rstrip("=")}={name}'
     if setting.partition('=')[0] in allowed:
         return f'; settings are written --{setting}'
     if os.path.isdir(folder):
         key = 'data_dir' if [*folder.glob('*.bin')] else 'out_dir'
-        return f'; {folder} is a folder: --{key}={folder}' if key in allowed else f'; {folder} is a folder'
+        return f'; {folder} is a folder' + (f': --{key}={folder}' if key in allowed else '')
     known = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
     return nearest(Path(name).stem, known, 'config/{}.py') or '; settings are written --key=value'
 
@@ -357,16 +405,17 @@ def hint_for(key, script):
     """What to write in place of an unknown key, '' if there is nothing to say."""
     if key in REMOVED:
         return f' (removed: {REMOVED[key]})' if REMOVED[key] else ' (removed)'
+    if key in ('config', 'config_file'):
+        return ' (name the config file by itself: python SCRIPT.py config/FILE.py)'
     if key in script.of_model:
-        return ' (a field of the model whose name the script uses itself: set its default in model.py)'
+        return ' (the script uses this name itself: set the default in model.py)'
     ours = OTHER_NAMES.get(key, key)
-    target = ours.partition(' ')[0]
-    if key in OTHER_NAMES and target in script.allowed:
-        return f' (here {ours})'
     if ours == FROM_DATA:
         return f' ({ours})'
-    is_model_s = target in {other.partition(' ')[0] for other in OTHER_NAMES.values()}
-    if script.of_model and is_model_s:
+    target = ours.partition(' ')[0]
+    if target in script.allowed:
+        return f' (here {ours})'
+    if script.of_model and target in TARGETS:
         return ' (this model.py has no such option)'
     return nearest(key, script.allowed)
 
@@ -378,28 +427,35 @@ def nearest(name, known, shown='{}'):
 
 # ---------------------------------------------------------------------------- help
 
-def print_help(script, model_config):
-    """The script's docstring, then its settings and the model's, with the comments of their source."""
+def show_help(script, args, model_config):
+    """Print the script's docstring, then its settings and the model's: the comments of their
+    source, and the values that the other arguments give."""
+    script.out = None
+    for i, arg in enumerate(args):
+        with contextlib.suppress(UserError, MissingFile):
+            if arg not in ('--help', '-h'):
+                apply_argument(script, args, i)
     path = script.variables.get('__file__')
     source = Path(path).read_text(encoding='utf-8') if path else ''
-    own = comments_in(source)
+    comments = comments_in(source)
+    own = [key for key in script.allowed if key in comments or key not in script.of_model]
     print((ast.get_docstring(ast.parse(source)) or '').strip() + '\n\nSettings (--key=value):')
-    is_own = {key: key in own or key not in script.of_model for key in script.allowed}
-    print_settings(script, own, [key for key in script.allowed if is_own[key]])
-    if not all(is_own.values()):
-        file, theirs = source_of(model_config)
+    print_settings(script, own, comments)
+    of_model = [key for key in script.allowed if key not in own]
+    if of_model:
+        file, source = source_of(model_config)
         print(f'\nSettings of the model ({file}):')
-        print_settings(script, comments_in(theirs), [key for key in script.allowed if not is_own[key]])
+        print_settings(script, of_model, comments_in(source))
 
 
-def print_settings(script, comments, keys):
+def print_settings(script, keys, comments):
     for key in keys:
-        shown = f'{key}={script.variables[key]!r}'
-        print(f'  {shown:42} {comments.get(key, "")}'.rstrip())
+        assignment = f'{key}={script.variables[key]!r}'
+        print(f'  {assignment:42} {comments.get(key, "")}'.rstrip())
 
 
 def source_of(model_config):
-    """The name of a class's file, and the class's source; '' where it has none."""
+    """The name of a class's file and the class's source; '' where it has none."""
     try:
         return Path(inspect.getsourcefile(model_config)).name, inspect.getsource(model_config)
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""What the hardware can do: arithmetic, bandwidth, memory; looked up for known GPUs, measured elsewhere."""
+"""What the hardware can do: arithmetic, bandwidth, memory; from data sheets, else measured."""
 
 import functools
 import os
@@ -22,8 +22,8 @@ class Gpu(NamedTuple):
     host: float  # bytes/s, one way, to the machine's memory
 
 
-# From the vendors' data sheets, but for `far`, which is the network that such machines usually have: 200 to
-# 400 Gbit/s a GPU in training clusters, 100 in servers with PCIe cards, 25 elsewhere.
+# From the vendors' data sheets. `far` is the network that such machines usually have: 200 to 400
+# Gbit/s a GPU in training clusters, 100 in servers with PCIe cards, 25 elsewhere.
 GPUS = {  # by words of the device's name
     'A100': Gpu(312e12, 80e9, 300e9, 25e9, 32e9),  # SXM; there is one of 40 GB too
     'H100': Gpu(989e12, 80e9, 450e9, 50e9, 64e9),  # SXM
@@ -44,7 +44,7 @@ GPUS = {  # by words of the device's name
     'RTX 4090': Gpu(165e12, 24e9, 32e9, 3e9, 32e9),
     'RTX 3090': Gpu(71e12, 24e9, 32e9, 3e9, 32e9),
     'MI300X': Gpu(1307e12, 192e9, 448e9, 50e9, 64e9),
-    'MI250X': Gpu(191.5e12, 64e9, 50e9, 25e9, 32e9),  # one of its two dies, each of which is a device
+    'MI250X': Gpu(191.5e12, 64e9, 50e9, 25e9, 32e9),  # of one die; each of its two is a device
 }
 
 
@@ -54,17 +54,22 @@ def device_name(device):
     return f'{torch.get_num_threads()} threads' if device.startswith('cpu') else 'Apple GPU'
 
 
+def gpu_of(name):
+    """The Gpu with this device name, such as 'NVIDIA H100 80GB HBM3'; None if unknown."""
+    kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
+    return GPUS[max(kinds, key=len)] if kinds else None
+
+
 def data_sheet_flops(device, dtype):
     """FLOP/s of a known GPU by its data sheet, else None.
 
-    The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that rate on data
-    centre GPUs and at other shares of it elsewhere.
+    The table holds the rates of 16-bit types. In float32, GPUs compute in TF32, at half of that
+    rate on data centre GPUs and at other shares of it elsewhere.
     """
-    kinds = []
-    if device.startswith('cuda') and dtype != 'float32':
-        name = torch.cuda.get_device_name(device)
-        kinds = [kind for kind in GPUS if re.search(rf'\b{kind}\b', name)]
-    return GPUS[max(kinds, key=len)].flops if kinds else None
+    if not device.startswith('cuda') or dtype == 'float32':
+        return None
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def training_flops(model, n_sequences):
@@ -77,7 +82,8 @@ def has_bfloat16(device_type):
     """Whether the device multiplies bfloat16 numbers itself, not by way of float32."""
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device_type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()  # not public
+    is_supported = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)  # not public
+    return device_type == 'cpu' and is_supported()
 
 
 def peak_flops(device, dtype):
@@ -86,8 +92,8 @@ def peak_flops(device, dtype):
 
 
 class Peak:
-    """The FLOP/s of which the MFU is a share: looked up, or measured, too low on a busy machine. What
-    a run reaches is possible, so it raises the peak."""
+    """The FLOP/s of which the MFU is a share: looked up, or measured, which is too low on a busy
+    machine. What a run reaches is possible, so it raises the peak."""
 
     def __init__(self, device, dtype):
         self.flops = peak_flops(device, dtype)
@@ -105,7 +111,7 @@ def synchronize(device_type):
 
 
 def best_time(function, device, repeats=5):
-    """Seconds of the fastest of several calls, of fewer if they are slow, as float16 is on a CPU."""
+    """Seconds of the fastest of several calls, of fewer if they are slow."""
     times = []
     while len(times) < repeats and sum(times) < 1:
         synchronize(torch.device(device).type)
@@ -117,7 +123,8 @@ def best_time(function, device, repeats=5):
 
 
 def measure_matmul(device, dtype, n=8192):
-    """FLOP/s of the product of square matrices, n rows each; on a CPU 1024, by its fastest library."""
+    """FLOP/s of the product of square matrices, n rows each; on a CPU 1024, by its fastest
+    library."""
     n = 1024 if device.startswith('cpu') else n
     a = torch.ones(n, n, device=device, dtype=DTYPES[dtype])
     with fastest_float32(device):
@@ -125,13 +132,13 @@ def measure_matmul(device, dtype, n=8192):
 
 
 def fastest_float32(device):
-    """A context in which float32 products on a CPU are made by the fastest exact library."""
+    """A context in which the fastest exact library computes float32 products on a CPU."""
     return OneDNN() if device.startswith('cpu') and prefers_onednn() else nullcontext()
 
 
 class OneDNN:
-    """A context in which float32 products on a CPU are oneDNN's. The flag permits bfloat16, which only AMX
-    uses: see prefers_onednn."""
+    """A context in which float32 products on a CPU are oneDNN's. The flag permits bfloat16, which
+    only AMX uses: see suits_onednn."""
 
     def __enter__(self):
         torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
@@ -142,19 +149,28 @@ class OneDNN:
 
 @functools.cache
 def prefers_onednn():
-    """Whether float32 products on this CPU are oneDNN's: AMD's processors with AVX-512, which MKL doesn't use
-    there, and without AMX, which would compute them in bfloat16. False where the processor is unknown."""
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or not torch.backends.mkldnn.is_available():
+    """Whether float32 products on this CPU are oneDNN's. False where the processor is unknown."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    if not has_avx512 or not torch.backends.mkldnn.is_available():
         return False
     try:
-        described = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+        return suits_onednn(Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace'))
     except OSError:  # not Linux
         return False
-    return 'AuthenticAMD' in described and not re.search(r'\bamx', described)
+
+
+def suits_onednn(cpuinfo):
+    """Whether /proc/cpuinfo describes a processor of AMD's with AVX-512, which MKL doesn't use
+    there, and without AMX, which would round to bfloat16."""
+    flags = re.search(r'^flags\s*:(.*)', cpuinfo, re.M)
+    known = flags[1].split() if flags else []
+    has_amx = any(flag.startswith('amx') for flag in known)
+    return 'AuthenticAMD' in cpuinfo and 'avx512f' in known and not has_amx
 
 
 def measure_bandwidth(device):
-    """Bytes/s of memory, from copies of an array larger than any cache; a copy reads and writes each byte."""
+    """Bytes/s of memory, from copies of an array larger than any cache; a copy reads and writes
+    each byte."""
     a = torch.ones(1 << 26, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / best_time(lambda: b.copy_(a), device)
@@ -171,7 +187,8 @@ def total_memory(device):
 
 
 def peak_memory(device):
-    """The most bytes held so far: by PyTorch on a CUDA device, by this process on a CPU; None elsewhere."""
+    """The most bytes held so far: by PyTorch on a CUDA device, by this process on a CPU; None
+    elsewhere."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
     try:

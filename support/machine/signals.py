@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a request to stop, on which all processes agree."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 as a request to stop, on which all processes agree."""
 
 import contextlib
 import functools
@@ -11,23 +11,27 @@ import time
 import torch
 import torch.distributed as dist
 
+from support.machine.console import is_first_process
+
+WARNING = getattr(signal, 'SIGUSR1', None)  # SLURM sends it some time before SIGTERM
+
 
 class Stopped(Exception):
-    """Raised in work that a request to stop breaks off."""
+    """Raised in work that is interrupted by a request to stop."""
 
 
 class StopRequest:
     """A signal to any process makes all of them stop at the same place.
 
-    A second signal ends the process at once. Within half a second it counts as the first, because launchers
-    and terminals often deliver a signal twice.
+    A second signal ends the process at once. Within half a second it counts as the first, because
+    launchers and terminals often deliver a signal twice.
     """
 
     def __init__(self, run):
         self.received = None  # the first signal
         self.group = run.new_group('gloo') if run.world_size > 1 else None
         self.votes = self.work = None
-        # Python calls handlers in the main thread, which may be stuck in C: another thread gets signals too
+        # Python calls handlers in the main thread, which may be stuck in C: a thread gets them too
         alarm = signal_socket()
         alarm.send(b'\0')
         signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
@@ -38,8 +42,9 @@ class StopRequest:
         self.received = self.received or number
 
     def agreed(self):
-        """Whether to stop, the same answer on all processes, which must call it equally often. The votes of
-        several processes are exchanged on the CPU meanwhile, and the next call returns their result."""
+        """Whether to stop, the same answer on all processes, which must call it equally often.
+        Several processes exchange their votes on the CPU meanwhile; the next call returns the
+        result."""
         if self.group is None:
             return self.received is not None
         result = self.close()
@@ -60,13 +65,15 @@ class StopRequest:
 
     @contextlib.contextmanager
     def alone(self, is_alone=True):
-        """Within a with statement that only this process enters, it asks no other, and Stopped ends no more
-        than the statement if there are others."""
-        group, self.group = self.group, None if is_alone else self.group
+        """For work of this process alone: polls only this process. If there are others, they keep
+        running, and Stopped ends the with statement only."""
+        group = self.group
+        if is_alone:
+            self.group = None
         try:
             yield
         except Stopped:
-            if self.group is group:
+            if group is None or not is_alone:
                 raise
         finally:
             self.group = group
@@ -81,10 +88,11 @@ class StopRequest:
 
 
 def stop_signals():
-    """SIGINT, SIGTERM and, unless it is ignored, as under nohup, the SIGHUP of a closed terminal."""
-    hang_up = getattr(signal, 'SIGHUP', None)  # Windows has none
-    ignored = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, hang_up)
+    """SIGINT, SIGTERM, and unless they are ignored, as under nohup, the SIGHUP of a closed terminal
+    and SIGUSR1."""
+    optional = [getattr(signal, 'SIGHUP', None), WARNING]  # Windows has neither
+    not_ignored = [n for n in optional if n and signal.getsignal(n) != signal.SIG_IGN]
+    return (signal.SIGINT, signal.SIGTERM, *not_ignored)
 
 
 @functools.cache
@@ -98,16 +106,28 @@ def signal_socket():
 
 
 def end_at_second(numbers, _):
-    """Announce the first signal; end the process at one that follows half a second later or more. A 0 starts
-    afresh."""
+    """Announce the first signal; end the process at one that follows half a second later or more. A
+    WARNING doesn't count, so that the SIGTERM after it leaves time to save. A 0 starts afresh."""
     first = None  # time of the first signal
     while True:
         number = numbers.recv(1)[0]
         if number == 0:
             first = None
+        elif number == WARNING:
+            announce(number)
         elif first is None:
-            first, name = time.monotonic(), signal.Signals(number).name
-            with contextlib.suppress(OSError):  # a terminal that is gone
-                os.write(2, f'{name}: stopping at the next iteration, once more to stop at once\n'.encode())
+            first = time.monotonic()
+            announce(number)
         elif time.monotonic() - first > 0.5:
             os._exit(128 + number)
+
+
+def announce(number):
+    """Say on the first process what a signal does."""
+    line = f'{signal.Signals(number).name}: stopping after this iteration and saving.\n'
+    if number == signal.SIGINT:
+        line = ('Stopping after this iteration and saving; '
+                'press Ctrl-C again to quit immediately.\n')
+    if is_first_process():
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, line.encode())
