@@ -522,7 +522,8 @@ class DiskErrors:
         return self.real_map(path, *args)
 
     def __enter__(self):
-        self.real_open, self.real_map, self.stack = open, torch.UntypedStorage.from_file, contextlib.ExitStack()
+        self.real_open, self.real_map = open, torch.UntypedStorage.from_file
+        self.stack = contextlib.ExitStack()
         for patch in (mock.patch('builtins.open', self.open), mock.patch('time.sleep'),
                       mock.patch.object(torch.UntypedStorage, 'from_file', self.map),
                       *(mock.patch.object(os, name, self.wrap(getattr(os, name)))
@@ -554,16 +555,16 @@ class FaultyFile:
         self.file.close()
 
 
-def read_errors(out_dir, number):
-    """An error at each operation in turn that finds and reads the states in a folder, once, then from there
-    on. Returns the number of starts that went on with the newest state, of those that ended with a line, and
-    what was wrong: any other result, and any file that was changed."""
+def read_errors(out_dir, number, every=1):
+    """An error at each (or every 2nd, ...) operation in turn that finds and reads the states in a folder,
+    once, then from there on. Returns the number of starts that went on with the newest state, of those that
+    ended with a line, and what was wrong: any other result, and any file that was changed."""
     config = {'init_from': 'auto', 'eval_only': False, 'out_dir': str(out_dir)}
     run, good, refused, lost = Runtime('cpu', 'float32', False, 'gloo'), 0, 0, []
     files = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
     newest = State.newest(out_dir)[1].iter_num
     for lasting in (False, True):
-        for at in itertools.count():
+        for at in itertools.count(0, every):
             errors, found = DiskErrors(out_dir, number, at, lasting), None
             try:
                 with errors, contextlib.redirect_stdout(io.StringIO()):
@@ -585,14 +586,16 @@ def read_errors(out_dir, number):
 
 def passing(folder, data, count):
     """Errors of the disk that pass, and some that don't, at every operation that reads a checkpoint."""
-    source = uninterrupted(folder / 'run', [f'--data_dir={data}', '--checkpoint_interval=2', '--eval_interval=4',
-                                            '--max_iters=8'])
-    numbers = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.EAGAIN, errno.ENOLCK, errno.EBUSY)
-    results = [read_errors(source, number) for number in numbers[:count]]
-    lost = [f'{errno.errorcode[number]}: {wrong}' for number, found in zip(numbers, results) for wrong in found[2]]
-    return (f'{sum(a + b for a, b, _ in results)} errors of {len(results)} kinds, {sum(a for a, _, _ in results)} '
-            f'starts with the newest state, {sum(b for _, b, _ in results)} ended with a line, {len(lost)} files '
-            'renamed or runs restarted'), lost
+    source = uninterrupted(folder / 'run', [f'--data_dir={data}', '--checkpoint_interval=2',
+                                            '--eval_interval=4', '--max_iters=8'])
+    kinds = ('EIO', 'ESTALE', 'ETIMEDOUT', 'EMFILE', 'EAGAIN', 'ENOLCK', 'EBUSY')[:count]
+    good, refused, lost = 0, 0, []
+    for kind in kinds:
+        results = read_errors(source, getattr(errno, kind))
+        good, refused = good + results[0], refused + results[1]
+        lost += [f'{kind}: {wrong}' for wrong in results[2]]
+    return (f'{good + refused} errors of {len(kinds)} kinds, {good} starts with the newest state, {refused} '
+            f'ended with a line, {len(lost)} files renamed or runs restarted'), lost
 
 
 def damage(path):

@@ -1,4 +1,4 @@
-"""Files: replaced in one step, locked, read as text, downloaded whole, explained in a line if unreadable."""
+"""Files: replaced in one step, read through passing errors, locked, read as text, downloaded."""
 
 import errno
 import glob
@@ -20,7 +20,7 @@ from pathlib import Path
 from support.errors import MissingFile, UserError, kind_of
 from support.machine.console import print0
 
-# what json, pickle, zipfile, struct, NumPy, torch and datasets raise for a truncated, damaged or hostile file
+# what json, pickle, zipfile, struct, NumPy, torch and datasets raise for a damaged or hostile file
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError,
               ImportError, RuntimeError, OverflowError, MemoryError, StopIteration, struct.error,
               pickle.UnpicklingError, zipfile.BadZipFile)
@@ -32,9 +32,9 @@ WAITS = (0.2, 1.0, 3.0)  # seconds before a file is read again that the disk cou
 
 @contextmanager
 def explain_failure(message, *more_errors, passing=()):
-    """Turn what an unreadable file raises in this block into a one-line ValueError: message (reason).
+    """Turn what an unreadable file raises in this block into a UserError: message (reason).
 
-    more_errors: types to catch besides UNREADABLE. passing: types that aren't the file's fault here.
+    more_errors: types to catch besides UNREADABLE. passing: types that aren't the file's fault.
     """
     try:
         yield
@@ -275,18 +275,33 @@ def is_same_file(file, path):
 
 def is_held(path):
     """Whether the file that this process has locked still has its name; True if the disk can't say,
-    or nothing was locked. After False, `lock` locks what is there by now."""
+    or nothing was locked."""
     path = os.path.realpath(path)
     if path not in LOCKS:
         return True
     try:
         # opening it here and closing it again would release the lock
-        if path in UNNUMBERED and os.path.exists(path) or is_same_file(LOCKS[path], path):
-            return True
+        return path in UNNUMBERED and os.path.exists(path) or is_same_file(LOCKS[path], path)
     except OSError:
         return True
-    LOCKS.pop(path).close()
-    return False
+
+
+def lock_again(path):
+    """`lock`, for a file that this process holds no longer, see is_held."""
+    name = os.path.realpath(path)
+    file = LOCKS.pop(name)
+    try:
+        holder = lock(path)
+    except OSError:
+        LOCKS[name] = file
+        raise
+    file.close()
+    return holder
+
+
+def holds(path):
+    """Whether this process has locked a file."""
+    return os.path.realpath(path) in LOCKS
 
 
 def try_lock(file):
@@ -307,16 +322,17 @@ def try_lock(file):
 def unlock(path):
     """Release a lock and remove its file; nothing if this process doesn't hold it."""
     path = os.path.realpath(path)
-    if is_held(path) and path in LOCKS:  # the name may be another process's by now
-        with suppress(OSError):
-            os.remove(path)
+    if path in LOCKS:
+        if is_held(path):  # or else another process may have that name by now
+            with suppress(OSError):
+                os.remove(path)
         LOCKS.pop(path).close()
 
 
 def read_text(path):
     """A UTF-8 file as a string, without a byte-order mark and with Unix's line ends.
 
-    Raises FileNotFoundError, or ValueError if it is not text.
+    Raises MissingFile, or UserError if it is not text.
     """
     if not Path(path).is_file():
         raise MissingFile(f'{path} is missing')
@@ -324,8 +340,8 @@ def read_text(path):
     try:
         text = data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): save it as '
-                         'UTF-8') from None
+        raise UserError(f'{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): save '
+                        'it as UTF-8') from None
     if '\0' in text:
         raise UserError(f'{path} is not text: it has zero bytes')
     return text
@@ -345,8 +361,8 @@ def free_disk(folder):
 def download(url, sha256, path, timeout=30):
     """Download a file unless `path` exists. timeout: seconds without a byte.
 
-    Raises FileNotFoundError, which says how to do without, if the file doesn't arrive whole; leaves no part
-    of it behind.
+    Raises MissingFile, which says how to do without, if the file doesn't arrive whole; leaves no
+    part of it behind.
     """
     path = Path(path)
     if path.exists():
@@ -365,13 +381,13 @@ def download(url, sha256, path, timeout=30):
                 raise OSError('its checksum is wrong')
     except (OSError, http.client.HTTPException) as error:
         reason = ' '.join(str(error).split())
-        raise MissingFile(f'{url} can\'t be downloaded ({reason}); put the file at {path} yourself, '
-                                'or name one with --input=FILE') from None
+        raise MissingFile(f'{url} can\'t be downloaded ({reason}); put the file at {path} '
+                          'yourself, or name one with --input=FILE') from None
 
 
 def go_offline_if_cut_off():
-    """Tell Hugging Face's libraries to use their caches at once if the hub can't be reached: by themselves
-    they retry for half a minute. Call it before they are imported."""
+    """Make Hugging Face's libraries use their caches at once if the hub can't be reached. By
+    themselves they retry for half a minute. Call it before they are imported."""
     host = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname
     if 'HF_HUB_OFFLINE' in os.environ or urllib.request.getproxies():
         return

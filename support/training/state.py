@@ -54,7 +54,7 @@ class State:
     n_tokens: int | None = None  # trained on
     n_worse: int = 0  # evaluations since the best one, for `patience`
     wandb_id: str = ''
-    trained: dict | None = None  # {name: tensor}, the weights being trained, if not those of `model`
+    trained: dict | None = None  # {name: tensor}, what is being trained, if not `model`
     file = None  # of a loaded state: the open file that its tensors are mapped from
 
     @property
@@ -75,14 +75,15 @@ class State:
         return sum(sizes.values()) + 1024 * (len(sizes) + 16)
 
     def save(self, path, keep=None):
-        """Write the state to `path`, which holds the whole old file or the whole new one at any time.
+        """Write the state to `path`, which at any time holds the whole old file or the new one.
 
         keep: a name for the old file, which replaces what was there. Raises an OSError if the file
         can't be written; the old files stay.
         """
         try:
             with replacing(path, keep) as temporary:
-                torch.save({k: v for k, v in self.values().items() if v is not None}, temporary)
+                content = {k: v for k, v in self.values().items() if v is not None}
+                torch.save(content, temporary)
                 if not zipfile.is_zipfile(temporary):  # its table of contents comes last
                     raise OSError('the disk did not keep all of it')
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -221,7 +222,7 @@ def reading(path):
 
 
 def read(path, verify):
-    """State.load with the errors of Python: OSError or MemoryError where the file isn't at fault."""
+    """State.load with Python's errors: OSError or MemoryError if the file isn't at fault."""
     file = HeldFile(path)
     try:
         if file.is_archive and verify:
