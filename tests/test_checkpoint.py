@@ -295,6 +295,19 @@ def test_save_that_is_whole_succeeds_on_a_disk_that_lacks_an_operation(lacks, tm
     assert states_in(tmp_path) == {'latest.pt': 3, 'previous.pt': 2}
 
 
+def test_renaming_whose_answer_was_lost_counts_as_done(tmp_path, monkeypatch):
+    real = os.replace
+
+    def twice(path, name):
+        real(path, name)
+        real(path, name)
+    monkeypatch.setattr(os, 'replace', twice)
+    for i in (1, 2, 3):
+        replace(STATE, iter_num=i).save(tmp_path / 'latest.pt', tmp_path / 'previous.pt')
+    monkeypatch.undo()
+    assert states_in(tmp_path) == {'latest.pt': 3, 'previous.pt': 2}
+
+
 def test_disk_that_says_it_is_full_is_tried_and_one_that_loses_writes_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(total=0, used=0, free=0))
     STATE.save(tmp_path / 'latest.pt')

@@ -68,9 +68,12 @@ def replacing(path, keep=None):
     try:
         yield temporary
         flush_to_disk(temporary)
-        if keep:
-            keep_as(path, Path(keep))
-        os.replace(temporary, path)
+        try:
+            if keep and path.exists():
+                link(path, Path(keep))
+        except OSError as error:  # the new file is whole all the same
+            print0(f'{path} could not be kept as {keep} ({reason_of(error)})')
+        rename(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -83,31 +86,14 @@ def own_name(path):
     return path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.part')
 
 
-def keep_as(path, name):
-    """Give a file's content a second name, in place of the file that has it. Without hard links the
-    file is renamed: a copy of gigabytes takes long, and may not fit."""
-    temporary = own_name(name)
+def rename(path, name):
+    """os.replace. A network disk that lost its first answer may fail after it was done."""
+    before = os.stat(path)
     try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        with suppress(FileNotFoundError):
-            try_link(path, temporary)
-            os.replace(temporary if temporary.exists() else path, name)
-    except OSError as error:
-        print0(f'{path} could not be kept as {name} ({reason_of(error)})')
-    finally:
-        with suppress(OSError):  # two names of one file are not replaced by each other
-            temporary.unlink()
-
-
-def try_link(path, name):
-    """A hard link where the disk has them."""
-    try:
-        os.link(path, name)
-    except FileNotFoundError:
-        raise
+        os.replace(path, name)
     except OSError:
-        pass
+        if not os.path.exists(name) or not os.path.samestat(before, os.stat(name)):
+            raise
 
 
 def link(path, name):
@@ -115,12 +101,16 @@ def link(path, name):
     temporary = own_name(name)
     try:
         temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-    except OSError:
-        name.unlink(missing_ok=True)  # makes room for the copy
-        shutil.copyfile(path, temporary)
-        flush_to_disk(temporary)
-    os.replace(temporary, name)
+        with suppress(OSError):
+            os.link(path, temporary)
+        if not temporary.exists():
+            name.unlink(missing_ok=True)  # makes room for the copy
+            shutil.copyfile(path, temporary)
+            flush_to_disk(temporary)
+        rename(temporary, name)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def remove_leftovers(path):

@@ -111,8 +111,6 @@ def checked_config(state, changes):
         raise UserError(f'the checkpoint\'s model_args ask for {config.n_layer:,} layers, but it '
                         f'has only {len(weights):,} tensors')
     parameters = outline(config)
-    if parameters is None:
-        return config
     asked = {name: tuple(t.shape) for name, t in parameters.items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if wrong := [name for name in asked | found if asked.get(name) != found.get(name)]:
@@ -123,13 +121,13 @@ def checked_config(state, changes):
 
 
 def outline(config):
-    """{name: parameter without memory} of a GPT; None for one that can't be made so."""
-    message = 'the checkpoint\'s model_args are of no model'
+    """{name: parameter} of a GPT, without memory if it can be made so."""
+    message = f'the checkpoint\'s model_args are of no model: {config}'
     try:
         with torch.device('meta'), explain_failure(message, passing=(RuntimeError,)):
             return GPT(config).state_dict(keep_vars=True)
     except RuntimeError:  # its constructor reads numbers
-        return None
+        return make_model(config).state_dict(keep_vars=True)
 
 
 def untied_if_needed(config, parameters, weights):
