@@ -10,6 +10,7 @@ status 1 if anything was lost. Linux only: it looks into /proc, and `disk` mount
 """
 
 import contextlib
+import errno
 import gc
 import io
 import itertools
@@ -38,8 +39,10 @@ from conftest import ROOT, TINY_ARGS  # noqa: E402, before torch
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from support.training import checkpoint  # noqa: E402
+from support.machine.runtime import Runtime  # noqa: E402
 from support.text.prepare import write_text_dataset  # noqa: E402
+from support.training import start as starting  # noqa: E402
+from support.training.state import State  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank',
@@ -208,8 +211,8 @@ def equal(one, other):
 def differences(one, other):
     """What two finished runs' folders don't share, [] if nothing: of log.jsonl and of the last state."""
     found = [] if read_log(one) == read_log(other) else ['log.jsonl']
-    a, b = (checkpoint.load(Path(folder, 'latest.pt')) for folder in (one, other))
-    return found + [key for key in STATE if not equal(a.get(key), b.get(key))]
+    a, b = (State.load(Path(folder, 'latest.pt')) for folder in (one, other))
+    return found + [key for key in STATE if not equal(getattr(a, key), getattr(b, key))]
 
 
 def numbers_of(state):
@@ -274,7 +277,7 @@ def exact(folder, data, count):
             for step in (1, 7, 20) if compiled else range(1, count + 1):
                 out_dir = folder / f'{name}-{step}'
                 replies = ranks.train(*case, f'--out_dir={out_dir}', kind='stop', at=step, rank_of=step % n)
-                stopped_at = checkpoint.load(out_dir / 'latest.pt')['iter_num']
+                stopped_at = State.load(out_dir / 'latest.pt').iter_num
                 replies += ranks.train(*case, f'--out_dir={out_dir}', '--init_from=resume')
                 wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
                 stops += 1
@@ -348,7 +351,7 @@ def signals(folder, data, count):
         stopped = 'stopped at iteration' in output
         sent += stopped
         good += stopped and process.returncode == 0
-        state, last = checkpoint.load(out_dir / 'latest.pt')['iter_num'], read_log(out_dir)[-1]['iter']
+        state, last = State.load(out_dir / 'latest.pt').iter_num, read_log(out_dir)[-1]['iter']
         if process.returncode or state != last + 1:
             lost.append(f'status {process.returncode}, state {state}, last line {last}: {output[-6000:]}')
             break
@@ -436,9 +439,10 @@ def flip(folder, data, count):
     ranks, source = Ranks(), folder / 'source'
     args = [f'--data_dir={data}', '--checkpoint_interval=2', '--eval_interval=4']
     assert ranks.train(*args, '--max_iters=8', f'--out_dir={source}')[0].error is None
-    iterations = {p.name: checkpoint.load(p)['iter_num'] for p in source.glob('*.pt')}
+    iterations = {p.name: State.load(p).iter_num for p in source.glob('*.pt')}
     assert iterations == {'ckpt.pt': 8, 'previous.pt': 8, 'latest.pt': 9}, iterations
-    seen, taken, runs, lost = 0, 0, 0, []
+    originals = {p.name: State.load(p) for p in source.glob('*.pt')}
+    seen, harmless, taken, runs, lost = 0, 0, 0, 0, []
     for i in range(count):
         out_dir = folder / 'out'
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -446,11 +450,14 @@ def flip(folder, data, count):
         names = random.choice([['latest.pt']] * 3 + [['latest.pt', 'previous.pt'], [*iterations]])
         for name in names:
             damage(out_dir / name)
+        same = [name for name in names if reads_as(out_dir / name, originals[name])]
+        names = [name for name in names if name not in same]
+        harmless += len(same)  # between the records, where nothing is read
         files = {p.name: p.read_bytes() for p in out_dir.iterdir()}
         if i % 20:
-            path, state, damaged = checkpoint.newest(out_dir)
-            aside = [checkpoint.set_aside(bad) for bad in damaged]
-            resumed = state and state['iter_num']
+            path, state, damaged = State.newest(out_dir)
+            aside = [starting.set_aside(bad) for bad in damaged]
+            resumed = state and state.iter_num
         else:  # through train.py itself
             runs += 1
             reply = ranks.train(*args, '--max_iters=8', f'--out_dir={out_dir}', '--init_from=resume')[0]
@@ -458,18 +465,137 @@ def flip(folder, data, count):
             resumed = int(resumed[1]) if resumed else None
             aside = [*out_dir.glob('*.damaged*')]
             if len(names) == len(iterations) and 'is not a checkpoint' in str(reply.error):
-                aside = [checkpoint.set_aside(out_dir / name) for name in names]  # all were left there
+                aside = [starting.set_aside(out_dir / name) for name in names]  # all were left there
         whole = max((n for name, n in iterations.items() if name not in names), default=None)
         now = {p.name: p.read_bytes() for p in out_dir.iterdir()}
         kept = all(files[p.name.partition('.damaged')[0]] == now[p.name] for p in aside)
         untouched = i % 20 == 0 or all(now[name] == files[name] for name in files if name not in names)
-        seen += len(aside) == len(names)
+        seen += len(aside)
         taken += resumed is not None
         if len(aside) != len(names) or resumed != whole or not kept or not untouched:
             lost.append(f'{names}: {len(aside)} set aside, resumed at {resumed}, kept {kept}, {untouched}')
     ranks.close()
-    return (f'{count} damaged folders, {seen} seen, {taken} resumed from an older state ({runs} of all by '
-            f'train.py), {len(lost)} overwritten, missed or wrong'), lost
+    return (f'{count} damaged folders, {seen} files refused, {harmless} read as they were saved, {taken} '
+            f'folders resumed ({runs} of all by train.py), {len(lost)} overwritten, missed or wrong'), lost
+
+
+def reads_as(path, state):
+    """Whether a damaged file is still read as the state that was saved."""
+    try:
+        return equal(State.load(path).values(), state.values())
+    except ValueError:
+        return False
+
+
+class DiskErrors:
+    """Errors of the disk while checkpoints are read: at the `at`-th operation, counted from 0, once or from
+    then on. An operation opens, seeks, reads, maps, lists or asks for the size."""
+
+    def __init__(self, folder, number, at, lasting):
+        self.folder, self.number, self.at, self.lasting = str(folder), number, at, lasting
+        self.count = 0
+
+    def step(self, path):
+        if not isinstance(path, int) and not str(path).startswith((self.folder, '/dev/fd/')):
+            return
+        self.count += 1
+        if self.count == self.at + 1 or self.lasting and self.count > self.at:
+            raise OSError(self.number, os.strerror(self.number))
+
+    def wrap(self, real):
+        def call(path, *args, **kwargs):
+            self.step(path)
+            return real(path, *args, **kwargs)
+        return call
+
+    def open(self, path, *args, **kwargs):
+        self.step(path)
+        file = self.real_open(path, *args, **kwargs)
+        return FaultyFile(file, self) if str(path).startswith((self.folder, '/dev/fd/')) else file
+
+    def map(self, path, *args):
+        try:
+            self.step(path)
+        except OSError as error:  # as PyTorch has it
+            raise RuntimeError(f'unable to mmap 9 bytes from file <{path}>: {error.strerror} '
+                               f'({error.errno})') from None
+        return self.real_map(path, *args)
+
+    def __enter__(self):
+        self.real_open, self.real_map = open, torch.UntypedStorage.from_file
+        self.stack = contextlib.ExitStack()
+        for patch in (mock.patch('builtins.open', self.open), mock.patch('time.sleep'),
+                      mock.patch.object(torch.UntypedStorage, 'from_file', self.map),
+                      *(mock.patch.object(os, name, self.wrap(getattr(os, name)))
+                        for name in ('stat', 'fstat', 'listdir'))):
+            self.stack.enter_context(patch)
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+class FaultyFile:
+    def __init__(self, file, errors):
+        self.file, self.errors = file, errors
+
+    def __getattr__(self, name):
+        found = getattr(self.file, name)
+        if name not in ('read', 'readinto', 'seek'):
+            return found
+
+        def call(*args):
+            self.errors.step(0)
+            return found(*args)
+        return call
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def read_errors(out_dir, number, every=1):
+    """An error at each (or every 2nd, ...) operation in turn that finds and reads the states in a folder,
+    once, then from there on. Returns the number of starts that went on with the newest state, of those that
+    ended with a line, and what was wrong: any other result, and any file that was changed."""
+    config = {'init_from': 'auto', 'eval_only': False, 'out_dir': str(out_dir)}
+    run, good, refused, lost = Runtime('cpu', 'float32', False, 'gloo'), 0, 0, []
+    files = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
+    newest = State.newest(out_dir)[1].iter_num
+    for lasting in (False, True):
+        for at in itertools.count(0, every):
+            errors, found = DiskErrors(out_dir, number, at, lasting), None
+            try:
+                with errors, contextlib.redirect_stdout(io.StringIO()):
+                    found = starting.find_state(config, run)[0]
+            except FileNotFoundError as error:
+                refused += 1
+                if not lasting or 'can\'t be read now' not in str(error) or '\n' in str(error):
+                    lost.append(f'{at}, {lasting}: {error}')
+            else:
+                good += 1
+                if found is None or found.iter_num != newest:
+                    lost.append(f'{at}, {lasting}: started from {found and found.iter_num}')
+            now = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
+            lost += [f'{at}, {lasting}: {sorted(now)}'] if now != files else []
+            if errors.count <= at:  # there are no more operations
+                break
+    return good, refused, lost
+
+
+def passing(folder, data, count):
+    """Errors of the disk that pass, and some that don't, at every operation that reads a checkpoint."""
+    source = uninterrupted(folder / 'run', [f'--data_dir={data}', '--checkpoint_interval=2',
+                                            '--eval_interval=4', '--max_iters=8'])
+    kinds = ('EIO', 'ESTALE', 'ETIMEDOUT', 'EMFILE', 'EAGAIN', 'ENOLCK', 'EBUSY')[:count]
+    good, refused, lost = 0, 0, []
+    for kind in kinds:
+        results = read_errors(source, getattr(errno, kind))
+        good, refused = good + results[0], refused + results[1]
+        lost += [f'{kind}: {wrong}' for wrong in results[2]]
+    return (f'{good + refused} errors of {len(kinds)} kinds, {good} starts with the newest state, {refused} '
+            f'ended with a line, {len(lost)} files renamed or runs restarted'), lost
 
 
 def damage(path):
@@ -530,11 +656,11 @@ def nan(folder, data, count):
                             r'(No state was saved|last good state is that of iteration (\d+))',
                             str(replies[0].error))
             saved = Path(out_dir, 'latest.pt')
-            good = checkpoint.load(saved)['iter_num'] if saved.exists() else None
+            good = State.load(saved).iter_num if saved.exists() else None
             right = told and good == (told[3] and int(told[3])) and (
                 kind == 'moment' or int(told[1]) == bad) and (good is None or good <= bad)
             in_files = [f'{p.name} has {t.shape}' for p in out_dir.glob('*.pt')
-                        for t in numbers_of(checkpoint.load(p)) if not t.isfinite().all()]
+                        for t in numbers_of(State.load(p).values()) if not t.isfinite().all()]
             held = kind in ('weight', 'moment') or all(r.finite for r in replies)
             stopped += all(r.error for r in replies) and held
             finite += not in_files
@@ -635,10 +761,6 @@ def data_faults(folder, data, count):
         else:
             lost.append(f'{kind}: {done.stderr}')
         print(f'  {kind}: {done.stderr.strip()[-300:]}')
-    allowed = ranks.train(f'--data_dir={folder / kinds[-1]}', out, '--max_iters=8', '--init_from=resume',
-                          '--allow_changed_data=True')[0]
-    if kinds[-1] == 'changed' and allowed.error:
-        lost.append(allowed.error)
     ranks.close()
     return (f'{len(kinds)} faults, {lines} refused in one line, the slowest after {slowest:.1f} s, of which '
             f'importing torch takes {torch_takes:.1f} s'), lost
@@ -665,8 +787,8 @@ def pairs(folder, data, count):
             refused += told in outputs[codes.index(1)]
             wrong = [] if told in outputs[codes.index(1)] and sum(codes) == 1 else [str(outputs)[-1500:]]
             wrong += differences(whole[codes.index(0)] if 0 in codes else whole[0], out_dir)
-        else:  # one after the other: the first one's files are in earlier/, whole
-            homes = [out_dir / 'earlier', out_dir]
+        else:  # one after the other: the first one's files are in earlier-1, whole
+            homes = [out_dir / 'earlier-1', out_dir]
             wrong = min((differences(whole[0], a) + differences(whole[1], b)
                          for a, b in (homes, homes[::-1]) if a.exists() and b.exists()),
                         default=['no earlier run'], key=len)
@@ -754,23 +876,24 @@ folder.move_earlier_run(sys.argv[1])
 
 def kill_move(folder, data, count):
     """SIGKILL before each of the steps of move_earlier_run: the run and the one before it are whole."""
-    from support.training.folder import FILES, undo_half_move
+    from support.training.folder import undo_half_move
+    names = ('latest.pt', 'previous.pt', 'ckpt.pt', 'log.jsonl')
     kills, lost, inside = 0, [], 0
     for i in range(count):
         out_dir = folder / f'out{i}'
-        for place, text in ((out_dir / 'earlier', 'old'), (out_dir, 'new')):
+        for place, text in ((out_dir / 'earlier-1', 'old'), (out_dir, 'new')):
             place.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
+            for name in names:
                 (place / name).write_text(text)
         for step in (i % 12, random.randrange(12)):  # and once more, in what the first kill left
             done = subprocess.run([sys.executable, '-c', MOVER, str(out_dir), str(step)], cwd=ROOT,
                                   capture_output=True, text=True)
             kills += done.returncode == -signal.SIGKILL
         undo_half_move(out_dir)
-        now = {place: [(place / name).read_text() if (place / name).is_file() else None for name in FILES]
-               for place in (out_dir, out_dir / 'earlier')}
-        whole = [['new'] * 4 in now.values(), set(map(tuple, now.values())) <= {
-            ('new',) * 4, ('old',) * 4, (None,) * 4}]
+        now = {place: [(place / name).read_text() if (place / name).is_file() else None for name in names]
+               for place in (out_dir, *out_dir.glob('earlier-*'))}
+        whole = [['new'] * 4 in now.values(), now[out_dir / 'earlier-1'] == ['old'] * 4,
+                 set(map(tuple, now.values())) <= {('new',) * 4, ('old',) * 4, (None,) * 4}]
         inside += now[out_dir] == ['new'] * 4
         lost += [] if all(whole) else [f'{i}: {now}']
     return f'{kills} kills, {inside} moves undone, {len(lost)} runs lost', lost
@@ -904,7 +1027,7 @@ def checkpoints(folder, data, count):
     """Hostile checkpoints, resumed from and sampled."""
     args = [f'--data_dir={data}', '--max_iters=4', '--eval_interval=4']
     source = uninterrupted(folder / 'source', args)
-    state = checkpoint.load(source / 'latest.pt')
+    state = torch.load(source / 'latest.pt')
     cases = hostile_states(state)
 
     def command(name):
@@ -975,7 +1098,7 @@ FAULTS = {  # how often, where --count doesn't say
     'nan': (nan, 1000), 'misspell': (misspell, 10**6), 'data': (data_faults, 100),
     'pairs': (pairs, 200), 'kill_5': (kill_5, 60), 'kill_prepare': (kill_prepare, 20),
     'kill_move': (kill_move, 20), 'kill_draw': (kill_draw, 20), 'output': (output, 20),
-    'checkpoints': (checkpoints, 50), 'folders': (folders, 50),
+    'checkpoints': (checkpoints, 50), 'folders': (folders, 50), 'passing': (passing, 7),
 }
 
 

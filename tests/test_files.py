@@ -1,4 +1,4 @@
-"""support/machine/files.py: replacing files, reading text, downloads, and errors of unreadable files."""
+"""support/machine/files.py: replacing files, reading text, downloads, locks, errors of unreadable files."""
 
 import errno
 import hashlib
@@ -19,52 +19,83 @@ import pytest
 import torch
 from conftest import ROOT
 
-from support.machine.files import download, explain_failure, lock, read_text, replacing, unlock
+from support.machine.files import (download, explain_failure, free_disk, is_held, lock, read_text, replacing,
+                                   unlock)
 
 
-def assert_one_line(error):
-    assert str(error.value) and '\n' not in str(error.value)
+def contents(folder):
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+@contextmanager
+def one_line(match, kind=ValueError):
+    with pytest.raises(kind, match=match) as error:
+        yield error
+    assert '\n' not in str(error.value)
 
 
 # ---------------------------------------------------------------------------- replacing
 
-def test_old_file_is_whole_until_the_new_one_is(tmp_path):
-    path = tmp_path / 'file'
-    path.write_text('old')
-    with replacing(path) as temporary:
+def test_file_is_whole_and_there_at_every_moment(tmp_path, monkeypatch):
+    path, keep, seen = tmp_path / 'file', tmp_path / 'kept', []
+    for linkable in (True, False):
+        for text, kept in (('a', None), ('b', 'a'), ('c', 'b')):
+            with replacing(path, keep) as temporary:
+                temporary.write_text(text)
+                assert kept is None or path.read_text() == kept
+            assert contents(tmp_path) == {'file': text} | ({'kept': kept} if kept else {})
+            if kept is None:  # from now on it must exist at each step
+                for name in ('replace', 'link', 'unlink'):
+                    real = getattr(os, name)
+                    monkeypatch.setattr(os, name, lambda *a, real=real, **k: (seen.append(path.exists()),
+                                                                              real(*a, **k)))
+                if not linkable:
+                    monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError(95, 'no links')))
+        assert len(seen) > 5 and all(seen)
+        with suppress(RuntimeError), replacing(path, keep) as temporary:
+            temporary.write_text('d')
+            raise RuntimeError
+        assert contents(tmp_path) == {'file': 'c', 'kept': 'b'}
+        monkeypatch.undo()
+        path.unlink()
+        keep.unlink()
+
+
+def test_content_is_on_the_disk_before_it_takes_the_old_one_s_place(monkeypatch, tmp_path):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda handle: (done.append('flushed'), fsync(handle)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(b.name), replace(a, b)))
+    with replacing(tmp_path / 'file') as temporary:
         temporary.write_text('new')
-        assert path.read_text() == 'old'
-    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+    assert done[:2] == ['flushed', 'file']
 
 
-def test_old_file_is_kept_under_another_name_where_there_is_one(tmp_path):
-    path, keep = tmp_path / 'file', tmp_path / 'kept'
-    for text, kept in (('a', None), ('b', 'a'), ('c', 'b')):
-        with replacing(path, keep) as temporary:
-            temporary.write_text(text)
-        assert path.read_text() == text and (keep.read_text() if keep.exists() else None) == kept
-    with suppress(RuntimeError), replacing(path, keep) as temporary:
-        temporary.write_text('d')
-        raise RuntimeError
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {'file': 'c', 'kept': 'b'}
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    host = socket.gethostname()
+    left = [tmp_path / f'file.{host}-{dead.pid}.part', tmp_path / f'file.{host}-{os.getppid()}.part',
+            tmp_path / f'file.elsewhere-{dead.pid}.part']
+    for path in left:
+        path.write_text('half')
+    with replacing(tmp_path / 'file') as temporary:
+        temporary.write_text('new')
+    assert [path.exists() for path in left] == [False, True, True]
 
 
 # ---------------------------------------------------------------------------- text
 
-@pytest.mark.parametrize('data', ['é\nb\n', 'é\r\nb\n', '\ufeffé\nb\r\n'])
-def test_text_is_read_as_utf8_without_what_windows_adds(data, tmp_path):
-    (tmp_path / 'a.txt').write_bytes(data.encode())
-    assert read_text(tmp_path / 'a.txt') == 'é\nb\n'
-
-
-@pytest.mark.parametrize('data, message', [
-    (b'caf\xe9', 'not UTF-8 text.* at byte 3'), (b'a\0b', 'zero bytes'),
-])
-def test_file_that_is_no_text_is_refused(data, message, tmp_path):
-    (tmp_path / 'a.txt').write_bytes(data)
-    with pytest.raises(ValueError, match=message) as error:
-        read_text(tmp_path / 'a.txt')
-    assert_one_line(error)
+def test_text_is_read_as_utf8_and_anything_else_is_refused(tmp_path):
+    path = tmp_path / 'a.txt'
+    for text in ('é\nb\n', 'é\r\nb\n', '\ufeffé\nb\r\n'):  # what Windows adds
+        path.write_bytes(text.encode())
+        assert read_text(path) == 'é\nb\n'
+    for data, message in ((b'caf\xe9', 'not UTF-8 text.* at byte 3'), (b'a\0b', 'zero bytes')):
+        path.write_bytes(data)
+        with one_line(message):
+            read_text(path)
+    with one_line('missing', FileNotFoundError):
+        read_text(tmp_path / 'none')
 
 
 # ---------------------------------------------------------------------------- unreadable files
@@ -90,35 +121,25 @@ def damaged_files():
 
 @pytest.mark.parametrize('kind', damaged_files())
 def test_any_damage_is_one_line_that_starts_with_the_message(kind):
-    with pytest.raises(ValueError, match=r'^file.bin is damaged \(\w+.*\)$') as error, \
-            explain_failure('file.bin is damaged'):
+    with one_line(r'^file.bin is damaged \(\w+.*\)$') as error, explain_failure('file.bin is damaged'):
         damaged_files()[kind]()
-    assert_one_line(error)
     assert error.value.__suppress_context__
 
 
-def test_reason_is_the_first_line_of_an_error_or_of_its_cause():
-    with pytest.raises(ValueError, match=r'^no \(KeyError: \'id\'\)$'), explain_failure('no'):
+class TheirError(Exception):
+    pass
+
+
+@pytest.mark.parametrize('error, more, message', [
+    (OSError('x' * 999), (), r'^no \(OSError: x{300}\)$'),
+    (OSError('\ntwo\nlines'), (), r'^no \(OSError: two\)$'),
+    (EOFError(), (), r'^no \(EOFError\)$'), (TheirError(), (TheirError,), r'^no \(TheirError\)$'),
+    (KeyboardInterrupt(), (), None), (NameError(), (), None), (TheirError(), (), None)])
+def test_reason_is_the_first_line_and_programming_errors_and_interruptions_pass(error, more, message):
+    with pytest.raises(ValueError if message else type(error), match=message), explain_failure('no', *more):
+        raise error
+    with one_line(r'^no \(KeyError: \'id\'\)$'), explain_failure('no'):
         raise RuntimeError('two\nlines') from KeyError('id')
-    with pytest.raises(ValueError, match=r'^no \(OSError: x{300}\)$'), explain_failure('no'):
-        raise OSError('x' * 999)
-    with pytest.raises(ValueError, match=r'^no \(OSError: two\)$'), explain_failure('no'):
-        raise OSError('\ntwo\nlines')
-    with pytest.raises(ValueError, match=r'^no \(EOFError\)$'), explain_failure('no'):
-        raise EOFError
-
-
-def test_programming_errors_and_interruptions_pass():
-    class TheirError(Exception):
-        pass
-
-    for error in (KeyboardInterrupt, NameError, TheirError):
-        with pytest.raises(error), explain_failure('no'):
-            raise error
-    with pytest.raises(ValueError, match=r'^no \(TheirError\)$'), explain_failure('no', TheirError):
-        raise TheirError
-    with explain_failure('no'):
-        pass
 
 
 # ---------------------------------------------------------------------------- downloading
@@ -149,23 +170,20 @@ def server(reply, stall=False):
         done.set()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def direct(monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
 
 
-def test_download_keeps_the_right_content(direct, tmp_path):
+def test_download_keeps_the_right_content_and_a_file_that_is_there(tmp_path):
+    path = tmp_path / 'data' / 'input.txt'
     with server(WHOLE) as (url, requests):
-        download(url, SHA256, tmp_path / 'data' / 'input.txt')
-    assert (tmp_path / 'data' / 'input.txt').read_bytes() == BODY and len(requests) == 1
-    assert [p.name for p in (tmp_path / 'data').iterdir()] == ['input.txt']
-
-
-def test_file_that_is_there_is_kept_without_a_request(direct, tmp_path):
-    (tmp_path / 'input.txt').write_text('mine')
+        download(url, SHA256, path)
+    assert contents(path.parent) == {'input.txt': BODY.decode()} and len(requests) == 1
+    path.write_text('mine')
     with server(WHOLE) as (url, requests):
-        download(url, SHA256, tmp_path / 'input.txt')
-    assert (tmp_path / 'input.txt').read_text() == 'mine' and requests == []
+        download(url, SHA256, path)
+    assert path.read_text() == 'mine' and requests == []
 
 
 @pytest.mark.parametrize('reply, reason', [
@@ -174,59 +192,17 @@ def test_file_that_is_there_is_kept_without_a_request(direct, tmp_path):
     (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n' + BODY, ''),  # the same, in chunks
     (b'HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n', ''),
     (b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n', '404'),
-    (b'SSH-2.0-OpenSSH_9.6\r\n', ''),
-    (b'', ''),
-], ids=['checksum', 'cut', 'cut chunk', 'no length', '404', 'no HTTP', 'nothing'])
-def test_failing_download_names_the_way_round_and_leaves_nothing(reply, reason, direct, tmp_path):
-    with server(reply) as (url, _), pytest.raises(FileNotFoundError, match=f'{reason}.*--input=') as error:
-        download(url, SHA256, tmp_path / 'input.txt')
-    assert_one_line(error)
-    assert str(tmp_path / 'input.txt') in str(error.value) and list(tmp_path.iterdir()) == []
-
-
-def test_server_that_stalls_is_given_up(direct, tmp_path):
-    with server(WHOLE[:-5], stall=True) as (url, _), pytest.raises(FileNotFoundError, match='timed out'):
+    (b'SSH-2.0-OpenSSH_9.6\r\n', ''), (b'', ''), (WHOLE[:-5], 'timed out')])
+def test_failing_download_names_the_way_round_and_leaves_nothing(reply, reason, tmp_path):
+    with server(reply, stall=reason == 'timed out') as (url, _), \
+            one_line(f'{reason}.*put the file at {tmp_path / "input.txt"}.*--input=', FileNotFoundError):
         download(url, SHA256, tmp_path / 'input.txt', timeout=0.5)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_server_that_is_not_there_is_told(direct, tmp_path):
-    with socket.create_server(('127.0.0.1', 0)) as listener:
-        port = listener.getsockname()[1]
-    with pytest.raises(FileNotFoundError, match='--input=FILE'):
-        download(f'http://127.0.0.1:{port}/input.txt', SHA256, tmp_path / 'input.txt')
+    with one_line('--input=FILE', FileNotFoundError):  # nobody listens there any more
+        download(url, SHA256, tmp_path / 'input.txt')
     assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------- one writer
-
-def test_file_is_never_absent_while_it_is_replaced(tmp_path, monkeypatch):
-    path, keep, seen = tmp_path / 'file', tmp_path / 'kept', []
-    path.write_text('old')
-    for name in ('replace', 'link', 'unlink'):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, real=real, **k: (seen.append(path.exists()), real(*a, **k)))
-    for linkable in (True, False):
-        if not linkable:
-            monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError(95, 'no hard links')))
-        with replacing(path, keep) as temporary:
-            temporary.write_text('new')
-        assert keep.read_text() == ('old' if linkable else 'new') and path.read_text() == 'new'
-    assert len(seen) > 3 and all(seen)
-
-
-def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_not(tmp_path):
-    dead = subprocess.Popen([sys.executable, '-c', ''])
-    dead.wait()
-    host = socket.gethostname()
-    left = [tmp_path / f'file.{host}-{dead.pid}.part', tmp_path / f'file.{host}-{os.getppid()}.part',
-            tmp_path / f'file.elsewhere-{dead.pid}.part']
-    for path in left:
-        path.write_text('half')
-    with replacing(tmp_path / 'file') as temporary:
-        temporary.write_text('new')
-    assert [path.exists() for path in left] == [False, True, True]
-
 
 HOLD = 'import sys; from support.machine.files import lock; print(lock(sys.argv[1]), flush=True); input()'
 
@@ -247,12 +223,25 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     for process in (first, second):
         process.communicate('')
     assert path.exists() and lock(path) is None and lock(path) is None
+    assert is_held(path) and hold(path)[1].startswith(f'process {os.getpid()} ')  # looking didn't release it
     unlock(path)
     assert not path.exists()
 
 
-def test_a_lock_is_had_where_the_file_system_has_none(tmp_path, monkeypatch):
+def test_a_lock_is_had_where_the_disk_has_none_or_numbers_files_anew(tmp_path, monkeypatch):
     fcntl = pytest.importorskip('fcntl')
     monkeypatch.setattr(fcntl, 'lockf', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'no locks')))
-    assert lock(tmp_path / 'lock') is None
+    monkeypatch.setattr(os.path, 'samestat', lambda *_: False)
+    assert lock(tmp_path / 'lock') is None and is_held(tmp_path / 'lock')
     unlock(tmp_path / 'lock')
+    assert not (tmp_path / 'lock').exists()
+
+
+def test_free_space_is_that_of_the_nearest_folder_or_0_if_unknown(tmp_path, monkeypatch):
+    assert free_disk(tmp_path / 'none' / 'none') > 0
+
+    def fail(*_):
+        raise OSError(errno.ENOSYS, 'no answer')
+    monkeypatch.setattr(os, 'statvfs', fail)
+    monkeypatch.setattr('shutil.disk_usage', fail)
+    assert free_disk(tmp_path) == 0

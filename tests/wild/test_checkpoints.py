@@ -1,17 +1,22 @@
-"""Checkpoints as other repositories' scripts save them."""
+"""Checkpoints as other repositories' scripts save them, and ours with another model.py."""
 
+import json
+import os
 import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, losses
-from test_checkpoint import CPU, Evil, assert_equal_trees
+from conftest import ROOT, TINY, losses
+from test_checkpoint import CPU, Call, assert_equal_trees
 
 from model import GPT, GPTConfig
-from support.training import checkpoint
-from support.training.state import config_from_args, load_model
+from support.training.models import config_from_args, load_model
+from support.training.state import State
 
 ARGS = TINY | {'bias': True, 'dropout': 0.0}
 
@@ -50,13 +55,13 @@ def test_numpy_s_numbers_and_paths_are_read_as_plain_values(zip_archive, core, s
     assert b'numpy._core' in data
     if not zip_archive:
         (folder / 'ckpt.pt').write_bytes(data.replace(b'numpy._core', core.encode()))
-    state = checkpoint.load(folder / 'ckpt.pt')
+    state = State.load(folder / 'ckpt.pt')
     expected = {'learning_rate': 0.5, 'big': [1, 2], 'flag': True, 'data_dir': str(Path('/data/tiny')),
                 'count': -7, 'name': 'é', 'bytes': b'\xff'}
-    assert state['config'] == expected
-    assert [type(v) for v in state['config'].values()][:1] + [type(state['config']['count'])] == [float, int]
-    assert (type(state['iter_num']), state['iter_num'], state['best_val_loss']) == (int, 4, 1.5)
-    assert config_from_args(state['model_args']).vocab_size == 64
+    assert state.config == expected
+    assert [type(v) for v in state.config.values()][:1] + [type(state.config['count'])] == [float, int]
+    assert (type(state.iter_num), state.iter_num, state.best_val_loss) == (int, 4, 1.5)
+    assert config_from_args(state.model_args).vocab_size == 64
 
 
 def test_vocabulary_that_is_not_stated_is_that_of_the_weights(saved):
@@ -65,16 +70,15 @@ def test_vocabulary_that_is_not_stated_is_that_of_the_weights(saved):
 
 
 def test_model_settings_that_are_off_are_dropped_with_one_line(saved, capsys):
-    folder, _ = saved({'add_lora': False, 'lora_r': None, 'n_experts': 0, 'rope_kind': '', 'qk_norms': False})
+    folder, _ = saved({'add_lora': False, 'lora_r': None, 'n_experts': 0, 'rope_kind': '', 'rates': []})
     load_model('resume', folder, CPU)
-    assert capsys.readouterr().out == ('ignoring model settings of the checkpoint that are off: add_lora, '
-                                       'lora_r, n_experts, rope_kind, qk_norms\n')
+    assert capsys.readouterr().out.startswith('ignoring model settings of the checkpoint that are off: '
+                                              'add_lora, lora_r, n_experts, rope_kind, rates\n')
 
 
 @pytest.mark.parametrize('model_args, names', [
     ({'add_lora': True, 'n_experts': 8, 'off': False}, 'add_lora, n_experts'),
-    ({'use_rope': True}, 'use_rope'), ({'weight_tying': False}, 'weight_tying'),
-    ({'rates': [1]}, 'rates'), ({'empty': []}, 'empty')])
+    ({'use_rope': True}, 'use_rope'), ({'rates': [1]}, 'rates')])
 def test_other_model_settings_are_refused_by_name_all_at_once(model_args, names, saved):
     folder, _ = saved(model_args)
     with pytest.raises(ValueError, match=f"model settings that don't exist here: {names}$"):
@@ -90,7 +94,7 @@ def test_an_output_layer_of_its_own_is_kept_though_model_args_don_t_tell(saved, 
     state['model']['lm_head.weight'] += 1
     torch.save(state, folder / 'ckpt.pt')
     loaded, _, _ = load_model('resume', folder, CPU)
-    assert 'lm_head.weight differs from its wte.weight: read with tie' in capsys.readouterr().out
+    assert 'lm_head.weight differs from its transformer.wte.weight: read with tie' in capsys.readouterr().out
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight + 1)
     assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
 
@@ -98,7 +102,7 @@ def test_an_output_layer_of_its_own_is_kept_though_model_args_don_t_tell(saved, 
 def test_a_run_resumes_from_such_a_checkpoint(saved, train):
     folder, _ = saved({'vocab_size': None, 'add_lora': False, 'n_head': np.int64(2)}, '_orig_mod.module.',
                       iter_num=np.int64(3), best_val_loss=np.float64(9.0), config={'data_dir': Path('/x')})
-    run = train('--init_from=resume', '--max_iters=4', '--block_size=16', out_dir=folder)
+    run = train('--init_from=resume', '--max_iters=4', '--block_size=32', out_dir=folder)
     assert sorted(losses(run['log'])) == [3, 4]
 
 
@@ -107,15 +111,111 @@ def test_a_run_resumes_from_such_a_checkpoint(saved, train):
 def test_other_numpy_values_are_refused(value, saved):
     folder, _ = saved(config={'value': value})
     with pytest.raises(ValueError, match='not a checkpoint, or a damaged one') as error:
-        checkpoint.load(folder / 'ckpt.pt')
+        State.load(folder / 'ckpt.pt')
     assert '\n' not in str(error.value)
 
 
 def test_what_stands_in_for_numpy_runs_no_code(saved, tmp_path):
     class Scalar:
         def __reduce__(self):
-            return np.int64(1).__reduce__()[0], (np.dtype('O'), pickle.dumps(Evil(tmp_path / 'marker')))
+            evil = Call(os.mkdir, str(tmp_path / 'marker'))
+            return np.int64(1).__reduce__()[0], (np.dtype('O'), pickle.dumps(evil))
     folder, _ = saved(config={'value': Scalar()})
     with pytest.raises(ValueError, match='not a checkpoint'):
-        checkpoint.load(folder / 'ckpt.pt')
+        State.load(folder / 'ckpt.pt')
     assert not (tmp_path / 'marker').exists()
+
+
+def test_checkpoint_of_build_nanogpt_is_read(monkeypatch, tmp_path):
+    """Its train_gpt2.py saves {model, config, step, val_loss}, the config as an object of its own class."""
+    @dataclass
+    class Config:
+        block_size: int = 32
+        vocab_size: int = 64
+        n_layer: int = 2
+        n_head: int = 2
+        n_embd: int = 32
+
+    for name in ('GPTConfig', 'Config'):
+        Config.__module__, Config.__qualname__ = '__main__', name
+        monkeypatch.setattr(sys.modules['__main__'], name, Config, raising=False)
+        model = GPT(GPTConfig(**ARGS, activation='gelu_tanh'))
+        torch.save({'model': model.state_dict(), 'config': Config(), 'step': 5, 'val_loss': 3.25},
+                   tmp_path / f'{name}.pt')
+    loaded, tokenizer, state = load_model(str(tmp_path / 'GPTConfig.pt'), 'none', CPU)
+    assert loaded.config == model.config and (state.iter_num, state.best_val_loss) == (5, 3.25)
+    idx = torch.arange(20)[None]
+    weights = State.load(tmp_path / 'GPTConfig.pt').model
+    model.load_state_dict(weights)
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+    with pytest.raises(ValueError, match=r'holds an object of __main__.Config, whose code is not run.$'):
+        State.load(tmp_path / 'Config.pt')
+
+
+# A model of nobody's: its GPTConfig has nanoGPT's seven settings and two of its own.
+OTHER_MODEL = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    n_experts: int = 0
+    rates: tuple = ()
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0
+        self.config = config
+        self.decay = torch.linspace(0, 1, 3).tolist()  # has no value without memory
+        self.table = nn.Embedding(config.vocab_size, config.n_embd)
+        self.experts = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd) for _ in range(config.n_experts))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.table.weight
+"""
+USES = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+import torch
+from support.training.models import build_model, config_from_settings, make_model, model_args
+from support.training.state import State
+
+def refusal(function):
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+
+settings = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'dropout': 0.1, 'n_experts': 3}
+model = make_model(config_from_settings(settings, 40))
+state = State(model.state_dict(), model_args(model.config))
+again = build_model(state, {'dropout': 0.0})
+apart = State(dict(state.model), state.model_args)
+apart.model['head.weight'] = apart.model['head.weight'] + 1
+odd = State(state.model, state.model_args | {'n_head': 3})
+ours = State(state.model, state.model_args | {'pos_emb': 'rope', 'qk_norm': False})
+print(json.dumps([state.model_args, again.config.dropout, torch.equal(again.head.weight, model.head.weight),
+                  *(refusal(lambda: build_model(s, {})) for s in (apart, odd, ours))]))
+"""
+
+
+def test_another_model_py_makes_saves_and_reads_models_of_its_own(tmp_path):
+    (tmp_path / 'model.py').write_text(OTHER_MODEL)
+    done = subprocess.run([sys.executable, '-c', USES, str(tmp_path), str(ROOT)], capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    args, dropout, same, apart, odd, ours = json.loads(done.stdout.splitlines()[-1])
+    assert args == {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'dropout': 0.1, 'bias': True,
+                    'vocab_size': 40, 'n_experts': 3}
+    assert dropout == 0.0 and same
+    assert apart.endswith('head.weight differs from its table.weight, but model.py has one parameter for '
+                          'both')
+    assert 'n_head' in odd and ours == "the checkpoint has model settings that don't exist here: pos_emb"
