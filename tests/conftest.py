@@ -15,6 +15,8 @@ import pytest
 import runner
 import torch
 
+from model import GPT, GPTConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # GPTConfig arguments
 TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu',
@@ -26,6 +28,23 @@ TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--b
 def fixed_seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def tiny(**options):
+    """A tiny GPT in training mode."""
+    return GPT(GPTConfig(**TINY | options))
+
+
+@torch.no_grad()
+def scrambled(model, size=0.2):
+    """The model with random numbers added to all weights, whose initial values would hide much."""
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * size)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(TINY['vocab_size'], shape)
 
 
 def pytest_runtest_setup(item):
@@ -88,7 +107,8 @@ def copy_repository(tmp_path_factory):
 @pytest.fixture
 def bpe():
     """Skips where there are no GPT-2 BPE files in TIKTOKEN_CACHE_DIR."""
-    if not Path(os.environ.get('TIKTOKEN_CACHE_DIR', ''), '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
+    folder = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ''))
+    if not (folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
         pytest.skip('the GPT-2 BPE files are not in TIKTOKEN_CACHE_DIR')
 
 
