@@ -2,22 +2,22 @@
 
 import os
 import re
-import runpy
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # one of several processes; before torch reads it
-import support  # noqa: E402, F401, before torch, whose threads wait as it says
+import support  # noqa: F401, before torch, whose threads wait as it says
 import numpy as np
 import pytest
+import runner
 import torch
-from support.machine import hardware
+
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault('FLOAT32_PRODUCTS', hardware.products())  # of all processes: they round alike
 TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # GPTConfig arguments
 TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu',
              '--compile=False', '--gradient_accumulation_steps=1', '--warmup_iters=2', '--learning_rate=1e-3',
@@ -28,6 +28,23 @@ TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--b
 def fixed_seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def tiny(**options):
+    """A tiny GPT in training mode."""
+    return GPT(GPTConfig(**TINY | options))
+
+
+@torch.no_grad()
+def scrambled(model, size=0.2):
+    """The model with random numbers added to all weights, whose initial values would hide much."""
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * size)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(TINY['vocab_size'], shape)
 
 
 def pytest_runtest_setup(item):
@@ -50,24 +67,49 @@ def run_script():
 def run_here(monkeypatch, capsys):
     """Runs a script in this process; gives its globals, with what it printed as `log`."""
     def run(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        hook = sys.excepthook
+        monkeypatch.setattr(sys, 'argv', sys.argv)
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
         capsys.readouterr()
-        try:
-            found = runpy.run_path(str(ROOT / script), run_name='__main__')
-        finally:
-            sys.excepthook = hook
+        found = runner.execute(ROOT / script, args)
         return found | {'log': capsys.readouterr().out}
     return run
 
 
 @pytest.fixture
-def bpe(monkeypatch):
-    """Makes the GPT-2 BPE files available, or skips."""
-    known = os.environ.get('TIKTOKEN_CACHE_DIR') or str(ROOT.parent / 'shared/data/tiktoken')
-    if not Path(known, '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
+def train(tmp_path, char_data, run_here):
+    """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
+    def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
+        return run_here('train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args)
+    return run
+
+
+@pytest.fixture(scope='session')
+def elsewhere():
+    """A function that runs scripts of a copy of the repository, see runner.Runner."""
+    process = runner.Runner()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope='session')
+def copy_repository(tmp_path_factory):
+    """A function that makes a copy of the repository's scripts with another model.py in it."""
+    def copy(source):
+        folder = tmp_path_factory.mktemp('copy')
+        for path in ROOT.glob('*.py'):
+            shutil.copy2(path, folder)
+        shutil.copytree(ROOT / 'support', folder / 'support')
+        (folder / 'model.py').write_text(source, encoding='utf-8')
+        return folder
+    return copy
+
+
+@pytest.fixture
+def bpe():
+    """Skips where there are no GPT-2 BPE files in TIKTOKEN_CACHE_DIR."""
+    folder = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ''))
+    if not (folder / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
         pytest.skip('the GPT-2 BPE files are not in TIKTOKEN_CACHE_DIR')
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', known)
 
 
 @pytest.fixture(scope='session')
@@ -89,33 +131,6 @@ def gpt2_folder(tmp_path):
     config = GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / 'gpt2')
     return tmp_path / 'gpt2'
-
-
-@pytest.fixture
-def train(tmp_path, char_data, monkeypatch, capsys):
-    """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
-    from support.machine.signals import stop_signals
-    from support.training.folder import release
-
-    def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
-        argv = ['train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *map(str, args)]
-        monkeypatch.setattr(sys, 'argv', argv)
-        hook, handlers = sys.excepthook, {s: signal.getsignal(s) for s in stop_signals()}
-        capsys.readouterr()
-        script = {'__name__': '__main__', '__file__': str(ROOT / 'train.py')}
-        try:
-            exec(compile((ROOT / 'train.py').read_text(), script['__file__'], 'exec'), script)
-        except SystemExit as stop:
-            if stop.code:  # None with eval_only and dry_run
-                raise
-        finally:
-            release(out_dir)  # as the end of a process does
-            sys.excepthook = hook
-            signal.set_wakeup_fd(-1)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return script | {'log': capsys.readouterr().out}
-    return run
 
 
 def losses(log):

@@ -18,6 +18,7 @@ A record has tensors on the device, with a number for each layer:
                       trained matrices
 """
 
+import inspect
 import math
 from contextlib import contextmanager, nullcontext
 
@@ -95,7 +96,7 @@ def measure_vitals(model, run, x, check=None):
 
     hooks = [block.register_forward_hook(look) for block in blocks]
     hooks += [block.attn.register_forward_pre_hook(look_at_attention) for block in blocks
-              if hasattr(getattr(block, 'attn', None), 'heads')]
+              if gives_heads(getattr(block, 'attn', None))]
     model.eval()
     try:
         # compiled code would be compiled again for the hooks
@@ -111,6 +112,12 @@ def measure_vitals(model, run, x, check=None):
     if any(count is not None for _, count in logits):
         record['out_of_range'] = torch.stack([count for _, count in logits])
     return record
+
+
+def gives_heads(attention):
+    """Whether it has the method `heads` of model.py's attention; other models have numbers of that name."""
+    return inspect.ismethod(getattr(attention, 'heads', None)) and hasattr(
+        getattr(attention, 'config', None), 'attn_type')
 
 
 def blocks_of(model):

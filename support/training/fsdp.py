@@ -77,6 +77,16 @@ def no_sync(model):
     model.set_requires_gradient_sync(True)
 
 
+@contextmanager
+def gathered(model):
+    """Within a with statement a sharded model has its own parameters whole, but not those of its blocks."""
+    if is_sharded(model):
+        model.unshard()
+    yield
+    if is_sharded(model):
+        model.reshard()
+
+
 def full_tensor(tensor):
     """The value of a sharded tensor, the same on all processes; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
@@ -91,8 +101,11 @@ def full_model_state(model):
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_world_size() == 1:  # then these are the parameters' own memory
         weights = {name: t.clone() for name, t in weights.items()}
-    if weights and model.lm_head.weight is model.transformer.wte.weight:
-        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    first = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first.setdefault(p, name)
+        if weights:  # a parameter of two names is one tensor
+            weights[name] = weights[first[p]]
     return weights
 
 

@@ -32,18 +32,21 @@ class LoRALinear(nn.Linear):
 
 def add_adapters(model, rank, alpha):
     """Freeze a GPT and put a layer with an adapter in the place of each linear layer of its blocks; rank 0
-    changes nothing."""
+    changes nothing. UserError for a model without such layers."""
     if not rank:
         return
+    blocks = getattr(getattr(model, 'transformer', None), 'h', None)
+    if blocks is None or replace_linears(blocks, LoRALinear) == 0:
+        raise UserError(f'lora_rank={rank} adapts the linear layers in transformer.h, which this model.py '
+                        'lacks: use --lora_rank=0')
     model.requires_grad_(False)
-    replace_linears(model.transformer.h, LoRALinear)
-    for layer in adapted_layers(model).values():
+    for layer in dict.fromkeys(adapted_layers(model).values()):
         layer.adapt(rank, alpha)
 
 
 def adapted_layers(model):
-    """{name: layer} of those with an adapter."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """{name: layer} of those with an adapter; a layer of two names has both."""
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)}
 
 
 @torch.no_grad()

@@ -40,8 +40,11 @@ def make_optimizer(model, settings, device_type):
 
 def separate_embedding(opt, model, lr, weight_decay):
     """Give the token embedding a group with a learning rate of its own."""
-    wte = model.transformer.wte.weight
-    if model.lm_head.weight is wte:
+    wte, head = (getattr(module, 'weight', None) for module in (
+        getattr(getattr(model, 'transformer', None), 'wte', None), getattr(model, 'lm_head', None)))
+    if wte is None or head is None:
+        raise UserError(f'embedding_lr={lr} is for transformer.wte beside lm_head, which this model.py lacks')
+    if wte is head:
         raise UserError(f'embedding_lr={lr} needs an embedding of its own: tie_weights=False')
     for group in opt.param_groups:
         group['params'] = [p for p in group['params'] if p is not wte]
@@ -103,7 +106,6 @@ class Muon(PlainOptimizer):
     approximated. The momentum rises from 0.85 to `momentum` in the first `momentum_warmup` steps. Several
     processes share the work and exchange the results.
     """
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler sets found_inf instead of skipping the step
 
     def __init__(self, adamw, matrices, lr, weight_decay=0.0, momentum=0.95, momentum_warmup=300):
         """adamw: over all parameters. matrices: {parameter: the rows of each matrix in it}."""
@@ -114,6 +116,8 @@ class Muon(PlainOptimizer):
                 'step': 0}
         super().__init__([*adamw.param_groups, muon], {})
         self.adamw, self.state = adamw, adamw.state
+        # whether torch.amp.GradScaler sets found_inf instead of skipping the step
+        self._step_supports_amp_scaling = getattr(adamw, '_step_supports_amp_scaling', False)
 
     def __setstate__(self, state):
         super().__setstate__(state)
