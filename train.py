@@ -139,8 +139,8 @@ if activation_checkpointing:
     model.activation_checkpointing = True
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_cpu_linears(model, run)
-model = fsdp.shard(model, run) if parallel == 'fsdp' else model.to(run.device)
 lean = lean_loss(model, run)  # arguments of the forward pass: a loss that never holds all logits
+model = fsdp.shard(model, run) if parallel == 'fsdp' else model.to(run.device)
 print0(plan.parameters_in_words(model))
 
 # ---------------------------------------------------------------------------- optimizer, progress

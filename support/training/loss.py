@@ -26,7 +26,7 @@ def lean_loss(model, run):
         print0('loss: computed with all logits in memory, as this model.py takes no loss=')
         return {}
     loss = ChunkedLoss(model, chunk_of(run.device_type))
-    if not loss.agrees(run.device):
+    if not loss.agrees():
         print0('loss: computed with all logits in memory, as this model\'s loss is no mean over positions')
         return {}
     return {'loss': loss}
@@ -53,9 +53,9 @@ class ChunkedLoss:
         head = [p for p in self.model.lm_head.parameters() if p.requires_grad]
         return MeanOfChunks.apply(self.model.loss, rows, targets.flatten(), x.flatten(0, -2), *head)
 
-    def agrees(self, device):
+    def agrees(self):
         """Whether a few positions give the same loss and gradients in chunks as at once."""
-        c = self.model.config
+        c, device = self.model.config, next(self.model.parameters()).device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         x = torch.linspace(-1, 1, 5 * c.n_embd, device=device).view(1, 5, -1).sin()
         x.requires_grad_(bool(trained))  # 8-bit weights have no backward pass
