@@ -1,9 +1,10 @@
 """
 What a run needs: data, arithmetic, memory, disk, time. Computed before it begins.
 
-    print(describe(model, run, data, Work(0, 1000, sequences), settings))            # on this machine
-    print(rehearse(step, run, data, Work(0, 1000, sequences), settings))             # and how long it takes
-    print(scale(model, '8xH100', sequences=480, iterations=600000))                  # on other GPUs
+    to_do = Work(0, 1000, sequences)
+    print(describe(model, run, data, to_do, settings))                 # on this machine
+    print(rehearse(step, run, data, to_do, settings))                  # and how long it takes
+    print(scale(model, '8xH100', sequences=480, iterations=600000))    # on other GPUs
 """
 
 import dataclasses
@@ -225,8 +226,8 @@ STRATEGIES = {
 def scale(model, gpus, sequences, iterations):
     """A table of what a run needs on other GPUs, with each strategy; docs/SCALING.md explains it.
 
-    model: may be on the meta device. gpus: their number and kind, such as 8xH100. sequences: of block_size
-    tokens an iteration. Computed, not measured.
+    model: may be on the meta device. gpus: their number and kind, such as 8xH100. sequences: of
+    block_size tokens an iteration. Computed, not measured.
     """
     n_gpus, kind = parse_gpus(gpus)
     if sequences % n_gpus:
@@ -237,8 +238,8 @@ def scale(model, gpus, sequences, iterations):
     lines = [f'{n:,} parameters on {n_gpus:,} {kind}, {tokens:,} tokens an iteration, '
              f'{tokens * iterations:.1e} in all',
              f'tokens for the lowest loss at the same arithmetic: {best}',
-             f'{"strategy":22}{"state":>10}{"micro-batch":>13}{"memory":>12}{"iteration":>13}{"run":>16}'
-             f'{"GPU-hours":>14}']
+             f'{"strategy":22}{"state":>10}{"micro-batch":>13}{"memory":>12}{"iteration":>13}'
+             f'{"run":>16}{"GPU-hours":>14}']
     found = {}
     for name, strategy in STRATEGIES.items():
         setups = possible_setups(n_gpus, sequences // n_gpus, strategy)
@@ -247,8 +248,8 @@ def scale(model, gpus, sequences, iterations):
             found[name] = fitting[-1]
             row = scale_row(model, kind, fitting[-1], iterations)
         else:
-            row = (f'{size(state_memory(model, setups[0])):>10}  does not fit: a micro-batch of 1 needs '
-                   f'{size(memory_needed(model, setups[0]))}')
+            row = (f'{size(state_memory(model, setups[0])):>10}  does not fit: a micro-batch of 1 '
+                   f'needs {size(memory_needed(model, setups[0]))}')
         lines.append(f'{name:22}{row}')
     lines.append(f'Times are estimates: arithmetic at {MFU:.0%} of the data sheet\'s rate')
     if found:
@@ -269,9 +270,9 @@ def parse_gpus(gpus):
 
 
 def possible_setups(n_gpus, share, strategy):
-    """Setups with each micro-batch that divides a GPU's share of the sequences, the smallest first."""
-    return [Setup(n_gpus, b, share // b, **strategy) for b in range(1, min(share, MOST_SEQUENCES) + 1)
-            if share % b == 0]
+    """Setups with each micro-batch that divides a GPU's share of the sequences, smallest first."""
+    return [Setup(n_gpus, b, share // b, **strategy)
+            for b in range(1, min(share, MOST_SEQUENCES) + 1) if share % b == 0]
 
 
 def as_settings(setup):
@@ -290,7 +291,8 @@ def squeeze(name):
 def scale_row(model, gpu, setup, iterations):
     state, memory = size(state_memory(model, setup)), size(memory_needed(model, setup))
     step = iteration_time(model, gpu, setup)
-    return (f'{state:>10}{setup.batch_size:13}{memory:>12}{step:>11.2f} s{duration(step * iterations):>16}'
+    whole = duration(step * iterations)
+    return (f'{state:>10}{setup.batch_size:13}{memory:>12}{step:>11.2f} s{whole:>16}'
             f'{step * iterations * setup.n_processes / 3600:>14,.0f}')
 
 
@@ -340,7 +342,8 @@ def rehearse(step, run, data, to_do, settings):
     # a forward pass is a third of a step
     per_window = seconds / (to_do.sequences / n_iters) / 3
     evaluations = n_evals * n_windows * per_window
-    return (f'time    {seconds * 1000:.2f}ms an iteration, {duration(n_iters * seconds + evaluations)} in all, '
+    whole = duration(n_iters * seconds + evaluations)
+    return (f'time    {seconds * 1000:.2f}ms an iteration, {whole} in all, '
             f'of which evaluations {duration(evaluations)}')
 
 
