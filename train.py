@@ -422,5 +422,7 @@ if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state
 if stopped:
     print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto')
 log.close(patience=meter.seconds / 100)
+print0(log.summary({'iterations': iter_num, 'seconds': meter.seconds, 'tokens': meter.tokens,
+                    'peak_memory_bytes': hardware.peak_memory(run.device)}))
 folder.release(out_dir)
 run.stop()
