@@ -1,28 +1,32 @@
 """
-How good a model is: its loss on a dataset, LAMBADA, HellaSwag, and any task of EleutherAI's lm-eval.
+How good a model is: its loss on a dataset or a text, LAMBADA, HellaSwag, any task of lm-eval.
 
     python eval.py --out_dir=out-shakespeare-char                       # the data that it was trained on
     python eval.py --init_from=gpt2 --dataset=openwebtext
     python eval.py --init_from=gpt2-xl --task=lambada,hellaswag --json=gpt2-xl.json
     python eval.py --init_from=gpt2 --task=lambada --source=lambada_test.jsonl
     python eval.py --out_dir=out-shakespeare-char --task=int8           # what 8-bit weights cost in loss
+    python eval.py --out_dir=out-shakespeare-char --text=poem.txt       # how likely a text is
     python eval.py --init_from=gpt2 --task=lm_eval:arc_easy             # after: pip install "lm-eval[hf]"
 
-Prints a table, then the same as a line of JSON.
+Prints a table, then the same as a line of JSON. In a file (--json=FILE) a line for each token of
+the text comes before that.
 """
 
 from configurator import configure  # import first: reports missing packages
 
 import math
+import os
 from functools import partial
 from json import dumps
 from pathlib import Path
 
 from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import MissingFile, UserError
+from support.evaluating.scoring import TASKS, Scorer, Windows, count_targets, mean_loss
 from support.machine import runtime
-from support.evaluating.scoring import TASKS, Windows, count_targets, mean_loss, read_items, score_texts
+from support.machine.files import read_text
 from support.sampling.quantize import build_int8, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import is_same_tokenizer
@@ -34,6 +38,7 @@ from support.training.models import load_model
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
 out_dir = 'out'
 task = 'loss'  # loss, int8 (what int8 costs in loss), lambada, hellaswag, lm_eval:NAME; several with commas
+text = ''  # a file, whose log-probability is computed
 dataset = ''  # for loss and int8: a folder of data/; empty: the one that the model was trained on
 data_dir = ''  # any other folder; empty: data/<dataset>
 split = 'val'  # train, val
@@ -48,23 +53,46 @@ dtype = 'auto'  # bfloat16, float16, float32
 weights = 'full'  # full, or int8: a quarter of the memory, less exact
 compile: bool | str = False  # torch.compile
 
-configure(globals())
+config = configure(globals())
 
-lm_eval_tasks = [t.removeprefix('lm_eval:') for t in task.split(',') if t.startswith('lm_eval:')]
-own_tasks = [t for t in task.split(',') if not t.startswith('lm_eval:')]
-check_weights(weights)
-unknown = set(own_tasks) - {'loss', 'int8', *TASKS}
-if unknown:
-    raise UserError(f'task={", ".join(unknown)} is not one of loss, int8, {", ".join(TASKS)}, lm_eval:NAME')
-if 'int8' in own_tasks and weights == 'int8':
-    raise UserError('task=int8 compares int8 with the full weights: leave weights=int8 out')
-if limit < 0 or batch_size < 1:
-    raise UserError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
+OF_A_SPLIT = ('loss', 'int8')
+USED_BY = {'source': TASKS, 'dataset': OF_A_SPLIT, 'data_dir': OF_A_SPLIT, 'split': OF_A_SPLIT}
+tasks = task.split(',')
+if text:
+    tasks = ['text', *tasks] if 'task' in config.given else ['text']
+
+
+def check_settings():
+    """UserError or MissingFile for what can't be evaluated, before the slow work."""
+    known = (*OF_A_SPLIT, *TASKS)
+    unknown = [t for t in tasks if t not in known and t != 'text' and not t.startswith('lm_eval:')]
+    if unknown or ('text' in tasks and not text):
+        raise UserError(f'task={task} is not one of {", ".join(known)}, lm_eval:NAME, or '
+                        '--text=FILE')
+    for name, users in USED_BY.items():
+        if name in config.given and not set(users) & set(tasks):
+            raise UserError(f'{name}={config[name]} is for task={" or ".join(users)}, not '
+                            f'{",".join(tasks)}')
+    if split not in ('train', 'val'):
+        raise UserError(f'split={split} is not one of train, val')
+    check_weights(weights)
+    if 'int8' in tasks and weights == 'int8':
+        raise UserError('task=int8 compares int8 with the full weights: leave weights=int8 out')
+    if limit < 0 or batch_size < 1:
+        raise UserError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
+    folder = os.path.dirname(json) or '.'
+    can_write = os.access(folder, os.W_OK) and not os.path.isdir(json)
+    if json and not can_write:
+        raise MissingFile(f'json={json} can\'t be written: name a file in a folder that exists')
+
+
+check_settings()
 
 # ---------------------------------------------------------------------------- items, model
 
-items = {t: read_items(source or TASKS[t].hub_name, TASKS[t].split, TASKS[t].needed, limit)
-         for t in own_tasks if t in TASKS}
+items = {t: TASKS[t].read(source, limit) for t in tasks if t in TASKS}
+lines = read_text(text) if text else ''
+lm_eval_tasks = [t.removeprefix('lm_eval:') for t in tasks if t.startswith('lm_eval:')]
 if lm_eval_tasks:
     from support.evaluating.lm_eval_adapter import evaluate_with_lm_eval
 run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
@@ -77,9 +105,12 @@ if run.compile:
 
 def data_folder():
     """The folder that the settings name, else the one that the model was trained on."""
-    trained = state.config
     if data_dir or dataset:
         return find_dataset(data_dir, dataset)
+    trained, source = state.config, out_dir if init_from == 'resume' else init_from
+    if os.path.exists(source) and not (trained.get('data_dir') or trained.get('dataset')):
+        raise UserError(f'{source} doesn\'t say what it was trained on: add --dataset=NAME, of '
+                        'data/NAME, or --data_dir=FOLDER')
     return find_dataset(trained.get('data_dir'), trained.get('dataset', 'openwebtext'))
 
 
@@ -107,6 +138,16 @@ def cost_of_int8():
             'increase_percent': 100 * (int8['loss'] / full['loss'] - 1), 'n': int8['n']}
 
 
+def loss_of_text():
+    """The text's log-probability, perplexity and bits for each byte; a dict for each token."""
+    ids, log_p = scorer.whole_text(lines, text)
+    nats, n_bytes = -log_p.sum().item(), len(lines.encode())
+    tokens = [{'id': i, 'text': tokenizer.decode([i]), 'log_p': p}
+              for i, p in zip(ids, log_p.tolist())]
+    return {'nats': nats, 'perplexity': math.exp(nats / len(ids)),
+            'bits_per_byte': nats / math.log(2) / n_bytes, 'n': len(ids)}, tokens
+
+
 # ---------------------------------------------------------------------------- results
 
 def print_table(results):
@@ -118,22 +159,25 @@ def print_table(results):
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-scorer = (model, tokenizer, run, batch_size)
-results = {}
-for name in own_tasks:
-    if name == 'loss':
+scorer = Scorer(model, tokenizer, run, batch_size)
+results, tokens = {}, []
+for name in tasks:
+    if name == 'text':
+        results[name], tokens = loss_of_text()
+    elif name == 'loss':
         results[name] = loss_of_split(model)
     elif name == 'int8':
         results[name] = cost_of_int8()
-    else:
-        results[name] = TASKS[name].measure(items[name], partial(score_texts, *scorer))
+    elif name in TASKS:
+        results[name] = TASKS[name].measure(items[name], scorer.texts)
 if lm_eval_tasks:
-    results |= evaluate_with_lm_eval(lm_eval_tasks, *scorer, limit)
+    results |= evaluate_with_lm_eval(lm_eval_tasks, scorer, limit)
 print_table(results)
-line = dumps({'model': out_dir if init_from == 'resume' else init_from, 'iter': state.iter_num,
-              'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype, 'weights': weights,
-              'limit': limit, 'results': results}, default=float)  # float: of NumPy's numbers
+report = {'model': out_dir if init_from == 'resume' else init_from, 'iter': state.iter_num,
+          'parameters': model.get_num_params(non_embedding=False), 'dtype': run.dtype,
+          'weights': weights, 'limit': limit, 'results': results}
 if json:
-    Path(json).write_text(line + '\n', encoding='utf-8')
+    Path(json).write_text(''.join(dumps(line, default=float) + '\n' for line in [*tokens, report]),
+                          encoding='utf-8')
 else:
-    print(line)
+    print(dumps(report, default=float))  # float: of NumPy's numbers

@@ -139,8 +139,8 @@ if activation_checkpointing:
     model.activation_checkpointing = True
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_cpu_linears(model, run)
-model = fsdp.shard(model, run) if parallel == 'fsdp' else model.to(run.device)
 lean = lean_loss(model, run)  # arguments of the forward pass: a loss that never holds all logits
+model = fsdp.shard(model, run) if parallel == 'fsdp' else model.to(run.device)
 print0(plan.parameters_in_words(model))
 
 # ---------------------------------------------------------------------------- optimizer, progress
@@ -422,5 +422,7 @@ if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state
 if stopped:
     print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto')
 log.close(patience=meter.seconds / 100)
+print0(log.summary({'iterations': iter_num, 'seconds': meter.seconds, 'tokens': meter.tokens,
+                    'peak_memory_bytes': hardware.peak_memory(run.device)}))
 folder.release(out_dir)
 run.stop()

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from support.errors import UserError
+from support.evaluating.scoring import windows_of
 from support.sampling.decoding import generate
-from support.evaluating.scoring import score_ids, score_texts
 
 try:
     from lm_eval import simple_evaluate
@@ -23,32 +23,24 @@ PIECE = 32  # tokens generated between checks for a stop string
 
 
 class LMEvalModel(LM):
-    """A model behind lm-eval's interface, in which prompts and answers are strings."""
+    """A Scorer behind lm-eval's interface, in which prompts and answers are strings."""
 
-    def __init__(self, model, tokenizer, run, batch_size):
+    def __init__(self, scorer):
         super().__init__()
-        self.model, self.tokenizer, self.run, self.batch_size = model, tokenizer, run, batch_size
+        self.scorer, self.model = scorer, scorer.model
+        self.tokenizer, self.run = scorer.tokenizer, scorer.run
 
     def loglikelihood(self, requests):
         """[(log-probability, whether greedy decoding gives it)] of each (context, continuation)."""
-        pairs = [request.args for request in requests]
-        return score_texts(self.model, self.tokenizer, self.run, self.batch_size, pairs, 'lm-eval')
+        return self.scorer.texts([request.args for request in requests], 'lm-eval')
 
     def loglikelihood_rolling(self, requests):
-        """[log-probability] of each whole text: every token is predicted once, from as much as fits."""
-        block_size, start = self.model.config.block_size, [self.tokenizer.first_token()]
-        pairs, text_of = [], []
-        for number, (text,) in enumerate(request.args for request in requests):
-            ids = start + self.tokenizer.encode(text)
-            for at in range(1, len(ids), block_size):
-                end = min(at + block_size, len(ids))
-                pairs.append((ids[max(0, end - block_size - 1):at], ids[at:end]))
-                text_of.append(number)
-        totals = [0.0] * len(requests)
-        scores = score_ids(self.model, self.run, self.batch_size, pairs, 'lm-eval')
-        for number, (log_p, _) in zip(text_of, scores):
-            totals[number] += log_p
-        return totals
+        """[log-probability] of each whole text."""
+        first, block_size = self.tokenizer.first_token(), self.model.config.block_size
+        of_text = [windows_of(self.tokenizer.encode(*request.args), first, block_size)
+                   for request in requests]
+        scores = iter(self.scorer.ids([pair for pairs in of_text for pair in pairs], 'lm-eval'))
+        return [sum(next(scores)[0] for _ in pairs) for pairs in of_text]
 
     def generate_until(self, requests):
         """[text] that follows each context, up to a stop string or max_gen_toks tokens."""
@@ -71,15 +63,14 @@ class LMEvalModel(LM):
         return text[:min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
-def evaluate_with_lm_eval(names, model, tokenizer, run, batch_size, limit=0):
+def evaluate_with_lm_eval(names, scorer, limit=0):
     """{task: {metric: value}} of lm-eval's tasks and groups of tasks."""
     manager = TaskManager()
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UserError(f'lm-eval has no task {", ".join(unknown)}; to list them, run: lm-eval ls tasks')
-    adapted = LMEvalModel(model, tokenizer, run, batch_size)
-    found = simple_evaluate(adapted, tasks=names, limit=limit or None, task_manager=manager,
-                            bootstrap_iters=0)
+    found = simple_evaluate(LMEvalModel(scorer), tasks=names, limit=limit or None,
+                            task_manager=manager, bootstrap_iters=0)
     return {task: {key.removesuffix(',none'): value for key, value in metrics.items()
                    if isinstance(value, float) and '_stderr' not in key}
             | {'n': found['n-samples'].get(task, {}).get('effective', 0)}

@@ -2,8 +2,10 @@
 How good a model is: the loss of a split, log-probabilities of texts, LAMBADA, HellaSwag.
 
     loss = mean_loss(model, run, data['val'], Windows(block_size=1024, batch_size=12))
-    score = functools.partial(score_texts, model, tokenizer, run, batch_size)
-    measure_lambada(read_items('lambada_test.jsonl', 'test', ['text']), score)  # {'acc': 0.4, ...}
+    scorer = Scorer(model, tokenizer, run, batch_size)
+    log_p, is_greedy = scorer.texts([('The capital of France is', ' Paris')])[0]
+    task = TASKS['lambada']
+    task.measure(task.read('lambada_test.jsonl'), scorer.texts)  # {'acc': 0.4, ...}
 
 The tasks follow EleutherAI's lm-eval (lambada_openai and hellaswag) and give the same figures; a test
 compares them.
@@ -112,38 +114,74 @@ class BitsPerByte:
 
 # ---------------------------------------------------------------------------- log-probabilities
 
-@torch.no_grad()
-def score_ids(model, run, batch_size, pairs, desc=None):
-    """[(log-probability in nats, whether greedy decoding gives it)] of the continuation in each pair of lists
-    of ids, (context, continuation). A context that doesn't fit into block_size loses its beginning.
+@dataclass
+class Scorer:
+    """Log-probabilities of texts under a model. run: a Runtime. batch_size: texts at a time."""
+    model: torch.nn.Module
+    tokenizer: object
+    run: object
+    batch_size: int
 
-    model: one that returns its logits, so not with a lean loss. desc: a title for the progress bar.
-    Raises ValueError if a continuation alone is longer than block_size.
-    """
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    longest = max((len(continuation) for _, continuation in pairs), default=0)
-    if longest > block_size:
-        raise UserError(f'the model\'s block_size={block_size} is too short for an answer of {longest} '
-                         'tokens')
-    rows = [(context + continuation)[-block_size - 1:] for context, continuation in pairs]
-    left = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together, longest first
-    results = [None] * len(rows)
-    with tqdm(total=len(rows), desc=desc, disable=None) as bar:
-        while left:
-            T = max(1, len(rows[left[-1]]) - 1)
-            n = max(1, min(batch_size, len(left), MAX_LOGITS // (T * vocab_size)))
-            batch, left = left[-n:], left[:-n]
-            counts = [len(pairs[i][1]) for i in batch]
-            x, y = map(run.to_device, pad_rows([rows[i] for i in batch], counts, T))
-            with run.autocast():
-                logits, _ = model(x, y)
-            logits, targets = logits[y >= 0].float(), y[y >= 0]  # (N, V), (N,): row after row
-            log_p = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().double()
-            is_greedy = (logits.argmax(-1) == targets).cpu()
-            for i, p, greedy in zip(batch, log_p.split(counts), is_greedy.split(counts)):
-                results[i] = p.sum().item(), greedy.all().item()
-            bar.update(n)
-    return results
+    @torch.no_grad()
+    def tokens(self, pairs, desc=None):
+        """For each pair of lists of ids, (context, continuation): the log-probability in nats of
+        each token of the continuation, (n,) float64, and whether it is the likeliest, (n,) bool.
+
+        A context that doesn't fit into block_size loses its beginning. desc: a title for the
+        progress bar. Raises ValueError if a continuation alone is longer than block_size.
+        """
+        block_size, vocab_size = self.model.config.block_size, self.model.config.vocab_size
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > block_size:
+            raise UserError(f'the model\'s block_size={block_size} is too short for an answer of '
+                            f'{longest} tokens')
+        rows = [(context + continuation)[-block_size - 1:] for context, continuation in pairs]
+        left = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together
+        results = [None] * len(rows)
+        with tqdm(total=len(rows), desc=desc, disable=None) as bar:
+            while left:  # the longest first
+                T = max(1, len(rows[left[-1]]) - 1)
+                n = max(1, min(self.batch_size, len(left), MAX_LOGITS // (T * vocab_size)))
+                batch, left = left[-n:], left[:-n]
+                counts = [len(pairs[i][1]) for i in batch]
+                x, y = map(self.run.to_device, pad_rows([rows[i] for i in batch], counts, T))
+                with self.run.autocast():
+                    logits, _ = self.model(x, y)
+                logits, targets = logits[y >= 0].float(), y[y >= 0]  # (N, V), (N,): row after row
+                log_p = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().double()
+                is_greedy = (logits.argmax(-1) == targets).cpu()
+                for i, *found in zip(batch, log_p.split(counts), is_greedy.split(counts)):
+                    results[i] = found
+                bar.update(n)
+        return results
+
+    def ids(self, pairs, desc=None):
+        """[(log-probability in nats, whether greedy decoding gives it)] of each continuation."""
+        return [(log_p.sum().item(), is_greedy.all().item())
+                for log_p, is_greedy in self.tokens(pairs, desc)]
+
+    def texts(self, pairs, desc=None):
+        """Like `ids`, for pairs of strings."""
+        return self.ids([encode_pair(self.tokenizer, *pair) for pair in pairs], desc)
+
+    def whole_text(self, text, desc=None):
+        """A text's ids, and the log-probability of each, (n,) float64."""
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise UserError('there is no text to score')
+        pairs = windows_of(ids, self.tokenizer.first_token(), self.model.config.block_size)
+        found = self.tokens(pairs, desc)
+        return ids, torch.cat([log_p for log_p, _ in found])
+
+
+def windows_of(ids, first, block_size):
+    """Pairs in which each id of a text is predicted once: in pieces of block_size, side by side,
+    the last of which has as much context as fits. first: the id before the text."""
+    ids, pairs = [first, *ids], []
+    for at in range(1, len(ids), block_size):
+        end = min(at + block_size, len(ids))
+        pairs.append((ids[max(0, end - block_size - 1):at], ids[at:end]))
+    return pairs
 
 
 def pad_rows(rows, counts, T):
@@ -158,16 +196,11 @@ def pad_rows(rows, counts, T):
 
 
 def encode_pair(tokenizer, context, continuation):
-    """The ids of both, cut where the context ends. White space at its end goes to the continuation, and an
-    empty context becomes the token that begins a text."""
+    """The ids of both, cut where the context ends. White space at its end goes to the continuation,
+    and an empty context becomes the token that begins a text."""
     text, context = context + continuation, context.rstrip()
     before = tokenizer.encode(context)
     return before or [tokenizer.first_token()], tokenizer.encode(text)[len(before):]
-
-
-def score_texts(model, tokenizer, run, batch_size, pairs, desc=None):
-    """Like `score_ids`, for pairs of strings."""
-    return score_ids(model, run, batch_size, [encode_pair(tokenizer, *pair) for pair in pairs], desc)
 
 
 # ---------------------------------------------------------------------------- tasks
@@ -208,45 +241,61 @@ def clean_wikihow(text):
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
 
-@dataclass
-class Task:
-    """A benchmark: measure(items, score) returns its figures, hub_name and split say where its items are,
-    needed names the fields that each item must have."""
+class Task(NamedTuple):
+    """A benchmark: measure(items, score) returns its figures; hub_name and split say where its
+    items are."""
     measure: Callable
     hub_name: str
     split: str
-    needed: tuple
+    is_item: Callable  # whether a dict has what is measured
+    needs: str  # the same in words
+
+    def read(self, source='', limit=0):
+        """The first `limit` items (0: all), dicts, from a jsonl, json or parquet file or a dataset
+        on the hub. Raises FileNotFoundError or ValueError in one line."""
+        source = source or self.hub_name
+        items = read_items(source, self.split)[:limit or None]
+        if not items:
+            raise UserError(f'{source} has no items')
+        for number, item in enumerate(items, 1):
+            if not isinstance(item, dict) or not self.is_item(item):
+                raise UserError(f'{source}: item {number:,} of {len(items):,} lacks {self.needs}')
+        return items
+
+
+def is_passage(item):
+    return isinstance(item.get('text'), str)
+
+
+def is_question(item):
+    texts = [item.get('activity_label'), item.get('ctx_a'), item.get('ctx_b')]
+    endings, label = item.get('endings'), str(item.get('label'))
+    if not isinstance(endings, list) or not all(isinstance(text, str) for text in texts + endings):
+        return False
+    return label in map(str, range(len(endings)))
 
 
 TASKS = {
-    'lambada': Task(measure_lambada, 'EleutherAI/lambada_openai', 'test', ('text',)),
-    'hellaswag': Task(measure_hellaswag, 'Rowan/hellaswag', 'validation',
-                      ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')),
+    'lambada': Task(measure_lambada, 'EleutherAI/lambada_openai', 'test', is_passage,
+                    'a text, a string'),
+    'hellaswag': Task(measure_hellaswag, 'Rowan/hellaswag', 'validation', is_question,
+                      'activity_label, ctx_a, ctx_b, strings, endings, a list of strings, or '
+                      'label, the number of one'),
 }
 
 
 # ---------------------------------------------------------------------------- their items
 
-def read_items(source, split, needed, limit=0):
-    """The first `limit` items (0: all) as dicts, from a jsonl, json or parquet file or a dataset on the hub.
-
-    Raises FileNotFoundError or ValueError in one line.
-    """
+def read_items(source, split):
+    """The items of a jsonl, json or parquet file, or of a dataset on the hub, as a list."""
     path = Path(source)
-    if path.suffix in ('.jsonl', '.json'):
-        text = read_text(path)
-        try:
-            items = json.loads(text) if text.lstrip().startswith('[') else \
-                [json.loads(line) for line in text.split('\n') if line.strip()]
-        except ValueError as error:
-            raise UserError(f'{source} is neither JSON nor JSON lines ({error})') from None
-    else:
-        items = read_table(path, split)
-    items = items[:limit or None]
-    missing = [k for k in needed if not items or not all(k in item for item in items)]
-    if missing:
-        raise UserError(f'{source} has {len(items)} items, not all with {", ".join(missing)}')
-    return items
+    if path.suffix not in ('.jsonl', '.json'):
+        return read_table(path, split)
+    text = read_text(path)
+    with explain_failure(f'{source} is neither JSON nor JSON lines'):
+        if text.lstrip().startswith('['):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split('\n') if line.strip()]
 
 
 def read_table(source, split):

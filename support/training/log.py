@@ -3,6 +3,8 @@ What a run reports: lines on standard output, in log.jsonl and to wandb; samples
 
     log = RunLog(settings, run, first_iter=0, wandb_id='1234abcd')
     log.iteration({'iter': 0, 'loss': 10.9})     # any further key goes to log.jsonl, wandb and the picture
+    log.close(patience=10)
+    print0(log.summary({'seconds': 12.5}))       # the run's last lines
     pandas.read_json('out/log.jsonl', lines=True)
 """
 
@@ -76,6 +78,16 @@ class RunLog:
         self.lines.close()
         self.wandb.call('finish')
         self.drawing.close(patience)
+
+    def summary(self, figures):
+        """The best evaluation and some figures, for programs to read: a `name: value` a line."""
+        evaluations = [e for e in self.lines.entries('val_loss') if 'val_loss' in e]
+        best = min(evaluations, key=lambda e: e['val_loss'], default={})
+        names = {'val_loss': 'best_val_loss', 'iter': 'best_iter',
+                 'val_bits_per_byte': 'best_val_bits_per_byte'}
+        found = {names[k]: best[k] for k in names if k in best} | figures
+        return '\n'.join(f'{name}: {round(value, 6)}' for name, value in found.items()
+                         if value is not None)
 
 
 def health_entry(iteration, tensors):
@@ -217,17 +229,31 @@ class JsonLines:
                 print0(f'{self.file.name} could not be written ({error.strerror}): its lines wait in memory')
             self.failed = True
 
+    def entries(self, word):
+        """The entries of the lines that have a word in them."""
+        if self.file is None or not Path(self.file.name).is_file():
+            return []
+        lines = Path(self.file.name).read_bytes().splitlines()
+        return [entry_of(line) for line in lines if word.encode() in line]
+
     def close(self):
         if self.file is not None:
             self.write_waiting()
             self.file.close()
 
 
-def is_before(line, first_iter):
+def entry_of(line):
+    """A line's entry; {} for what is none, as the last line of a killed process."""
     try:
-        return json.loads(line)['iter'] < first_iter
-    except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
-        return False
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def is_before(line, first_iter):
+    iteration = entry_of(line).get('iter')
+    return isinstance(iteration, int) and iteration < first_iter
 
 
 class Wandb:

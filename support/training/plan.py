@@ -1,10 +1,10 @@
 """
 What a run needs: data, arithmetic, memory, disk, time. Computed before it begins.
 
-    print(describe(model, run, data, Work(0, 1000, sequences), settings))            # on this machine
-    print(scale(model, n_gpus=8, gpu='H100', sequences=480, iterations=600000))      # on others
-    with out_of_memory_advice(batch_size=12, gradient_accumulation_steps=40):
-        ...
+    to_do = Work(0, 1000, sequences)
+    print(describe(model, run, data, to_do, settings))                 # on this machine
+    print(rehearse(step, run, data, to_do, settings))                  # and how long it takes
+    print(scale(model, '8xH100', sequences=480, iterations=600000))    # on other GPUs
 """
 
 import dataclasses
@@ -12,20 +12,19 @@ import math
 import re
 import statistics
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from model import GPT
-from support.errors import OutOfMemory, UserError
+from support.errors import UserError
 from support.machine.console import print0
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory, training_flops
 from support.machine.linear import use_cpu_linears
+from support.training.lora import adapted_layers
 from support.training.loss import chunk_of
-from support.text.tokenizer import PADDED_GPT2_VOCAB
 
 
 # ---------------------------------------------------------------------------- on this machine
@@ -86,7 +85,7 @@ def parameters_in_words(model):
     transformer = getattr(model, 'transformer', None)
     tables = {what: getattr(transformer, name, None) for what, name in looked_up.items()}
     tables = {what: table.weight for what, table in tables.items() if table is not None}
-    if tables.get('tokens') is getattr(model.lm_head, 'weight', None):
+    if tables.get('tokens') is getattr(getattr(model, 'lm_head', None), 'weight', None):
         tables.pop('tokens', None)
     found = [f'the {weight.numel():,} of {what}' for what, weight in tables.items()]
     return f'{counted}, without {" and ".join(found)}' if found else counted
@@ -121,7 +120,7 @@ def bfloat16_speedup(config, run, batch_size, parallel='ddp'):
 def checkpoint_bytes(model):
     """A checkpoint holds the parameters and two moments of each trained one, in float32. With adapters it
     holds the adapted matrices twice: merged with them and as they were."""
-    adapted = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2 and not p.requires_grad)
+    adapted = sum(layer.weight.numel() for layer in adapted_layers(model).values())
     return 4 * (model.get_num_params(non_embedding=False) + adapted) + 8 * n_trained(model)
 
 
@@ -208,6 +207,7 @@ def activation_memory(model, setup):
 # ---------------------------------------------------------------------------- on other machines
 
 NODE = 8  # GPUs
+MOST_SEQUENCES = 1 << 16  # of a micro-batch: more gain nothing
 MFU = 0.4  # share of a GPU's peak in matrix products: an assumption, see docs/SCALING.md
 # A, alpha, B, beta of the loss of N parameters after D tokens: Hoffmann et al. 2022, approach 3 ("Training
 # Compute-Optimal Large Language Models"), and Besiroglu et al. 2024, a second fit of the same data
@@ -223,32 +223,64 @@ STRATEGIES = {
 }
 
 
-def scale(model, n_gpus, gpu, sequences, iterations):
-    """A table of what a run needs on n_gpus of a kind, with each strategy; docs/SCALING.md explains it.
+def scale(model, gpus, sequences, iterations):
+    """A table of what a run needs on other GPUs, with each strategy; docs/SCALING.md explains it.
 
-    model: may be on the meta device. sequences: of block_size tokens an iteration. Computed, not measured.
+    model: may be on the meta device. gpus: their number and kind, such as 8xH100. sequences: of
+    block_size tokens an iteration. Computed, not measured.
     """
-    kind = next((k for k in GPUS if squeeze(k) == squeeze(gpu)), None)
-    if kind is None:
-        raise UserError(f'plan_gpus: {gpu} is not one of {", ".join(GPUS)}')
+    n_gpus, kind = parse_gpus(gpus)
     if sequences % n_gpus:
         raise UserError(f'gradient_accumulation_steps * batch_size = {sequences} sequences an iteration '
-                         f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')
+                        f'can\'t be shared by {n_gpus} GPUs: take a multiple of that')
     n, tokens = model.get_num_params(non_embedding=False), sequences * model.config.block_size
     best = ', '.join(f'{best_tokens(n, *fit):.1e} ({name})' for name, fit in FITS.items())
     lines = [f'{n:,} parameters on {n_gpus:,} {kind}, {tokens:,} tokens an iteration, '
              f'{tokens * iterations:.1e} in all',
              f'tokens for the lowest loss at the same arithmetic: {best}',
-             f'{"strategy":32}{"state":>10}{"micro-batch":>13}{"memory":>10}{"iteration":>11}{"run":>14}'
-             f'{"GPU-hours":>12}']
-    share = sequences // n_gpus
+             f'{"strategy":22}{"state":>10}{"micro-batch":>13}{"memory":>12}{"iteration":>13}'
+             f'{"run":>16}{"GPU-hours":>14}']
+    found = {}
     for name, strategy in STRATEGIES.items():
-        setups = [Setup(n_gpus, b, share // b, **strategy) for b in range(1, share + 1) if share % b == 0]
+        setups = possible_setups(n_gpus, sequences // n_gpus, strategy)
         fitting = [s for s in setups if memory_needed(model, s) <= GPUS[kind].memory]
-        lines.append(f'{name:32}' + (scale_row(model, kind, fitting[-1], iterations) if fitting else
-                     f'{size(state_memory(model, setups[0])):>10}  does not fit: a micro-batch of 1 needs '
-                     f'{size(memory_needed(model, setups[0]))}'))
+        if fitting:
+            found[name] = fitting[-1]
+            row = scale_row(model, kind, fitting[-1], iterations)
+        else:
+            row = (f'{size(state_memory(model, setups[0])):>10}  does not fit: a micro-batch of 1 '
+                   f'needs {size(memory_needed(model, setups[0]))}')
+        lines.append(f'{name:22}{row}')
+    lines.append(f'Times are estimates: arithmetic at {MFU:.0%} of the data sheet\'s rate')
+    if found:
+        fastest = min(found.values(), key=lambda setup: iteration_time(model, kind, setup))
+        lines.append(f'The fastest: {as_settings(fastest)}')
     return '\n'.join(lines)
+
+
+def parse_gpus(gpus):
+    """'8xH100' -> (8, 'H100'), a key of GPUS."""
+    count, _, name = gpus.partition('x')
+    if not re.fullmatch('0*[1-9][0-9]{0,8}', count):
+        raise UserError(f'gpus={gpus} is no number and kind of GPUs, such as 8xH100')
+    kind = next((k for k in GPUS if squeeze(k) == squeeze(name or 'H100')), None)
+    if kind is None:
+        raise UserError(f'gpus={gpus}: {name} is not one of {", ".join(GPUS)}')
+    return int(count), kind
+
+
+def possible_setups(n_gpus, share, strategy):
+    """Setups with each micro-batch that divides a GPU's share of the sequences, smallest first."""
+    return [Setup(n_gpus, b, share // b, **strategy)
+            for b in range(1, min(share, MOST_SEQUENCES) + 1) if share % b == 0]
+
+
+def as_settings(setup):
+    """The arguments of train.py that give a Setup."""
+    parallel = 'fsdp' if setup.sharded else 'ddp'
+    more = ' --activation_checkpointing=True' if setup.checkpointing else ''
+    return (f'--parallel={parallel} --batch_size={setup.batch_size} '
+            f'--gradient_accumulation_steps={setup.micro_steps * setup.n_processes}{more}')
 
 
 def squeeze(name):
@@ -259,8 +291,9 @@ def squeeze(name):
 def scale_row(model, gpu, setup, iterations):
     state, memory = size(state_memory(model, setup)), size(memory_needed(model, setup))
     step = iteration_time(model, gpu, setup)
-    return (f'{state:>10}{setup.batch_size:13}{memory:>10}{step:>9.2f} s{duration(step * iterations):>14}'
-            f'{step * iterations * setup.n_processes / 3600:>12,.0f}')
+    whole = duration(step * iterations)
+    return (f'{state:>10}{setup.batch_size:13}{memory:>12}{step:>11.2f} s{whole:>16}'
+            f'{step * iterations * setup.n_processes / 3600:>14,.0f}')
 
 
 def iteration_time(model, gpu, setup):
@@ -269,12 +302,12 @@ def iteration_time(model, gpu, setup):
     A ring passes each byte on once: DDP 8 N an iteration (gradients, there and back), FSDP 4 N a micro-step
     (parameters of 16 bits, twice) and 4 N an iteration (gradients).
     """
-    peak, _, near, far, _ = GPUS[gpu]
     n, n_gpus, micro_steps = model.get_num_params(non_embedding=False), setup.n_processes, setup.micro_steps
     flops = training_flops(model, setup.batch_size * micro_steps)  # of a GPU
-    arithmetic = flops * (4 / 3 if setup.checkpointing else 1) / (MFU * peak)
+    arithmetic = flops * (4 / 3 if setup.checkpointing else 1) / (MFU * GPUS[gpu].flops)
     bytes_each = 4 * micro_steps + 4 if setup.sharded else 8
-    exchange = n * bytes_each * (n_gpus - 1) / n_gpus / (near if n_gpus <= NODE else far)
+    bandwidth = GPUS[gpu].near if n_gpus <= NODE else GPUS[gpu].far
+    exchange = n * bytes_each * (n_gpus - 1) / n_gpus / bandwidth
     return max(arithmetic, exchange)
 
 
@@ -282,31 +315,6 @@ def best_tokens(n_params, A, alpha, B, beta):
     """Tokens with which a model of this size has the lowest loss of all models of the same arithmetic: where
     the derivatives of E + A / N^alpha + B / D^beta along 6 N D = const. are equal."""
     return (beta * B / (alpha * A) * n_params ** alpha) ** (1 / beta)
-
-
-# ---------------------------------------------------------------------------- out of memory
-
-def smaller_batch(batch_size, gradient_accumulation_steps):
-    """(batch_size, gradient_accumulation_steps) with the next smaller divisor of batch_size, and the same
-    product; None for a batch of 1."""
-    fits = [b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0]
-    return (fits[-1], gradient_accumulation_steps * batch_size // fits[-1]) if fits else None
-
-
-@contextmanager
-def out_of_memory_advice(batch_size, gradient_accumulation_steps):
-    """Turn an allocation that failed into a MemoryError of one line that says what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search('(allocate|out of) memory', str(error)):  # the words of CPUs and MPS
-            raise
-        smaller = smaller_batch(batch_size, gradient_accumulation_steps)
-        how = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]} trains on the same '
-               'tokens an iteration' if smaller else 'a shorter --block_size or a smaller model needs less')
-        raise OutOfMemory(f'out of memory at batch_size={batch_size}: {how}; --activation_checkpointing=True '
-                          'needs less too, and is slower') from None
 
 
 # ---------------------------------------------------------------------------- time
@@ -334,7 +342,8 @@ def rehearse(step, run, data, to_do, settings):
     # a forward pass is a third of a step
     per_window = seconds / (to_do.sequences / n_iters) / 3
     evaluations = n_evals * n_windows * per_window
-    return (f'time    {seconds * 1000:.2f}ms an iteration, {duration(n_iters * seconds + evaluations)} in all, '
+    whole = duration(n_iters * seconds + evaluations)
+    return (f'time    {seconds * 1000:.2f}ms an iteration, {whole} in all, '
             f'of which evaluations {duration(evaluations)}')
 
 
