@@ -23,6 +23,11 @@ SMALL = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_c
 WEIGHTS = (['model*.safetensors'], ['pytorch_model*.bin'])  # the second, of older models, if there is no first
 
 
+def is_hub_name(name):
+    """Whether a string has the form of a model's name on the hub, owner/name, or is one of OWNERS."""
+    return name in OWNERS or bool(re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name), re.A))
+
+
 def model_folder(name, weights=False):
     """A model's folder as a Path. weights: whether its weights are needed.
 
@@ -31,7 +36,7 @@ def model_folder(name, weights=False):
     """
     if Path(name, 'config.json').is_file():
         return Path(name)
-    if name not in OWNERS and not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(name)):
+    if not is_hub_name(name):
         raise MissingFile(f'{name} is neither one of {", ".join(OWNERS)} nor a folder with a config.json, nor '
                           'a name of the hub, which is like owner/name')
     go_offline_if_cut_off()
@@ -50,10 +55,7 @@ def download(name, patterns):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     names = [name, f'{OWNERS[name]}/{name}'] if name in OWNERS else [name]
-    is_shown = patterns != SMALL and not are_progress_bars_disabled()
-    disable_progress_bars() if not is_shown else enable_progress_bars()
     for spelling in names:
         try:
             return Path(snapshot_download(spelling, allow_patterns=patterns,
