@@ -30,6 +30,9 @@ ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'ge
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in their GPT-2
 SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')  # Llama 3's
 OWN_CODE = 'own_gpt'  # model_type of modeling_gpt.py
+SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+         'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'sliding_window',
+         'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_positions')  # of a config.json, where it has them
 BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # no weights, in files of older versions
 
 
@@ -57,8 +60,7 @@ def with_defaults(class_name, config):
     none."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
-    sizes = [k for k in config if k.startswith(('n_', 'num_')) or k.endswith(('_size', '_dim', '_embeddings'))]
-    if wrong := [f'{k}={config[k]!r:.40}' for k in sizes if not (config[k] is None or is_size(config[k]))]:
+    if wrong := [f'{k}={config[k]!r:.40}' for k in SIZES if not is_size(config.get(k, 1))]:
         raise UserError(f'config.json has {", ".join(wrong)}')
     transformers.logging.set_verbosity_error()
     with explain_failure('config.json is none of its type', StrictDataclassError, ArithmeticError):
@@ -66,7 +68,7 @@ def with_defaults(class_name, config):
 
 
 def is_size(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return value is None or isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def refuse(kind, found, needed):
