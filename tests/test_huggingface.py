@@ -100,7 +100,7 @@ def folder_of(folder, config, dtype=torch.float32, **how):
             p.normal_(mean=float('norm' in name), std=0.2)
     theirs.to(dtype).save_pretrained(folder, **how)
     (folder / 'config.json').write_text(json.dumps(config))
-    return folder, theirs.float()
+    return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def llama_folder(folder, **changes):
@@ -487,6 +487,7 @@ def test_a_model_s_tokenizer_is_its_own_or_gpt2_s_by_size(tmp_path):
     with pytest.raises(ValueError, match='ids up to 256, its model rows for 64'):
         folder_tokenizer(str(folder))
     config_of(folder, vocab_size=512, eos_token_id=[7, 9])
+    (folder / 'generation_config.json').unlink()
     assert folder_tokenizer(str(folder)).ends == (7, 9) and folder_tokenizer(str(folder)).end == 0
     (folder / 'generation_config.json').write_text('{"eos_token_id": 5}')
     assert folder_tokenizer(str(folder)).ends == (5,)

@@ -90,10 +90,10 @@ def to_gpt2(c, kind, weights):
         activation_function=HF_NAMES[c.activation], tie_word_embeddings=c.tie_weights,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, architectures=['GPT2LMHeadModel'])
     zeros = {} if c.bias else {
-        name.removesuffix('weight') + 'bias': tensor.new_zeros(tensor.shape[1 if name.endswith(TRANSPOSED) else 0])
+        name.removesuffix('weight') + 'bias': tensor.new_zeros(len(tensor))
         for name, tensor in weights.items() if '.h.' in name or '.ln_f.' in name}
     weights = {name: tensor.T if name.endswith(TRANSPOSED) else tensor for name, tensor in weights.items()}
-    return config, weights | {name: zeros[name] for name in zeros if name not in weights}
+    return config, weights | zeros
 
 
 def to_llama(c, kind, weights):

@@ -13,7 +13,7 @@ import torch
 
 from model import GPT, GPTConfig
 from support.errors import UserError
-from support.hub.layouts import BUFFERS, layout_of, read_config_json
+from support.hub.layouts import layout_of, read_config_json
 from support.hub.names import model_folder
 from support.hub.weights import TensorFiles
 from support.machine.files import explain_failure
@@ -39,7 +39,7 @@ def load_pretrained(model_type, override_args=None, dtype=torch.float32):
         loaded.load_state_dict(dict(weights.items()), strict=False)
         return loaded
     is_tied = loaded.lm_head.weight is loaded.transformer.wte.weight
-    state = {name: weights[name].to(dtype, copy=True) for name in weights
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()
              if not (is_tied and name == 'lm_head.weight')}
     loaded.load_state_dict(state, assign=True, strict=not is_tied)
     if is_tied:
@@ -82,7 +82,7 @@ class Weights(Mapping):
                             f'{len(files.shapes):,} tensors')
         with torch.device('meta'):
             self.shapes = {name: tuple(t.shape) for name, t in GPT(GPTConfig(**args)).state_dict().items()}
-        self.theirs = {layout.own_name(name): name for name in files.shapes if not name.endswith(BUFFERS)}
+        self.theirs = {layout.own_name(name): name for name in files.shapes if not layout.is_ignored(name)}
         self.check()
 
     def check(self):

@@ -98,6 +98,10 @@ class Layout:
         """A name in a file as `names` gives it."""
         return name
 
+    def is_ignored(self, name):
+        """Whether a tensor in their files is no weight."""
+        return name.endswith(BUFFERS)
+
     def is_transposed(self, name):
         return False
 
@@ -121,13 +125,17 @@ class GPT2Layout(Layout):
     def args_with(self, files):
         """export.py writes bias=False, and biases of 0, for a model without; trained on, they may differ."""
         names = [name for name in files.shapes if name.endswith('.bias') and not name.endswith(BUFFERS)]
-        return self.args | {'bias': self.args['bias'] or any(files.read(name).any() for name in names)}
+        self.args['bias'] = self.args['bias'] or any(bool(files.read(name).any()) for name in names)
+        return self.args
 
     def names(self, name):
         return [name.removeprefix('transformer.')]
 
     def own_name(self, name):
         return name.removeprefix('transformer.')  # OpenAI's have no prefix, transformers' have one
+
+    def is_ignored(self, name):
+        return name.endswith(BUFFERS) or name.endswith('.bias') and not self.args['bias']
 
     def is_transposed(self, name):
         return name.endswith(TRANSPOSED)
