@@ -182,7 +182,7 @@ def write_tokenizer(folder, tokenizer, block_size):
     special = {'pad_token': PAD}
     if isinstance(tokenizer, (BPETokenizer, GPT2Tokenizer)):
         is_own = isinstance(tokenizer, BPETokenizer)
-        path.write_text(tokenizer.json if is_own else gpt2_json(tokenizer.bpe), encoding='utf-8')
+        path.write_text(tokenizer.json if is_own else gpt2_json(), encoding='utf-8')
         names = {i: name for name, i in tokenizer.special.items()}
         end, begin = names.get((*tokenizer.ends, None)[0]), names.get(tokenizer.first_token())
         special = {k: v for k, v in zip(ENDS, (begin, end, end)) if v}

@@ -50,6 +50,12 @@ def model_folder(name, weights=False):
     return folder
 
 
+def tokenizer_path(name):
+    """What a setting `tokenizer` names, with a name of the hub turned into the folder of its files."""
+    is_path = Path(name).exists() or name == 'gpt2' or not is_hub_name(name)
+    return name if is_path else str(model_folder(name))
+
+
 def download(name, patterns):
     """The folder of the hub's cache with those files of a model that match."""
     from huggingface_hub import snapshot_download

@@ -119,7 +119,7 @@ class GPT2Tokenizer:
     @functools.cached_property
     def slower(self):
         """The same tokenizer without tiktoken's limit: its stack holds less than a million blanks."""
-        return BPETokenizer(gpt2_json(self.bpe))
+        return BPETokenizer(gpt2_json())
 
     def encode(self, text):
         """Ids of a prompt, a list; <|endoftext|> in it is the special token."""
@@ -166,10 +166,11 @@ class GPT2Tokenizer:
         return {'kind': 'gpt2'}
 
 
-def gpt2_json(bpe):
-    """tiktoken's GPT-2 as the text of a tokenizer.json."""
+@functools.cache
+def gpt2_json():
+    """GPT-2's tokenizer, which tiktoken has, as the text of a tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    ranks = bpe._mergeable_ranks  # {bytes: id}; 188 to 255 are unprintable bytes
+    ranks = GPT2Tokenizer().bpe._mergeable_ranks  # {bytes: id}; 188 to 255 are unprintable bytes
     shown = {t: chr(t[0] if i < 188 else 256 + i - 188) for t, i in ranks.items() if len(t) == 1}
     names = {token: ''.join(shown[bytes([b])] for b in token) for token in ranks}
     merges = [tuple(names[part] for part in last_merge(token, ranks))
