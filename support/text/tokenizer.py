@@ -276,10 +276,11 @@ def load_tokenizer(path):
 
 
 def of_json(text, ends=()):
-    """The tokenizer of a tokenizer.json: of characters, as export.py writes them, GPT-2's, or any other."""
+    """The tokenizer of a tokenizer.json: of characters or words, as export.py writes them, GPT-2's, or any
+    other."""
     content = json.loads(text)
     vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
-    if content['model'].get('type') == 'WordLevel' and not any(len(c) > 1 for c in vocab if c != PAD):
+    if content['model'].get('type') == 'WordLevel' and {t['content'] for t in added} <= {PAD}:
         itos = {i: c for c, i in vocab.items() if c != PAD}
         if not all(isinstance(i, int) and 0 <= i < LARGEST_ID for i in itos):
             raise UserError(f'its ids are not all numbers from 0 to {LARGEST_ID - 1:,}')
