@@ -14,15 +14,18 @@ bit.
 
 from configurator import configure  # first, as it says what this Python lacks
 
+import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from support.errors import UserError
-from support.hub.card import KINDS, model_card
-from support.hub.huggingface import (add_chat_template, beyond, to_transformers, with_pad_token,
-                                     write_tokenizer)
-from support.hub.layouts import CODE, FILES, OWN_CODE, write_model
-from support.machine.files import reason_of
+from support.hub.card import model_card
+from support.hub.exporting import (CODE, FILES, KINDS, OWN_CODE, add_chat_template, beyond, to_transformers,
+                                   with_pad_token, write_model, write_tokenizer)
+from support.machine.files import own_name, reason_of
+from support.text.chat import ChatForm
 from support.training.models import config_from_args, model_args, tokenizer_of
 from support.training.state import State
 
@@ -41,29 +44,51 @@ ALL_FILES = (*FILES, *CODE, 'tokenizer.json', 'tokenizer_config.json', 'README.m
 
 # ---------------------------------------------------------------------------- the folder
 
-def write_folder(folder, state):
-    """Write the files of an export. Returns their names and a summary."""
+def write_folder(folder, state, name):
+    """Write the files of an export into an empty folder. Returns their names and a summary."""
     args, weights = model_args(config_from_args(state.model_args)), state.model
+    state = replace(state, model_args=args)
     tokenizer = tokenizer_of(state)
     tokenizer.encode('')  # raises ValueError if the tokens have no text
+    form = ChatForm(state.chat, tokenizer) if state.chat else None
     config, theirs = to_transformers(*with_pad_token(args, weights, tokenizer))
-    end = config.bos_token_id = config.eos_token_id = tokenizer.end
+    ends = sorted({*tokenizer.ends, *(form.end_ids if form else ())})
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    config.bos_token_id = tokenizer.end if tokenizer.end is None else tokenizer.first_token()
     if config.vocab_size > args['vocab_size']:
         config.unpadded_vocab_size = args['vocab_size']  # by which init_from reads the model back
-    names = write_model(folder, config, theirs, tokenizer.n_vocab, tokenizer.n_vocab if end is None else end)
+    names = write_model(folder, config, theirs, tokenizer.n_vocab, ends[0] if ends else tokenizer.n_vocab)
     names += write_tokenizer(folder, tokenizer, args['block_size'])
-    if state.chat:
+    if form:
         add_chat_template(folder, state.chat)
     n_parameters = sum(v.numel() for k, v in weights.items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
-    name, log = push or folder.resolve().name, Path(out_dir, 'log.jsonl')
-    card = model_card(name, state, args, config.model_type, n_parameters, tokenizer, log)
+    card = model_card(name, state, config.model_type, n_parameters, tokenizer, Path(out_dir, 'log.jsonl'))
     (folder / 'README.md').write_text(card, encoding='utf-8')
     summary = f'{n_parameters:,} parameters, {KINDS[config.model_type]}'
     if config.model_type == OWN_CODE:
         reasons = min((beyond(kind, args) for kind in ('gpt2', 'llama')), key=len)
         summary += f' (trust_remote_code=True), for {", ".join(reasons)}'
     return [*names, 'README.md'], summary
+
+
+def export(folder, state):
+    """Write an export beside `folder`, then move its files there, in place of an earlier one's. Returns their
+    names and a summary."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = own_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        names, summary = write_folder(temporary, state, push or folder.resolve().name)
+        folder.mkdir(exist_ok=True)
+        for name in {*ALL_FILES} - {*names}:  # of an earlier export
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return names, summary
 
 
 def check_target(folder):
@@ -84,7 +109,7 @@ def check_target(folder):
 
 check_target(Path(export_dir))
 folder, (_, state) = Path(export_dir), State.trained_in(out_dir)
-names, summary = write_folder(folder, state)
+names, summary = export(folder, state)
 print(f'wrote {folder}: {summary}, iteration {state.iter_num}')
 
 # ---------------------------------------------------------------------------- the hub

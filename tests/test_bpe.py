@@ -1,34 +1,36 @@
-"""support/text/bpe.py: byte pair encodings of one's own, trained, read, in datasets and exports."""
+"""Byte pairs of one's own, and any tokenizer.json: its ids are those of the library and of transformers."""
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from support.hub.huggingface import folder_tokenizer, write_tokenizer
+from support.hub.exporting import write_tokenizer
 from support.sampling.decoding import Text
-from support.text import bpe as room
 from support.text.bpe import BPETokenizer, train_bpe
+from support.text.dataset import Dataset
 from support.text.prepare import write_text_dataset
-from support.text.tokenizer import (CharTokenizer, GPT2Tokenizer, NoTokenizer, is_same_tokenizer,
-                                    load_tokenizer, read_tokenizer, read_vocabulary, tokenizer_from)
-from support.text.tokens import open_split
+from support.text.tokenizer import (CharTokenizer, GPT2Tokenizer, is_same_tokenizer, load_tokenizer,
+                                    tokenizer_from)
 
-PROSE = {
-    'ko': '봄이 오면 산과 들에 꽃이 핀다. 아이들은 학교에 가고, 어른들은 밭에 나가 씨를 뿌린다. ',
-    'zh': '春天来了，山上和田野里开满了花。孩子们去上学，大人们到地里播种。',
-    'pt': 'Quando chega a primavera, as flores cobrem os campos. As crianças vão à escola, e a avó faz pão. ',
-    'en': 'When spring comes, it\'s the year 1995 or 2026, and flowers cover the fields.\n\n\tSo they say. ',
-}
 SOURCE = Path(__file__).read_text(encoding='utf-8')
-TEXT = '\n'.join((text * 20) for text in PROSE.values())
+# Latin, Hangul, Han, Kana, Cyrillic, Greek, Arabic, Hebrew, Devanagari, Thai, and what tokenizers stumble over
+ODD = '''  When spring comes, it's the year 1995 or 2026 – they'll say "so".\tTabs,  two  spaces,\r\nlines\n\n\n
+봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。春が来ると、野山に花が咲く。 Когда придёт весна, 7 раз;
+Όταν έρθει η άνοιξη· عندما يأتي الربيع، תבוא האביב, जब वसंत आता है, เมื่อฤดูใบไม้ผลิมาถึง cafe\u0301 ﬁn ①½ x²
+🙂👩\u200d👩\u200d👧 \u00a0\u3000\ufeff​ 𝔘𝔫𝔦 $100,000.50 a_b __init__(self): -> [x for x in y if x != 'z'] <b>&amp;</b> ½
+'''
+TEXT = ODD * 20
 
 
 @pytest.fixture(scope='module')
 def own():
-    return train_bpe([TEXT], 400)
+    return train_bpe([TEXT], 600)
 
 
 def random_texts(n, seed=0):
@@ -41,53 +43,276 @@ def random_texts(n, seed=0):
     return [''.join(generator.choice(kinds)() for _ in range(generator.randrange(60))) for _ in range(n)]
 
 
-# ---------------------------------------------------------------------------- encoding
+# ---------------------------------------------------------------------------- published kinds
 
-def test_random_texts_survive_the_round_trip(own):
-    for text in random_texts(2000):
-        assert own.decode(own.encode(text)) == text
-        assert own.decode(own.encode_array(text)) == text
-        assert own.token_bytes()[own.encode_array(text)].sum() == len(text.encode())
+def split(pattern):
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
 
+
+def byte_level(use_regex):
+    return {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': use_regex}
+
+
+def in_sequence(key, *steps):
+    return {'type': 'Sequence', key: [*steps]}
+
+
+def added(name, i, special=True, **how):
+    return {'id': i, 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False,
+            'normalized': False, 'special': special} | how
+
+
+def begins_with(name, i):
+    parts = [{'SpecialToken': {'id': name, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
+    return {'type': 'TemplateProcessing', 'single': parts, 'pair': parts + [
+        {'Sequence': {'id': 'B', 'type_id': 1}}],
+        'special_tokens': {name: {'id': name, 'ids': [i], 'tokens': [name]}}}
+
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+          r'\s*[\r\n]+|\s+(?!\S)|\s+')
+QWEN = LLAMA3.replace('{1,3}', '')
+MARK = '\u2581'
+FROM_MARKS = [{'type': 'Replace', 'pattern': {'String': MARK}, 'content': ' '}, {'type': 'ByteFallback'},
+              {'type': 'Fuse'}, {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]
+
+
+def content_of(kind):
+    """A small tokenizer.json of a kind, as published but for its entries."""
+    if kind in ('TinyLlama', 'Mistral'):
+        return sentencepiece_like(kind)
+    if kind == 'Unigram':
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        library = Tokenizer(models.Unigram())
+        library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        library.train_from_iterator([TEXT], trainers.UnigramTrainer(
+            vocab_size=400, unk_token='<unk>', special_tokens=['<unk>', '</s>'], show_progress=False))
+        return json.loads(library.to_str())
+    content = json.loads(train_bpe([TEXT.replace('\n', ' ')], 500, ('<|endoftext|>', '<|im_start|>',
+                                                                    '<|im_end|>')).json)
+    vocab = content['model']['vocab']
+    if kind == 'SmolLM2':  # 21 of the bytes have no entry
+        for name in [n for n in vocab if len(n) == 1 and not any(n in m for m in content['model']['merges'])][:21]:
+            del vocab[name]
+        content['pre_tokenizer'] = in_sequence('pretokenizers', {'type': 'Digits', 'individual_digits': True},
+                                               byte_level(True))
+    if kind == 'Llama 3':
+        content['pre_tokenizer'] = in_sequence('pretokenizers', split(LLAMA3), byte_level(False))
+        content['model']['ignore_merges'] = True
+        content['post_processor'] = in_sequence('processors', byte_level(True), begins_with('<|im_start|>', 1))
+    if kind == 'Qwen':
+        content |= {'normalizer': {'type': 'NFC'}, 'post_processor': byte_level(False) | {'use_regex': True},
+                    'pre_tokenizer': in_sequence('pretokenizers', split(QWEN), byte_level(False))}
+        content['added_tokens'] += [added('<think>', 500, special=False), added('   ', 501, special=False)]
+    return content
+
+
+def sentencepiece_like(kind):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    specials = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256))]
+    library = Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=600, special_tokens=specials,
+                                                            show_progress=False, limit_alphabet=60))
+    content = json.loads(library.to_str())
+    content['added_tokens'] = [added(name, i) for i, name in enumerate(specials[:3])]
+    content |= {'decoder': in_sequence('decoders', *FROM_MARKS), 'post_processor': begins_with('<s>', 1)}
+    if kind == 'TinyLlama':
+        content |= {'pre_tokenizer': None, 'normalizer': in_sequence(
+            'normalizers', {'type': 'Prepend', 'prepend': MARK},
+            {'type': 'Replace', 'pattern': {'String': ' '}, 'content': MARK})}
+    else:
+        content['pre_tokenizer'] = {'type': 'Metaspace', 'replacement': MARK, 'prepend_scheme': 'first',
+                                    'split': False}
+    return content
+
+
+KINDS = ['SmolLM2', 'Llama 3', 'Qwen', 'TinyLlama', 'Mistral', 'Unigram']
+published = pytest.fixture(scope='module', params=KINDS)(lambda request: json.dumps(content_of(request.param)))
+
+
+def in_folder(folder, text):
+    folder.mkdir(exist_ok=True)
+    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+    return folder
+
+
+def test_ids_of_a_published_tokenizer_are_those_of_transformers(published, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    in_folder(tmp_path, published)
+    ours = load_tokenizer(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
+    names = ''.join(ours.special)
+    for text in [ODD, names + 'a' + names, *random_texts(300), 'x' * 3000, ' ' * 3000 + 'a', TEXT]:
+        ids = [*ours.begin, *ours.encode(text)]
+        assert ids == theirs(text)['input_ids']
+        shown = ours.decode_bytes(ids).decode(errors='replace')
+        assert ours.decode(ids[len(ours.begin):]) in (shown, shown.removeprefix(' ' * (not ours.begin)))
+    again = tokenizer_from(ours.to_dict())
+    assert again.encode(ODD) == ours.encode(ODD) and again.ends == ours.ends == (ours.end,)
+    assert again.begin == ours.begin == ([1] if '"TemplateProcessing"' in published else [])
+
+
+def test_streams_and_wholes_of_a_published_tokenizer_are_the_same_text(published):
+    ours = BPETokenizer(published)
+    ids, text, shown = ours.encode(ODD), Text(b'', 10_000), ''
+    for i in ids:
+        text.add(ours.decode_bytes([i]))
+        piece = text.take()
+        assert '\ufffd' not in piece
+        shown += piece
+    assert (shown + text.text[len(shown):]).removeprefix(' ' * ours.strips).rstrip('\ufffd') == \
+        ours.decode(ids).rstrip('\ufffd')
+    assert ours.token_bytes()[ids].sum() == len(ours.join(ids)) and ours.token_bytes()[ours.end] == 0
+
+
+def test_names_of_special_tokens_in_a_document_are_text_and_a_line_says_so(published, capsys):
+    ours = BPETokenizer(published)
+    if ours.encode_array('a</s>').tolist()[-1] == ours.special.get('</s>'):
+        return  # Unigram's own entries include it
+    name = next(name for name, i in ours.special.items() if i == ours.end)
+    text = f'one{name}two one'
+    assert ours.encode(text).count(ours.end) == 1
+    assert not {*ours.special.values()} & {*ours.encode_array(text).tolist()} - {ours.special.get('<unk>')}
+    ours.encode_array(text)
+    assert capsys.readouterr().out.count(f'{name} in the data is encoded as the text that it is') == 1
+
+
+def test_a_long_document_is_encoded_in_pieces_that_change_nothing(published):
+    ours = BPETokenizer(published)
+    text = (TEXT + 'and so on, ' * 5000) * 2
+    whole = ours.of_documents.encode(text, add_special_tokens=False).ids
+    assert len(text) > 120_000 and ours.encode_with(ours.of_documents, text).tolist() == whole
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('text', ['abc' * 1000 + '\x07\x08', 'cafe\u0301 ' * 100, ODD], ids=['control', 'NFD', 'odd'])
+def test_text_that_a_tokenizer_drops_or_changes_is_said_once(kind, text, capsys):
+    ours = BPETokenizer(json.dumps(content_of(kind)))
+    try:
+        kept = [ours.decode(ours.encode_array(text)) for _ in range(3)]
+    except ValueError as error:  # Unigram has no entry for most of it
+        assert 'changes or drops' in str(error) and '\n' not in str(error)
+        return
+    as_it_was = kept[0] == text or kind == 'Qwen' and text != kept[0] and 'e\u0301' in text
+    assert capsys.readouterr().out.count('the tokenizer changes or drops some of the text: ') == (not as_it_was)
+
+
+@pytest.mark.parametrize('change, text', [
+    ({'pre_tokenizer': split(r'\s+') | {'behavior': 'Removed'}}, 'ab cd ' * 500),
+    ({'normalizer': {'type': 'Lowercase'}}, 'AB CD ' * 500),
+    ({'added_tokens': [added('b', 999, special=False, lstrip=True, rstrip=True)]}, 'a  b  c  ' * 500),
+])
+def test_a_tokenizer_that_loses_more_than_a_hundredth_is_refused_on_the_data(change, text, own):
+    tokenizer = BPETokenizer(json.dumps(json.loads(own.json) | change))
+    with pytest.raises(ValueError, match='changes or drops .* of .* characters: .* came back as') as error:
+        tokenizer.encode_array(text)
+    assert '\n' not in str(error.value)
+
+
+def test_a_panic_of_the_library_is_one_line(own, tmp_path):
+    pattern = in_sequence('pretokenizers', split('(a+)+$'), byte_level(False))
+    in_folder(tmp_path, json.dumps(json.loads(own.json) | {'pre_tokenizer': pattern}))
+    (tmp_path / 'text.txt').write_text('a' * 60 + 'b')
+    code = 'import sys\nsys.path.insert(0, sys.argv[1])\nfrom support.text.tokenizer import load_tokenizer\n' \
+           'try: load_tokenizer(sys.argv[2]).encode_array("a" * 60 + "b")\nexcept ValueError as e: print(e)'
+    done = subprocess.run([sys.executable, '-c', code, ROOT, tmp_path], capture_output=True, text=True)
+    assert done.stdout.startswith('the tokenizer fails on the text that begins \'aaa')
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ''
+
+
+@pytest.mark.parametrize('text', [' ' * 10**6 + 'a', '\n ' * 500_000 + 'a'], ids=['spaces', 'lines'])
+def test_a_document_of_a_million_blanks_is_encoded(text, own, bpe):
+    for tokenizer in (own, GPT2Tokenizer(), BPETokenizer(json.dumps(content_of('TinyLlama')))):
+        ids = tokenizer.encode_array(text)
+        assert ids.dtype == np.uint32 and tokenizer.decode(ids.tolist()) == text
+        assert tokenizer.encode_array('a ' + text[-1000:]).tolist() == tokenizer.encode('a ' + text[-1000:])
+
+
+# ---------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize('text, told', [
+    ('', 'JSONDecodeError'), ('{}', 'model'), ('[]', 'AttributeError|TypeError'), ('5', 'TypeError'),
+    ('[' * 10**5, 'RecursionError'), ('{"model": {}}', 'vocab'), ('{"model": {"vocab": []}}', 'no entries|unread'),
+    ({'model': None}, 'TypeError'), ({'added_tokens': 5}, 'TypeError'),
+    ({'model': {'type': 'BPE', 'vocab': {'a': 1 << 22}, 'merges': []}}, 'its ids'),
+    ({'model': {'type': 'BPE', 'vocab': {'a': -1}, 'merges': []}}, 'unreadable'),
+    ({'model': {'type': 'BPE', 'vocab': {'a': 1, 'b': 1}, 'merges': []}}, 'one id'),
+    ({'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [], 'dropout': 0.1}}, 'dropout'),
+    ({'model': {'type': 'Mine', 'vocab': {'a': 0}}}, 'unreadable'),
+], ids=str)
+def test_a_file_that_is_no_tokenizer_is_one_line(text, told, own, tmp_path):
+    content = text if isinstance(text, str) else json.dumps(json.loads(own.json) | text)
+    with pytest.raises(ValueError, match=f'tokenizer.json holds no tokenizer that can be used .*({told})') as error:
+        load_tokenizer(in_folder(tmp_path, content))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('names', [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')])
+def test_gpt2_as_openai_published_it_is_gpt2_s_tokenizer(names, bpe, tmp_path):
+    write_tokenizer(tmp_path, GPT2Tokenizer(), 64)
+    content = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
+    assert 'model' in content['model']['vocab'] and isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
+    vocab = content['model']['vocab'] | {'<|endoftext|>': 50256}
+    (tmp_path / 'older').mkdir()
+    (tmp_path / 'older' / names[0]).write_text(json.dumps(vocab))
+    (tmp_path / 'older' / names[1]).write_text('#version: 0.2\n' + '\n'.join(
+        ' '.join(m) for m in content['model']['merges']))
+    assert isinstance(load_tokenizer(tmp_path / 'older'), GPT2Tokenizer)
+    same = BPETokenizer((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
+    assert same.end == 50256 and same.n_vocab == 50257 and same.encode(ODD) == GPT2Tokenizer().encode(ODD)
+    assert same.token_bytes().tolist() == GPT2Tokenizer().token_bytes().tolist()
+    more = same.with_special_tokens(['<|user|>'])
+    assert load_tokenizer(in_folder(tmp_path, more.json)).n_vocab == 50258
+
+
+@pytest.mark.parametrize('has_config', [False, True])
+def test_vocab_json_and_merges_txt_of_another_model_are_read_by_transformers(has_config, own, tmp_path):
+    content = json.loads(own.json)['model']
+    (tmp_path / 'vocab.json').write_text(json.dumps(content['vocab']))
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in content['merges']))
+    if has_config:
+        (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    tokenizer = load_tokenizer(tmp_path)
+    from transformers import GPT2Tokenizer as Theirs
+    theirs = Theirs(vocab=str(tmp_path / 'vocab.json'), merges=str(tmp_path / 'merges.txt'))
+    assert tokenizer.encode(ODD) == theirs(ODD)['input_ids'] and tokenizer.decode(tokenizer.encode(ODD)) == ODD
+
+
+def test_a_tokenizer_model_that_nothing_converts_is_one_line(tmp_path):
+    (tmp_path / 'tokenizer.model').write_bytes(b'\x0a\x0e nonsense')
+    with pytest.raises(ValueError, match='tokenizer.model holds no tokenizer that can be used') as error:
+        load_tokenizer(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def test_limits_and_padding_of_a_file_are_ignored(own):
+    limits = {'truncation': {'direction': 'Right', 'max_length': 4, 'strategy': 'LongestFirst', 'stride': 0},
+              'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None,
+                          'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}}
+    tokenizer = BPETokenizer(json.dumps(json.loads(own.json) | limits))
+    assert tokenizer.encode(ODD) == own.encode(ODD) and tokenizer.encode('a') == own.encode('a')
+
+
+# ---------------------------------------------------------------------------- of our own
 
 @pytest.mark.parametrize('size', [257, 300, 2000])
-def test_the_quick_encoder_gives_the_library_s_ids(size):
+def test_the_quick_encoder_gives_the_library_s_ids_and_every_text_comes_back(size):
     tokenizer = train_bpe([TEXT, SOURCE], size)
-    texts = [*random_texts(1000, 1), TEXT, SOURCE, 'a\ud83db', 'x' * 2000]
     assert tokenizer.quick
-    for text in texts:
-        by_library = tokenizer.encode_with(tokenizer.of_documents, text)
-        assert np.array_equal(tokenizer.encode_array(text), by_library)
+    for text in [*random_texts(1000, 1), TEXT, SOURCE, 'a\ud83db', 'x' * 2000]:
+        ids = tokenizer.encode_array(text)
+        assert np.array_equal(ids, tokenizer.encode_with(tokenizer.of_documents, text))
+        assert tokenizer.decode(ids) == text.replace('\ud83d', '\ufffd')
 
 
 def test_the_quick_encoder_is_for_tokenizers_of_ours_only(own):
-    model = content_of(own)['model']
-    others = [{'model__merges': model['merges'][::-1]}, {'normalizer': {'type': 'NFC'}},
-              {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
-                                 'use_regex': True}}]
-    for changes in others:
-        other = BPETokenizer(changed(own, **changes))
-        assert other.quick is None
-        assert other.encode_array(TEXT).tolist() == other.encode(TEXT)
-    assert own.quick and own.with_special_tokens(['<|user|>']).quick
-
-
-def test_half_a_surrogate_pair_is_replaced_not_refused(own):
-    assert own.decode(own.encode('a\ud83db')) == 'a\ufffdb'
-
-
-def test_digits_stand_alone_and_words_take_the_space_before_them(own):
-    tokens = [own.decode([i]) for i in own.encode('in 1995 the  spring\n\n\tcomes')]
-    assert all(len(t) == 1 for t in tokens if t[-1].isdigit())
-    for token in tokens:
-        assert token.lstrip(' ') == token or token[1:].isalpha() or token.isspace()
-
-
-def test_end_of_text_is_special_in_a_prompt_and_plain_in_a_document(own):
-    text = 'one<|endoftext|>two'
-    assert own.encode(text).count(own.end) == 1 and own.end not in own.encode_array(text)
-    assert own.first_token() == own.end == 0 and own.token_bytes()[own.end] == 0
-    assert own.decode(own.encode(text)) == text
+    content = json.loads(own.json)
+    for changes in ({'model': content['model'] | {'merges': content['model']['merges'][::-1]}},
+                    {'normalizer': {'type': 'NFC'}}, {'pre_tokenizer': byte_level(True)}):
+        other = BPETokenizer(json.dumps(content | changes))
+        assert other.quick is None and other.encode_array(TEXT).tolist() == other.encode(TEXT)
+    assert own.with_special_tokens(['<|user|>']).quick
 
 
 @pytest.mark.parametrize('special', [(), ('<|user|>', '<|bot|>')])
@@ -95,52 +320,14 @@ def test_tokens_that_were_added_are_special_and_the_last(special, own):
     more = own.with_special_tokens(special)
     assert more.n_vocab == own.n_vocab + len(special) and more.encode(TEXT) == own.encode(TEXT)
     assert [more.encode(name) for name in special] == [[own.n_vocab + i] for i in range(len(special))]
-    trained = train_bpe([TEXT], 400, ('<|endoftext|>', *special))
-    assert trained.n_vocab == 400 and [*trained.special] == ['<|endoftext|>', *special]
+    trained = train_bpe([TEXT], 600, ('<|endoftext|>', *special))
+    assert trained.n_vocab == 600 and [*trained.special] == ['<|endoftext|>', *special]
 
-
-def test_a_long_text_is_encoded_in_pieces_that_change_nothing(own, monkeypatch):
-    text = TEXT + ''.join(random_texts(300)) + 'x' * 500 + TEXT
-    whole = own.of_documents.encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(room, 'PIECE', 50)
-    pieces = [*room.cut_text(own.of_documents, text)]
-    assert len(pieces) > 100 and ''.join(pieces) == text
-    assert own.encode_with(own.of_documents, text).tolist() == whole
-    assert len([*room.cut_text(own.of_documents, '1' * 1000)]) == 1  # without a place to cut
-
-
-def test_a_place_where_a_cut_would_change_the_tokens_is_none(own, monkeypatch):
-    assert room.is_cut(own.of_documents, 'in spring it', 9)
-    assert room.is_cut(own.of_documents, '<|endoftext|>', 11)
-    assert not room.is_cut(own.of_prompts, '<|endoftext|>', 11)
-    monkeypatch.setattr(room, 'PARTS', r'\p{L}+\s?|[\s\S]')  # words with the space after them
-    other = train_bpe([TEXT], 400)
-    monkeypatch.setattr(room, 'PIECE', 50)
-    assert not room.is_cut(other.of_documents, 'when spring comes', 11)
-    whole = other.of_documents.encode(TEXT, add_special_tokens=False).ids
-    assert other.encode_with(other.of_documents, TEXT).tolist() == whole
-
-
-def test_a_stream_shows_whole_characters_only():
-    tokenizer = train_bpe([], 257)  # a token for each byte
-    text, shown = Text(b'', 100), ''
-    for token in tokenizer.encode('avó 한국어 🙂'):
-        text.add(tokenizer.decode_bytes([token]))
-        piece = text.take()
-        assert '\ufffd' not in piece
-        shown += piece
-    assert shown == 'avó 한국어 🙂'
-
-
-# ---------------------------------------------------------------------------- training
 
 def test_training_is_the_same_every_time_and_takes_any_pieces(own):
-    assert train_bpe([TEXT], 400).json == own.json and own.n_vocab == 400
-    assert train_bpe(iter([TEXT[:1000], TEXT[1000:]]), 400).n_vocab == 400
-
-
-def test_a_text_with_few_pairs_gives_fewer_entries():
-    assert train_bpe(['abc'], 4096).n_vocab == 257 and train_bpe([], 300).n_vocab == 257
+    assert train_bpe([TEXT], 600).json == own.json and own.n_vocab == 600
+    assert train_bpe(iter([TEXT[:1000], TEXT[1000:]]), 600).n_vocab == 600
+    assert train_bpe(['abc'], 4096).n_vocab == 257 and train_bpe([], 300).n_vocab == 257  # no more pairs
 
 
 @pytest.mark.parametrize('size', [0, 256, 65537, 10**9])
@@ -150,84 +337,7 @@ def test_a_size_that_no_tokenizer_can_have_is_refused(size):
     assert '\n' not in str(error.value)
 
 
-# ---------------------------------------------------------------------------- files
-
-def content_of(tokenizer):
-    return json.loads(tokenizer.json)
-
-
-def changed(tokenizer, **changes):
-    """A tokenizer.json with other values at MODEL__KEY or KEY."""
-    content = content_of(tokenizer)
-    for path, value in changes.items():
-        *outer, key = path.split('__')
-        place = content
-        for name in outer:
-            place = place[name]
-        place[key] = value
-    return json.dumps(content)
-
-
-@pytest.mark.parametrize('changes, told', [
-    ({'model__type': 'Unigram'}, 'Unigram'),
-    ({'model__dropout': 0.1}, 'dropout'), ({'normalizer': {'type': 'Lowercase'}}, 'Lowercase'),
-    ({'model__vocab': {f'{i:x}': i for i in range(65537)}, 'model__merges': []}, '65,538 entries, .* 65,536'),
-    ({'model__vocab': {'a': 70000}, 'model__merges': []}, 'ids'),
-    ({'model__vocab': {'a': -1}, 'model__merges': []}, 'ids'),
-    ({'model__vocab': {'▁the': 0}, 'model__merges': []}, 'not strings of bytes'),
-    ({'model__vocab': {'a': 0}, 'model__merges': []}, 'one id'),
-    ({'model__vocab': {'a': 1}, 'model__merges': []}, 'can\'t encode 255 of the 256 bytes'),
-    ({'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True,
-                        'use_regex': True}}, 'give the text back'),
-    ({'model': None}, 'TypeError'), ({'added_tokens': 5}, 'TypeError'),
-])
-def test_a_tokenizer_that_is_none_of_bytes_is_one_line(changes, told, own, tmp_path):
-    (tmp_path / 'tokenizer.json').write_text(changed(own, **changes), encoding='utf-8')
-    with pytest.raises(ValueError, match=f'tokenizer.json is neither GPT-2\'s .*({told})') as error:
-        load_tokenizer(tmp_path)
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('content', ['', '{}', '[]', 'null', '5', '[' * 10**5, '{"model": {}}',
-                                     '{"model": {"vocab": []}}'])
-def test_a_file_that_is_no_tokenizer_is_one_line(content, tmp_path):
-    (tmp_path / 'mine.json').write_text(content)
-    with pytest.raises(ValueError, match='mine.json is neither') as error:
-        load_tokenizer(tmp_path / 'mine.json')
-    assert '\n' not in str(error.value)
-
-
-def test_a_file_s_normalisation_and_words_that_were_added_are_kept(own):
-    added = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': True, 'special': False}
-    tokenizer = BPETokenizer(changed(own, normalizer={'type': 'NFC'}, added_tokens=[
-        *content_of(own)['added_tokens'], added | {'id': 400, 'content': '   '}]))
-    ids = tokenizer.encode_array('cafe\u0301   au lait')
-    assert tokenizer.decode(ids) == 'café   au lait' and 400 in ids
-    assert tokenizer.token_bytes()[400] == 3 and tokenizer.n_vocab == 401
-
-
-def test_limits_and_padding_of_a_file_are_ignored(own):
-    limits = {'truncation': {'direction': 'Right', 'max_length': 4, 'strategy': 'LongestFirst', 'stride': 0},
-              'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None,
-                          'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}}
-    tokenizer = BPETokenizer(changed(own, **limits))
-    assert tokenizer.encode(TEXT) == own.encode(TEXT) and tokenizer.encode('a') == own.encode('a')
-
-
-def test_gpt2_s_own_file_is_gpt2_s_tokenizer_and_with_more_special_tokens_its_own(bpe, tmp_path):
-    write_tokenizer(tmp_path, GPT2Tokenizer(), 64)
-    assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
-    same = BPETokenizer((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
-    assert same.end == 50256 and same.n_vocab == 50257 and same.encode(TEXT) == GPT2Tokenizer().encode(TEXT)
-    assert same.token_bytes().tolist() == GPT2Tokenizer().token_bytes().tolist()
-    more = same.with_special_tokens(['<|user|>'])
-    (tmp_path / 'tokenizer.json').write_text(more.json, encoding='utf-8')
-    assert load_tokenizer(tmp_path).n_vocab == 50258
-
-
-# ---------------------------------------------------------------------------- transformers
-
-def test_transformers_gives_the_same_ids(own, tmp_path):
+def test_an_exported_tokenizer_is_the_same_to_transformers_and_to_us(own, tmp_path):
     from transformers import AutoTokenizer
     write_tokenizer(tmp_path, own, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -235,42 +345,36 @@ def test_transformers_gives_the_same_ids(own, tmp_path):
     for text in [*random_texts(500), TEXT]:
         assert theirs(text)['input_ids'] == own.encode(text)
         assert theirs.decode(own.encode(text)) == text
-    assert folder_tokenizer(tmp_path).json == own.json
+    assert load_tokenizer(tmp_path).json == own.json
     theirs.save_pretrained(tmp_path / 'again')  # written otherwise, and the same
-    assert is_same_tokenizer(folder_tokenizer(tmp_path / 'again').to_dict(), own.to_dict())
+    assert is_same_tokenizer(load_tokenizer(tmp_path / 'again').to_dict(), own.to_dict())
     assert not is_same_tokenizer(train_bpe([TEXT], 300).to_dict(), own.to_dict())
 
 
 # ---------------------------------------------------------------------------- datasets
 
 def test_a_dataset_s_tokenizer_is_trained_on_its_training_part_and_kept_beside_it(tmp_path):
-    write_text_dataset(tmp_path, TEXT + 'zq' * 1000, 'bpe', 'a test', vocab_size=300)
-    tokenizer, size, path = read_vocabulary(tmp_path)
-    cut = int(len(TEXT + 'zq' * 1000) * 0.9)
-    assert tokenizer.json == train_bpe([(TEXT + 'zq' * 1000)[:cut]], 300).json
-    assert (size, path) == (300, tmp_path / 'tokenizer.json')
-    parts = [tokenizer.decode(open_split(tmp_path, split)) for split in ('train', 'val')]
-    assert parts == [(TEXT + 'zq' * 1000)[:cut], (TEXT + 'zq' * 1000)[cut:]]
-    assert json.loads((tmp_path / 'dataset.json').read_text())['tokenizer'] == 'bpe'
-    again = tokenizer_from(tokenizer.to_dict())
-    assert again.encode(TEXT) == tokenizer.encode(TEXT) and again.to_dict() == tokenizer.to_dict()
+    text = TEXT + 'zq' * 1000
+    write_text_dataset(tmp_path, text, 'bpe', 'a test', vocab_size=300)
+    data, cut = Dataset(tmp_path), int(len(text) * 0.9)
+    assert data.tokenizer.json == train_bpe([text[:cut]], 300).json
+    assert (data.vocab_size, data.vocab_path) == (300, tmp_path / 'tokenizer.json')
+    assert [data.tokenizer.decode(data[split][:]) for split in ('train', 'val')] == [text[:cut], text[cut:]]
 
 
 def test_a_tokenizer_that_exists_is_taken_as_it_is(own, tmp_path):
-    (tmp_path / 'there').mkdir()
-    write_tokenizer(tmp_path / 'there', own, 64)
+    write_tokenizer(in_folder(tmp_path / 'there', ''), own, 64)
     for name in (tmp_path / 'there', tmp_path / 'there' / 'tokenizer.json'):
         write_text_dataset(tmp_path / 'out', TEXT, str(name), 'a test')
         assert (tmp_path / 'out/tokenizer.json').read_text(encoding='utf-8') == own.json
     write_text_dataset(tmp_path / 'out', TEXT, 'char', 'a test')
     assert not (tmp_path / 'out/tokenizer.json').exists()
-    assert isinstance(read_tokenizer(tmp_path / 'out'), CharTokenizer)
+    assert isinstance(Dataset(tmp_path / 'out').tokenizer, CharTokenizer)
 
 
 @pytest.mark.parametrize('file, text, told', [
-    ('dataset.json', '{"tokenizer": "gpt2"}', 'dataset.json says .* GPT-2'),
-    ('dataset.json', None, None),
-    ('tokenizer.json', '{}', 'neither'), ('tokenizer.json', 'other', 'SHA-256'),
+    ('dataset.json', '{"tokenizer": "gpt2"}', 'dataset.json says .* GPT-2'), ('dataset.json', None, None),
+    ('tokenizer.json', '{}', 'no tokenizer that can be used'), ('tokenizer.json', 'other', 'SHA-256'),
     ('tokenizer.json', None, 'tokenizer.json is missing, but dataset.json'),
 ])
 def test_files_of_a_dataset_that_contradict_each_other_are_refused(file, text, told, own, tmp_path):
@@ -279,27 +383,8 @@ def test_files_of_a_dataset_that_contradict_each_other_are_refused(file, text, t
     if text:
         (tmp_path / file).write_text(own.json if text == 'other' else text, encoding='utf-8')
     if told is None:
-        assert read_tokenizer(tmp_path).n_vocab == 300
+        assert Dataset(tmp_path).tokenizer.n_vocab == 300
         return
     with pytest.raises(ValueError, match=told) as error:
-        read_tokenizer(tmp_path)
+        Dataset(tmp_path)
     assert '\n' not in str(error.value)
-
-
-def test_ids_of_a_tokenizer_that_is_not_there_are_never_decoded_as_gpt2_s(tmp_path):
-    np.arange(9, dtype=np.uint16).tofile(tmp_path / 'train.bin')
-    (tmp_path / 'dataset.json').write_text('{"tokenizer": "llama-3", "vocab_size": 32000}')
-    tokenizer, size, path = read_vocabulary(tmp_path)
-    assert isinstance(tokenizer, NoTokenizer) and (size, path.name) == (32000, 'dataset.json')
-    for function in (tokenizer.decode, tokenizer.encode):
-        with pytest.raises(ValueError, match='no text: .* llama-3'):
-            function([1])
-    (tmp_path / 'dataset.json').write_text('{"tokenizer": "llama-3"}')
-    with pytest.raises(ValueError, match='needs its vocab_size'):
-        read_tokenizer(tmp_path)
-
-
-def test_a_folder_s_model_of_another_size_than_gpt2_s_isn_t_decoded_as_gpt2(tmp_path):
-    for size, kind in ((50257, GPT2Tokenizer), (51200, NoTokenizer), (65, NoTokenizer)):
-        (tmp_path / 'config.json').write_text(json.dumps({'vocab_size': size}))
-        assert isinstance(folder_tokenizer(tmp_path), kind)

@@ -10,33 +10,31 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_bpe import content_of
 from test_docs import settings
 
-from support.hub.huggingface import add_chat_template, write_tokenizer
-from support.training import checkpoint
+from support.hub.exporting import add_chat_template, write_tokenizer
 from support.sampling.prompt import Dialogue
-from support.text.bpe import train_bpe
-from support.text.chat import (
-    END,
-    MARKERS,
-    PLAIN,
-    encode_conversation,
-    jinja,
-    messages_of,
-    read_conversations,
-    render,
-    template_for,
-)
+from support.text.bpe import END, BPETokenizer, train_bpe
+from support.text.chat import (MARKERS, PLAIN, ChatForm, check_template, folder_template, jinja,
+                               messages_of, read_conversations, render, template_for)
+from support.text.dataset import Dataset
 from support.text.masks import BEGIN, TARGET
 from support.text.prepare import write_text_dataset
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
-from support.text.tokens import open_split
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.training.state import State
 
 EXAMPLE = ROOT / 'data/chat/example.jsonl'
 TALK = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '  Wie heißt du?\n'},
         {'role': 'assistant', 'content': 'GPT.\n\n  I am 2.'}, {'role': 'user', 'content': '"Why"?'},
         {'role': 'assistant', 'content': '...'}]
-ASKED = TALK[1:4:2]
+CHATML = ('{% for m in messages %}{% if loop.first and m["role"] != "system" %}<|im_start|>system\nYou help.'
+          '<|im_end|>\n{% endif %}{{ "<|im_start|>" + m["role"] + "\n" + m["content"] + "<|im_end|>\n" }}'
+          '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
+INST = ('{{ bos_token }}{% for m in messages %}{% if (m["role"] == "user") != (loop.index0 % 2 == 0) %}'
+        '{{ raise_exception("Roles must alternate") }}{% endif %}{% if m["role"] == "user" %}'
+        '{{ "[INST] " + m["content"] | trim + " [/INST]" }}{% else %}'
+        '{{ " " + m["content"] | trim + " " + eos_token }}{% endif %}{% endfor %}')
 
 
 def say(*texts):
@@ -63,155 +61,231 @@ def prepare(tmp_path, monkeypatch):
     return run
 
 
-def tokenizers():
+def chat_form(kind):
+    """A tokenizer and its template: our own, or one as it is published."""
     texts = [m['content'] for m in TALK]
-    rendered = render(TALK, PLAIN | {'end': END}) + ''.join(PLAIN.values())
-    return {'char': CharTokenizer.of_text(rendered), 'bpe': train_bpe(texts, 300, (END, *MARKERS.values())),
-            'bpe without markers': train_bpe(texts, 300), 'gpt2': GPT2Tokenizer()}
+    if kind in ('ChatML', 'Llama 2'):
+        coder = BPETokenizer(json.dumps(content_of('Qwen' if kind == 'ChatML' else 'TinyLlama')))
+        tokens = {} if kind == 'ChatML' else {'bos_token': '<s>', 'eos_token': '</s>'}
+        return ChatForm({'jinja': CHATML if tokens == {} else INST, 'tokens': tokens}, coder)
+    if kind == 'char':
+        coder = CharTokenizer.of_text(render(TALK, PLAIN | {'end': END}) + ''.join(PLAIN.values()) + 'x<|>')
+    elif kind == 'gpt2':
+        coder = GPT2Tokenizer()
+    else:
+        coder = train_bpe(texts, 300, (END, *MARKERS.values()) if kind == 'bpe' else (END,))
+    return ChatForm(template_for(coder), coder)
 
 
-@pytest.fixture(params=['char', 'bpe', 'bpe without markers', 'gpt2'])
-def tokenizer(request):
-    if request.param == 'gpt2':
-        request.getfixturevalue('bpe')
-    return tokenizers()[request.param]
+OWN = ['char', 'bpe', 'bpe without markers', 'gpt2']
+form = pytest.fixture(params=[*OWN, 'ChatML', 'Llama 2'])(lambda request, bpe: chat_form(request.param))
+own_form = pytest.fixture(params=OWN)(lambda request, bpe: chat_form(request.param))
 
 
 # ---------------------------------------------------------------------------- templates
 
-def test_targets_are_what_the_assistant_says_and_the_end_of_it(tokenizer):
-    template = template_for(tokenizer)
-    ids, mask = encode_conversation(TALK, template, tokenizer)
-    assert tokenizer.decode(ids.tolist()) == render(TALK, template)
-    assert tokenizer.decode(ids[mask == TARGET].tolist()) == f'GPT.\n\n  I am 2.{END}...{END}'
+def test_targets_are_what_the_assistant_says_and_the_end_of_it(form):
+    talk = TALK if not form.tokenizer.begin else TALK[1:]
+    ids, mask = form.encode(talk)
+    learned, decode = ids[mask == TARGET], form.tokenizer.decode
+    names = {i: name for name, i in form.tokenizer.special.items()}
+    end = names.get(learned[-1], END)
+    assert decode(learned.tolist()).replace(f' {end}', end).replace(f'{end} ', end) == f'GPT.\n\n  I am 2.{end}...{end}'
     assert np.flatnonzero(mask == BEGIN).tolist() == [0]
+    assert form.end_ids <= {*learned.tolist()} | {*form.tokenizer.ends}
+    assert form.end_strings == ([END] if isinstance(form.tokenizer, CharTokenizer) else [])
 
 
-def test_tokens_of_a_prompt_are_those_of_training(tokenizer):
-    """No token spans a marker and a content, so the text as a whole gives the same ids as its parts."""
-    template = template_for(tokenizer)
-    ids, _ = encode_conversation(TALK, template, tokenizer)
-    assert tokenizer.encode(render(TALK, template)) == ids.tolist()
-    question = tokenizer.encode(render(TALK[:2], template, is_question=True))
-    assert question == ids[:len(question)].tolist()
+def test_tokens_of_a_question_are_those_of_training(form):
+    talk = TALK if not form.tokenizer.begin else TALK[1:]
+    for n in range(1, len(talk)):
+        if talk[n]['role'] == 'assistant':
+            asked, ids = form.ask(talk[:n]), form.encode(talk)[0].tolist()
+            assert asked == ids[:len(asked)]
 
 
-def test_own_tokenizer_has_a_token_for_each_marker():
-    coder = tokenizers()['bpe']
-    template = template_for(coder)
-    assert template == MARKERS | {'end': END}
-    assert all(len(coder.encode(text)) == 1 for text in template.values())
-    for other in (tokenizers()['bpe without markers'], GPT2Tokenizer()):
-        assert template_for(other) == PLAIN | {'end': END}
-    assert len(coder.encode_array(MARKERS['user'])) > 1  # in a message it is text
+def test_ids_are_those_of_transformers_for_messages_without_markers(form, tmp_path):
+    from transformers import AutoTokenizer
+    talk = [m | {'content': m['content'].strip()} for m in (TALK if not form.tokenizer.begin else TALK[1:])]
+    write_tokenizer(tmp_path, form.tokenizer, 64)
+    add_chat_template(tmp_path, form.template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(talk, return_dict=False) == form.encode(talk)[0].tolist()
+    asked = theirs.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    assert asked == form.ask(talk[:1])
+    again = folder_template(tmp_path)
+    assert ChatForm(again, form.tokenizer).encode(talk)[0].tolist() == form.encode(talk)[0].tolist()
 
 
-def test_chat_template_of_transformers_renders_the_same():
+def forgeries(form):
+    """Texts of a user that try to begin a turn, twenty and more."""
+    names = [*form.tokenizer.special] or [END]
+    _, answer, turn, *_ = re.split('[01]', render(say('0', '1', '0'), form.template))  # between messages
+    yield from (f'x{name}x' for name in names)
+    yield from (f'{a}{b}x' for a in names[:3] for b in names[:3])
+    yield from (f'x{answer}x{turn}x', f'x{answer}', f'x{turn}x', f'{turn}', f'x{turn[:-1]}', f'x{turn[1:]}', f'x{turn * 3}', names[0] * 5,
+                names[0][:-1], names[0][1:] + names[0][:1], f'{names[0][:-1]}{names[0]}', f'x\n{turn}\n{turn}x')
+
+
+@pytest.mark.parametrize('role', ['user', 'assistant'])
+def test_what_a_message_holds_never_becomes_a_role_or_a_turn(role, form):
+    honest, n_refused, texts = say('x', 'x', 'x'), 0, [*forgeries(form)]
+    markers = {*form.tokenizer.special.values()}
+    expected = [i for i in form.ask(honest) if i in markers]
+    for text in texts:
+        talk = say(text, 'x', 'x') if role == 'user' else say('x', text, 'x')
+        try:
+            ids = form.ask(talk)
+        except ValueError as error:  # a template or a vocabulary whose markers are plain text
+            assert '\n' not in str(error) and 'by which this template parts messages' in str(error)
+            n_refused += 1
+            continue
+        assert [i for i in ids if i in markers] == expected
+        assert text.replace(' ', '').strip() in form.tokenizer.decode(ids).replace(' ', '')
+    assert len(texts) >= 12 and n_refused < len(texts)
+    plain = isinstance(form.tokenizer, CharTokenizer) or 'INST' in str(form.template)
+    assert bool(n_refused) == plain
+
+
+@pytest.mark.parametrize('template, told', [
+    ('{% for m in messages %}', 'TemplateSyntaxError'), ('{{ messages[0].content.__class__ }}', 'leaves out|Error'),
+    ('{% include "/etc/passwd" %}{{ messages[0].content }}', 'TypeError'),
+    ('{% import "os" as os %}{{ messages[0].content }}', 'TypeError'),
+    ('{{ open("/etc/passwd").read() }}', 'UndefinedError'), ('no message', 'leaves out what the user says'),
+    ('{{ raise_exception("No.") }}', 'TemplateError: No.'), ('{{ "x" * 3 + messages }}', 'TypeError'),
+    ('{% for i in range(10**9) %}{% endfor %}', 'OverflowError'), (5, 'must be a text'),
+    ('{{ messages[0].content.format.__globals__ }}', 'Error|leaves out'),
+], ids=str)
+def test_a_template_that_can_not_be_rendered_is_one_line(template, told, tmp_path):
+    settings = {'chat_template': template, 'bos_token': {'content': '<s>'}}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=told) as error:
+        folder_template(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def test_a_folder_s_template_is_found_wherever_it_is_written(tmp_path):
+    assert folder_template(tmp_path) is None
+    path, found = tmp_path / 'tokenizer_config.json', '{{ bos_token }}{{ messages[0].content }}'
+    for written in (found, [{'name': 'tool_use', 'template': 'x'}, {'name': 'default', 'template': found}]):
+        path.write_text(json.dumps({'chat_template': written, 'bos_token': {'content': '<s>'}, 'unk_token': None}))
+        assert folder_template(tmp_path) == {'jinja': found, 'tokens': {'bos_token': '<s>'}}
+    (tmp_path / 'chat_template.jinja').write_text('{{ messages[0].content }}!')
+    assert folder_template(tmp_path)['jinja'] == '{{ messages[0].content }}!'
+
+
+def test_what_a_template_refuses_or_leaves_out_is_said():
+    form = chat_form('Llama 2')
+    with pytest.raises(ValueError, match='Roles must alternate'):
+        form.encode(say('x', 'y')[::-1])
+    with pytest.raises(ValueError, match='leaves message 2 out'):
+        ChatForm({'jinja': '{{ messages[0].content }}', 'tokens': {}}, form.tokenizer)
+
+
+def test_our_templates_render_the_same_in_transformers():
     import jinja2
     for template in (PLAIN | {'end': END}, MARKERS | {'end': '</s>'}):
         theirs = jinja2.Environment().from_string(jinja(template))
         assert theirs.render(messages=TALK) == render(TALK, template)
         question = theirs.render(messages=TALK[:2], add_generation_prompt=True)
         assert question == render(TALK[:2], template, is_question=True)
-
-
-def test_exported_tokenizer_gives_messages_the_ids_of_training(tokenizer, tmp_path):
-    from transformers import AutoTokenizer
-    template = template_for(tokenizer)
-    write_tokenizer(tmp_path, tokenizer, 64)
-    add_chat_template(tmp_path, template)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ids, _ = encode_conversation(TALK, template, tokenizer)
-    assert theirs.apply_chat_template(TALK, return_dict=False) == ids.tolist()
-    asked = theirs.apply_chat_template(TALK[:2], add_generation_prompt=True, return_dict=False)
-    assert asked == ids[:len(asked)].tolist() and len(asked) < len(ids)
+    for damaged in (7, {'user': 'x'}, PLAIN, {'jinja': 5, 'tokens': {}}, {'jinja': 'x', 'tokens': 5}):
+        with pytest.raises(ValueError, match='the chat template'):
+            check_template(damaged)
 
 
 # ---------------------------------------------------------------------------- files
 
-ROWS = {'messages': {'messages': say('Hi', 'Hello')}, 'sharegpt': {'conversations': [
-            {'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]},
-        'alpaca': {'instruction': 'Add.', 'input': '1, 2', 'output': '3'},
-        'alpaca without input': {'instruction': 'Add.', 'input': '', 'output': '3'}}
+HI = say('Hi', 'Hello')
+ROWS = {
+    'messages': ({'messages': HI}, HI),
+    'ShareGPT': ({'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]}, HI),
+    'roles under conversations': ({'conversations': HI}, HI),
+    'developer': ({'messages': [{'role': 'developer', 'content': 'Be'}, *HI]},
+                  [{'role': 'system', 'content': 'Be'}, *HI]),
+    'prompt': ({'prompt': 'Hi', 'completion': 'Hello'}, HI),
+    'prompt of messages': ({'prompt': HI[:1], 'completion': HI[1:]}, HI),
+    'Alpaca': ({'instruction': 'Add.', 'input': '1, 2', 'output': '3'}, say('Add.\n\n1, 2', '3')),
+    'Alpaca without input': ({'instruction': 'Add.', 'input': '', 'output': '3'}, say('Add.', '3'))}
 
 
-@pytest.mark.parametrize('kind, expected', [
-    ('messages', say('Hi', 'Hello')), ('sharegpt', say('Hi', 'Hello')),
-    ('alpaca', say('Add.\n\n1, 2', '3')), ('alpaca without input', say('Add.', '3'))])
+@pytest.mark.parametrize('kind', ROWS)
 @pytest.mark.parametrize('form', ['lines', 'list'])
-def test_known_fields_become_messages(kind, expected, form, tmp_path):
-    rows = [ROWS[kind]] * 3
-    text = json.dumps(rows) if form == 'list' else '\ufeff' + '\r\n\r\n'.join(map(json.dumps, rows)) + '\n'
+def test_known_fields_become_messages(kind, form, tmp_path):
+    row, expected = ROWS[kind]
+    text = json.dumps([row] * 3) if form == 'list' else \
+        '\ufeff' + '\r\n\r\n'.join(map(json.dumps, [row] * 3)) + '\n'
     (tmp_path / 'chats.jsonl').write_text(text, encoding='utf-8')
-    assert read_conversations(tmp_path / 'chats.jsonl') == [expected] * 3
-    assert messages_of(ROWS[kind]) == expected
+    assert read_conversations(tmp_path / 'chats.jsonl') == [expected] * 3 and messages_of(row) == expected
 
 
-GOOD = json.dumps(ROWS['messages'])
+BAD = {  # a line, why it is left out
+    '{"messages": ': 'no JSON', '[' * 100_000: 'no JSON', '[1]': '"messages"', '{"text": "hello"}': '"messages"',
+    '{"messages": []}': 'nothing that the assistant says', '{"messages": 5}': '"messages"',
+    json.dumps({'messages': say('Hi')}): 'nothing that the assistant says',
+    json.dumps({'messages': [{'role': 'robot', 'content': 'x'}]}): 'role is none of system, user, assistant',
+    json.dumps({'messages': say('Hi', '  ')}): 'of the assistant\'s without text',
+    json.dumps({'messages': say(None, 'Hi')}): 'of the user\'s without text',
+    '{"instruction": 3, "output": "x"}': 'without text', '{"conversations": [{"from": ["x"]}]}': 'role is none',
+    '{"prompt": null, "completion": "x"}': 'without text'}
 
 
-def second(**row):
-    return f'{GOOD}\n{json.dumps(row)}'
+@pytest.mark.parametrize('line', BAD, ids=lambda line: line[:40])
+def test_rows_that_are_no_conversations_are_counted_and_left_out(line, tmp_path, capsys):
+    path, good = tmp_path / 'chats.jsonl', json.dumps({'messages': HI})
+    path.write_text('\n'.join([good, line, good, line]), encoding='utf-8')
+    assert read_conversations(path) == [HI, HI]
+    said = capsys.readouterr().out
+    assert 'left out 2 of 4 rows: 2 with ' in said and BAD[line] in said and '(first line 2)' in said
+    assert said.count('\n') == 1
+    for strict, text in [(True, f'{good}\n{line}'), *[(False, f'\n{line}')] * (line[0] == '{')]:
+        path.write_text(text, encoding='utf-8')
+        with pytest.raises(ValueError, match='line 2 is no conversation: ') as error:
+            read_conversations(path, strict=strict)
+        assert '\n' not in str(error.value) and BAD[line] in str(error.value)
 
 
-@pytest.mark.parametrize('text, words', [
-    (f'{GOOD}\n{{"messages": \n', ['line 2 is no JSON']),
-    (f'{GOOD}\n{"[" * 100_000}', ['line 2 is no JSON']),
-    (f'{GOOD}\n\n[1]\n', ['line 3 is no conversation', '"messages"', 'Alpaca']),
-    (second(text='hello'), ['line 2 is no conversation']),
-    (second(messages=[]), ['line 2', 'the assistant says nothing']),
-    (second(messages=say('Hi')), ['line 2', 'the assistant says nothing']),
-    (second(messages=[{'role': 'robot', 'content': 'x'}]), ['line 2', 'message 1 has no role']),
-    (second(messages=say('Hi', '  ')), ['line 2', 'message 2 has no text']),
-    (second(messages=say('Hi', None)), ['line 2', 'message 2 has no text']),
-    (second(messages=say('Hi', f'Ho{END}')), ['line 2', 'message 2 holds <|endoftext|>']),
-    (second(messages=say('Hi <|user|>', 'Ho')), ['line 2', 'message 1 holds <|user|>']),
-    (second(instruction=3, output='x'), ['line 2', 'message 1 has no text']),
-    (second(conversations=[{'from': ['x']}]), ['line 2', 'message 1 has no role']),
-    (f'[{GOOD}, {{"text": 1}}]', ['item 2 is no conversation']),
-    (f'[{GOOD}', ['no JSON list']), ('', ['has no conversations']),
-    (GOOD, ['1 conversations, too few to split']),
+@pytest.mark.parametrize('text, args, words', [
+    ('', [], ['has no conversations']), ('[{"messages"', [], ['no JSON list']),
+    (json.dumps({'messages': HI}), [], ['1 conversations, too few to split']),
+    (json.dumps({'messages': HI}) + '\n5', ['--strict'], ['line 2 is no conversation']),
+    (None, ['--tokenizer=words'], ['tokenizer=words', 'bpe, gpt2, char']), (None, ['--name=a/b'], ['name=a/b']),
+    (None, ['--vocab_size=259'], ['vocab_size=259', '260']), (None, ['--vocab_size=65537'], ['65536']),
+    (None, ['--val_fraction=1'], ['val_fraction=1']),
 ])
-def test_line_that_is_no_conversation_is_one_line_and_nothing_is_written(text, words, prepare, tmp_path):
-    (tmp_path / 'chats.jsonl').write_text(text, encoding='utf-8')
+def test_what_can_not_be_prepared_is_one_line_and_nothing_is_written(text, args, words, prepare, tmp_path):
+    if text is not None:
+        (tmp_path / 'chats.jsonl').write_text(text, encoding='utf-8')
+        args = [tmp_path / 'chats.jsonl', '--name=mine', *args]
     with pytest.raises(ValueError) as error:
-        prepare(tmp_path / 'chats.jsonl', '--name=mine')
+        prepare(*args)
     assert '\n' not in str(error.value) and all(word in str(error.value) for word in words)
     assert [p.name for p in prepare.data.iterdir()] == ['chat'] and len([*prepare.data.rglob('*')]) == 3
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--tokenizer=words'], ['tokenizer=words', 'bpe, gpt2, char']), (['--name=a/b'], ['name=a/b']),
-    (['--vocab_size=259'], ['vocab_size=259', '260']), (['--vocab_size=65537'], ['65536']),
-    (['--val_fraction=1'], ['val_fraction=1']),
-])
-def test_setting_that_can_not_be_is_one_line(args, words, prepare):
-    with pytest.raises(ValueError) as error:
-        prepare(*args)
-    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize('tokenizer', ['bpe', 'char', 'gpt2'])
-def test_prepared_conversations_are_those_of_the_file(tokenizer, prepare, request, capsys):
-    if tokenizer == 'gpt2':
-        request.getfixturevalue('bpe')
+@pytest.mark.parametrize('tokenizer', ['bpe', 'char', 'gpt2', 'FOLDER'])
+def test_prepared_conversations_are_those_of_the_file(tokenizer, prepare, bpe, tmp_path, capsys):
+    if tokenizer == 'FOLDER':
+        tokenizer = tmp_path / 'model'
+        tokenizer.mkdir()
+        (tokenizer / 'tokenizer.json').write_text(train_bpe([EXAMPLE.read_text()], 800, (
+            END, '<|im_start|>', '<|im_end|>')).json)
+        (tokenizer / 'tokenizer_config.json').write_text(json.dumps({'chat_template': CHATML}))
     folder = prepare(f'--tokenizer={tokenizer}', '--val_fraction=0.2')
-    coder, found = read_tokenizer(folder), []
-    splits = {split: open_split(folder, split) for split in ('train', 'val')}
-    for split in splits.values():
-        begins = np.flatnonzero(split.mask == BEGIN).tolist()
-        found += [coder.decode(split[a:b].tolist()) for a, b in zip(begins, [*begins[1:], len(split)])]
-    template = splits['train'].template
-    assert template == splits['val'].template == template_for(coder)
-    assert sorted(found) == sorted(render(messages, template) for messages in read_conversations(EXAMPLE))
-    assert (splits['val'].mask == BEGIN).sum() == 24
+    data, found = Dataset(folder), []
+    for split in data.splits.values():
+        begins = np.flatnonzero(split.mask[:] == BEGIN).tolist()
+        found += [data.tokenizer.decode(split[a:b].tolist()) for a, b in zip(begins, [*begins[1:], len(split)])]
+    assert data.template == (folder_template(tokenizer) if 'model' in str(tokenizer) else template_for(data.tokenizer))
+    assert sorted(found) == sorted(render(messages, data.template) for messages in read_conversations(EXAMPLE))
+    assert (data['val'].mask[:] == BEGIN).sum() == 24
     assert '117 conversations' in capsys.readouterr().out
 
 
 def test_text_in_the_same_folder_leaves_no_mask_behind(prepare):
     folder = prepare('--tokenizer=char')
     write_text_dataset(folder, 'abc' * 100, 'char', 'a test')
-    assert not [*folder.glob('*.mask')] and open_split(folder, 'train').tolist()[:3] == [0, 1, 2]
+    assert not [*folder.glob('*.mask')] and Dataset(folder)['train'][:3].tolist() == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------------- a dialogue
@@ -286,9 +360,9 @@ def first_questions():
 
 
 def test_model_trained_on_the_example_answers_it(trained, run_here, tmp_path):
-    split = open_split(trained.parent / 'data', 'train')
-    learned = read_tokenizer(trained.parent / 'data').decode(split[:].tolist())
-    asked = [(q, a) for q, a in first_questions() if render(say(q, a), split.template) in learned][::3]
+    data = Dataset(trained.parent / 'data')
+    learned = data.tokenizer.decode(data['train'][:].tolist())
+    asked = [(q, a) for q, a in first_questions() if render(say(q, a), data.template) in learned][::3]
     (tmp_path / 'asked.txt').write_text('\n'.join(question for question, _ in asked), encoding='utf-8')
     log = run_here('sample.py', f'--out_dir={trained}', '--chat=True', f'--prompts={tmp_path / "asked.txt"}',
                    '--num_samples=1', '--temperature=0', '--device=cpu', '--max_new_tokens=60')['log']
@@ -299,9 +373,7 @@ def test_model_trained_on_the_example_answers_it(trained, run_here, tmp_path):
 
 def test_checkpoint_and_export_know_the_template(trained, run_here, tmp_path):
     from transformers import pipeline
-    state = checkpoint.load(trained / 'ckpt.pt')
-    coder = read_tokenizer(trained.parent / 'data')
-    assert state['chat'] == template_for(coder)
+    assert State.load(trained / 'ckpt.pt').chat == template_for(Dataset(trained.parent / 'data').tokenizer)
     run_here('export.py', f'--out_dir={trained}', f'--export_dir={tmp_path / "exported"}')
     ask = pipeline('text-generation', model=str(tmp_path / 'exported'), device='cpu')
     question, answer = first_questions()[0]
@@ -323,7 +395,7 @@ def test_interactive_chat_keeps_the_conversation(trained, run_here, monkeypatch)
 
 def test_chat_with_a_model_of_other_text_is_refused(train, run_here, tmp_path):
     train('--max_iters=1')
-    assert checkpoint.load(tmp_path / 'out/ckpt.pt')['chat'] is None
+    assert State.load(tmp_path / 'out/ckpt.pt').chat is None
     with pytest.raises(ValueError, match='was not trained on conversations, so chat=True'):
         run_here('sample.py', f'--out_dir={tmp_path / "out"}', '--chat=True', '--start=Hi', '--device=cpu')
     with pytest.raises(ValueError, match='chat=True takes questions'):

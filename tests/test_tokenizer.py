@@ -1,6 +1,7 @@
-"""support/text/tokenizer.py: meta.pkl, and text to ids and back."""
+"""Text to ids and back, of characters, words and GPT-2; meta.pkl."""
 
 import builtins
+import json
 import os
 import pickle
 import subprocess
@@ -10,7 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_meta, read_tokenizer, tokenizer_from
+from support.hub.exporting import write_tokenizer
+from support.text.dataset import Dataset
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer, load_tokenizer, tokenizer_from
+from support.text.vocabulary import read_meta
 
 META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, 'a': 1, 'é': 2}}
 
@@ -36,14 +40,14 @@ class Evil:
     (os.system, 'echo > {}'), (builtins.exec, 'open({!r}, "w")'), (builtins.eval, 'open({!r}, "w")'),
     (os.mkdir, '{}'), (subprocess.getoutput, 'echo > {}'),
 ], ids=lambda x: getattr(x, '__name__', ''))
-@pytest.mark.parametrize('place', ['alone', 'inside'])
-def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, place, protocol, tmp_path):
+@pytest.mark.parametrize('is_alone', [True, False])
+def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, is_alone, protocol, tmp_path):
     marker = tmp_path / 'marker'
     evil = Evil(function, argument.format(str(marker)))
-    data = pickle.dumps(evil if place == 'alone' else META | {'more': [evil]}, protocol=protocol)
+    data = pickle.dumps(evil if is_alone else META | {'more': [evil]}, protocol=protocol)
     (tmp_path / 'meta.pkl').write_bytes(data)
     with pytest.raises(ValueError, match='meta.pkl is not a character vocabulary') as error:
-        read_meta(tmp_path)
+        read_meta(tmp_path, is_needed=False)
     assert_one_line(error)
     assert not marker.exists()
     pickle.loads(data)
@@ -52,14 +56,10 @@ def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, p
 
 @pytest.mark.parametrize('opcodes', [b"(S'echo > {}'\nios\nsystem\n.", b"cos\nsystem\n(S'echo > {}'\ntR."])
 def test_meta_written_by_hand_to_run_code_runs_none(opcodes, tmp_path):
-    marker = tmp_path / 'marker'
-    data = opcodes.replace(b'{}', os.fsencode(marker))
-    (tmp_path / 'meta.pkl').write_bytes(data)
+    (tmp_path / 'meta.pkl').write_bytes(opcodes.replace(b'{}', os.fsencode(tmp_path / 'marker')))
     with pytest.raises(ValueError):
-        read_meta(tmp_path)
-    assert not marker.exists()
-    pickle.loads(data)
-    assert marker.exists()
+        read_meta(tmp_path, is_needed=False)
+    assert not (tmp_path / 'marker').exists()
 
 
 # LONG_BINPUT and BYTEARRAY8, whose arguments may ask for gigabytes
@@ -70,45 +70,34 @@ damaged_meta = st.builds(lambda at, piece: whole_meta[:at] + piece + whole_meta[
 
 
 @settings(deadline=None, max_examples=500)
-@given(sane_bytes | damaged_meta)
+@given(sane_bytes | damaged_meta | st.builds(lambda n: whole_meta[:n], st.integers(0, len(whole_meta) - 1)))
 @example(b'')
 @example(b'Px\n.')  # a persistent id, whose error has two lines
 @example(pickle.dumps([1, 2]))
 @example(pickle.dumps(META | {'itos': 'abc'}))
 @example(pickle.dumps(META | {'itos': {'a': 0}}))
 @example(pickle.dumps(META | {'vocab_size': '3'}))
+@example(pickle.dumps({'vocab_size': 0, 'itos': {}, 'stoi': {}}))
 @example(pickle.dumps({'itos': {0: 'a'}}))
 def test_damaged_meta_is_refused_in_one_line_or_whole(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
     (folder / 'meta.pkl').write_bytes(data)
     try:
-        meta = read_meta(folder)
+        meta = read_meta(folder, is_needed=False)
     except ValueError as error:
         assert 'meta.pkl is not a character vocabulary' in str(error) and '\n' not in str(error)
     else:
         assert isinstance(meta['vocab_size'], int) and all(isinstance(c, str) for c in meta['itos'].values())
 
 
-def test_truncated_meta_is_refused(tmp_path):
-    for size in range(len(whole_meta)):
-        (tmp_path / 'meta.pkl').write_bytes(whole_meta[:size])
-        with pytest.raises(ValueError, match='is not a character vocabulary'):
-            read_meta(tmp_path)
-
-
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_meta_of_any_pickle_protocol_is_read(protocol, tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(META, protocol=protocol))
-    assert read_meta(tmp_path) == META
+    assert read_meta(tmp_path, is_needed=False) == META
+    assert Dataset(tmp_path, splits=()).tokenizer.encode('aé') == [1, 2]
 
 
-def test_meta_without_characters_is_refused(tmp_path):
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 0, 'itos': {}, 'stoi': {}}))
-    with pytest.raises(ValueError, match='meta.pkl'):
-        read_tokenizer(tmp_path)
-
-
-# ---------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------- characters and words
 
 @settings(deadline=None)
 @given(st.text(min_size=1))
@@ -121,89 +110,118 @@ def test_characters_survive_the_round_trip(text):
     assert again.encode(text) == ids and again.to_dict() == tokenizer.to_dict()
 
 
-def test_character_outside_the_vocabulary_is_named():
-    with pytest.raises(ValueError, match="not in this model's vocabulary: 'z' 'é'; it knows 'abc'") as error:
-        CharTokenizer.of_text('cab').encode('azbé')
+WORDS = {  # a vocabulary, a text, its parts, what decoding gives
+    'without white space': (['to', 'be', 'or', 'not', 'to-morrow', '.'], 'to  be\nor not .',
+                            ['to', 'be', 'or', 'not', '.'], 'to be or not .'),
+    'with white space': (['to', 'to be', ' ', '\n', 'b', 'e', 'be'], 'to be b\nebe',
+                         ['to be', ' ', 'b', '\n', 'e', 'be'], 'to be b\nebe')}
+
+
+@pytest.mark.parametrize('kind', WORDS)
+def test_prompts_of_words_are_encoded_and_shown_and_exported(kind, tmp_path):
+    from transformers import AutoTokenizer
+    words, text, parts, shown = WORDS[kind]
+    tokenizer = CharTokenizer(dict(enumerate(words)))
+    ids = tokenizer.encode(text)
+    assert [words[i] for i in ids] == parts and tokenizer.decode(ids) == shown
+    assert b''.join(tokenizer.decode_bytes([i]) for i in ids).decode().strip() == shown.strip()
+    with pytest.raises(ValueError, match="not in this model's vocabulary: 'x'"):
+        tokenizer.encode('to x')
+    write_tokenizer(tmp_path, tokenizer, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == shown
+    assert load_tokenizer(tmp_path).encode(text) == ids
+
+
+def test_their_characters_equal_ours(tmp_path):
+    from transformers import AutoTokenizer
+    text = 'ä€😀 \u2028é  we\n\t' + ''.join(map(chr, range(1, 0x3000, 7)))
+    ours = CharTokenizer.of_text(text)
+    write_tokenizer(tmp_path, ours, 64)
+    theirs, ids = AutoTokenizer.from_pretrained(tmp_path), ours.encode(text)
+    assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
+    assert len(theirs) == ours.n_vocab + 1 and theirs.pad_token_id == ours.n_vocab
+    assert load_tokenizer(tmp_path).itos == ours.itos
+    with pytest.raises(Exception, match='Missing'):
+        theirs('\u4e00')
+
+
+@pytest.mark.parametrize('known, text, told', [
+    ('cab', 'azbé', "not in this model's vocabulary: 'z' 'é'; it knows 'abc'$"),
+    (''.join(map(chr, range(0x4e00, 0x4e00 + 3000))), 'abcdefghijklmno',
+     "'a' 'b' .* 'j' and 5 more; it knows 3,000 others$"),
+    ('café 한', 'cafe\u0301', 'NFC'), ('café 한', '\u1112\u1161\u11ab', 'NFC'),
+    ('café 한', 'cafe\u0301 z', "'z' '\u0301'; it knows"),
+])
+def test_unknown_characters_are_named_with_what_to_do(known, text, told):
+    with pytest.raises(ValueError, match=told) as error:
+        CharTokenizer.of_text(known).encode(text)
     assert_one_line(error)
-
-
-def test_many_unknown_characters_are_counted_and_ten_of_them_named():
-    tokenizer = CharTokenizer.of_text(''.join(map(chr, range(0x4e00, 0x4e00 + 3000))))
-    with pytest.raises(ValueError, match="'a' 'b' .* 'j' and 5 more; it knows 3,000 others$") as error:
-        tokenizer.encode('abcdefghijklmno')
-    assert_one_line(error)
-
-
-@pytest.mark.parametrize('text, helps', [('cafe\u0301', True), ('\u1112\u1161\u11ab', True),
-                                         ('cafe\u0301 z', False)])
-def test_unknown_characters_that_normalisation_would_join_are_told(text, helps):
-    with pytest.raises(ValueError, match='not in this model\'s vocabulary') as error:
-        CharTokenizer.of_text('café 한').encode(text)
-    assert ('NFC' in str(error.value)) == helps
-    assert_one_line(error)
-
-
-def test_a_checkpoint_without_a_tokenizer_is_not_decoded_as_gpt2_s_if_its_vocabulary_is_another(tmp_path):
-    from support.training.state import tokenizer_of
-    state = {'model_args': {'vocab_size': 65}, 'config': {'data_dir': str(tmp_path / 'gone')}}
-    with pytest.raises(ValueError, match='no text: the data folder that the checkpoint names is missing'):
-        tokenizer_of(state).decode([1])
-    assert isinstance(tokenizer_of(state | {'model_args': {'vocab_size': 50304}}), GPT2Tokenizer)
-
-
-def test_vocabulary_with_gaps_ends_at_its_largest_id():
-    assert CharTokenizer({0: 'a', 7: 'b'}).n_vocab == 8
-
-
-@pytest.mark.parametrize('text', ['Hello, world!\n', '日本語 café 🙂', 'a <|endoftext|>b', ' ' * 50])
-def test_bpe_survives_the_round_trip(text, bpe):
-    tokenizer = GPT2Tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode_array(text)) == text
-
-
-def test_end_of_text_is_special_in_a_prompt_and_plain_in_a_document(bpe):
-    import tiktoken
-    tokenizer, text = GPT2Tokenizer(), 'one<|endoftext|>two'
-    ordinary = tiktoken.get_encoding('gpt2').encode_ordinary(text)
-    assert 50256 in tokenizer.encode(text) and 50256 not in ordinary
-    assert tokenizer.encode_array(text).tolist() == ordinary
-    assert tokenizer.encode('Hello, world!') == [15496, 11, 995, 0]
-
-
-def test_gpt2_tokenizer_is_made_anew_from_what_a_checkpoint_keeps(bpe):
-    for state in (GPT2Tokenizer().to_dict(), None):
-        assert isinstance(tokenizer_from(state), GPT2Tokenizer)
-        assert tokenizer_from(state).n_vocab == 50257
 
 
 def test_tokens_of_characters_have_the_bytes_of_their_utf8():
-    lengths = CharTokenizer({0: 'a', 1: '\n', 2: 'é', 3: '日', 4: '🙂', 7: '\udcff'}).token_bytes()
-    assert lengths.tolist() == [1, 1, 2, 3, 4, 0, 0, 3] and lengths.dtype == np.int64
+    tokenizer = CharTokenizer({0: 'a', 1: '\n', 2: 'é', 3: '日', 4: '🙂', 7: '\udcff'})
+    assert tokenizer.token_bytes().tolist() == [1, 1, 2, 3, 4, 0, 0, 3] and tokenizer.n_vocab == 8
+    assert tokenizer.token_bytes().dtype == np.int64
 
 
-def test_tokens_of_bpe_have_the_bytes_of_what_they_decode_to(bpe):
+# ---------------------------------------------------------------------------- GPT-2
+
+@pytest.mark.parametrize('text', ['Hello, world!\n', '日本語 café 🙂', 'a <|endoftext|>b', ' ' * 50])
+def test_gpt2_survives_the_round_trip_in_which_only_a_prompt_has_special_tokens(text, bpe):
+    import tiktoken
     tokenizer = GPT2Tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode_array(text)) == text
+    assert tokenizer.encode_array(text).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    assert (50256 in tokenizer.encode(text)) == ('<|endoftext|>' in text)
+    assert tokenizer.encode('Hello, world!') == [15496, 11, 995, 0]
+
+
+def test_tokens_of_gpt2_have_the_bytes_of_what_they_decode_to(bpe):
+    tokenizer, text = GPT2Tokenizer(), 'Hello, 日本語 café 🙂!'
     lengths = tokenizer.token_bytes()
     assert lengths.shape == (50257,) and lengths.dtype == np.int64 and lengths[50256] == 0
     assert (lengths[:50256] > 0).all() and lengths[198] == 1  # a line end
-    text = 'Hello, 日本語 café 🙂!'
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_a_text_begins_after_end_of_text_or_after_a_line_end():
-    assert GPT2Tokenizer().first_token() == 50256
-    assert CharTokenizer({0: 'a', 1: '\n'}).first_token() == 1
-    assert CharTokenizer({0: 'a', 1: 'b'}).first_token() == 0
+def test_exported_gpt2_is_gpt2_to_transformers_and_to_us(bpe, tmp_path):
+    from transformers import AutoTokenizer
+    ours, text = GPT2Tokenizer(), "  we'll\n\n\n don't\t123  45\u00a0 <|endoftext|> ä€😀 \u2028é \0"
+    write_tokenizer(tmp_path, ours, 1024)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)['input_ids'] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    merges = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
+    assert len(merges) == 50_000 and merges[:3] == [['\u0120', 't'], ['\u0120', 'a'], ['h', 'e']]
+    assert len(theirs) == 50257 and theirs.eos_token_id == theirs.bos_token_id == 50256
+    assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
 
+
+@pytest.mark.parametrize('tokenizer, first, ends', [
+    (GPT2Tokenizer(), 50256, (50256,)), (CharTokenizer({0: 'a', 1: '\n'}), 1, ()),
+    (CharTokenizer({0: 'a', 1: 'b'}), 0, ()), (NoTokenizer(5), 0, ())])
+def test_a_text_begins_after_an_end_and_a_sample_ends_there(tokenizer, first, ends):
+    assert (tokenizer.first_token(), tokenizer.ends, tokenizer.begin) == (first, ends, ())
+    assert (tokenizer.end,) == (ends or (None,))
+
+
+# ---------------------------------------------------------------------------- checkpoints
 
 @pytest.mark.parametrize('state', [{'kind': 'char', 'itos': 7}, {'kind': 'char'}, {'kind': 'none'}, 7,
                                    {'a': 1}, {'kind': 'bpe', 'json': 'x'}], ids=str)
 def test_a_checkpoint_s_damaged_tokenizer_is_one_line(state):
     with pytest.raises(ValueError, match='the checkpoint\'s tokenizer is damaged') as error:
         tokenizer_from(state)
-    assert '\n' not in str(error.value)
+    assert_one_line(error)
 
 
-def test_tokens_without_text_of_an_earlier_checkpoint_are_read():
+def test_what_a_checkpoint_keeps_makes_the_tokenizer_anew(tmp_path):
+    from support.training.models import tokenizer_of
+    from support.training.state import State
+    for state in (GPT2Tokenizer().to_dict(), None):
+        assert isinstance(tokenizer_from(state), GPT2Tokenizer)
     assert tokenizer_from({'kind': 'none', 'n_vocab': 7}).n_vocab == 7
+    config = {'data_dir': str(tmp_path / 'gone')}  # of an older checkpoint, which names its data alone
+    with pytest.raises(ValueError, match='no text: the data folder that the checkpoint names is missing'):
+        tokenizer_of(State({}, {'vocab_size': 65}, config=config)).decode([1])
+    assert isinstance(tokenizer_of(State({}, {'vocab_size': 50304}, config=config)), GPT2Tokenizer)

@@ -1,9 +1,10 @@
 """
 Conversations, to train a model that answers: files of JSON lines such as {"messages": [{"role": "user",
-"content": "..."}, {"role": "assistant", "content": "..."}]}, or with Alpaca's or ShareGPT's fields.
+"content": "..."}, {"role": "assistant", "content": "..."}]}, or in another form that docs/chat.md lists.
 
     python data/chat/prepare.py                                     # example.jsonl, about this repository
     python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=gpt2     # to fine-tune GPT-2
+    python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     python train.py config/train_chat_cpu.py
     python sample.py --out_dir=out-chat --interactive=True --chat=True
 
@@ -19,16 +20,20 @@ from pathlib import Path
 
 import numpy as np
 
+from support.errors import UserError
+from support.hub.names import tokenizer_path
 from support.text.bpe import END, check_vocab_size, train_bpe
-from support.text.chat import MARKERS, encode_conversation, read_conversations, render, template_for
+from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render, report_bad_rows,
+                               template_for)
 from support.text.prepare import check_cut, check_tokenizer_name, dataset_folder
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
 name = 'chat'  # the dataset's folder in data/
-tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, or a tokenizer.json or a folder with one
+tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, a name of the hub, a folder, a tokenizer.json
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
+strict = False  # refuse a file with rows that are no conversations, instead of leaving them out
 
 configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
@@ -43,21 +48,34 @@ def make_tokenizer(conversations):
                                  + ''.join(template.values()))
 
 
+def encode(conversations, form):
+    """[(ids, mask)] of the conversations that the template can express, and why others can't be."""
+    encoded, bad = [], {}
+    for i, messages in enumerate(conversations, 1):
+        try:
+            encoded.append(form.encode(messages))
+        except UserError as error:
+            bad[f'conversation {i}'] = str(error)
+    report_bad_rows(source, len(encoded), bad, strict)
+    return encoded
+
+
 paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
-folder = dataset_folder(__file__, name)
-coder = check_tokenizer_name(tokenizer, vocab_size, ('bpe', 'gpt2', 'char'))
+source = ', '.join(Path(path).name for path in paths)
+folder, path = dataset_folder(__file__, name), tokenizer_path(tokenizer)
+coder = check_tokenizer_name(path, vocab_size, ('bpe', 'gpt2', 'char'))
 if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
-conversations = [messages for path in paths for messages in read_conversations(path)]
-cut = check_cut(len(conversations), val_fraction, ', '.join(map(str, paths)), 'conversations')
+conversations = [messages for file in paths for messages in read_conversations(file, strict)]
+cut = check_cut(len(conversations), val_fraction, source, 'conversations')
 shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
 coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
-template = template_for(coder)
-encoded = [encode_conversation(messages, template, coder) for messages in shuffled]
+template = Path(path).is_dir() and folder_template(path) or template_for(coder)
+encoded = encode(shuffled, ChatForm(template, coder))
+cut = check_cut(len(encoded), val_fraction, source, 'conversations')
 parts = {'train': encoded[:cut], 'val': encoded[cut:]}
 ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
 masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
-source = ', '.join(Path(path).name for path in paths)
 write_dataset(folder, ids, coder, source, masks, template)
 lengths = sorted(len(ids) for ids, _ in encoded)
 print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '

@@ -33,18 +33,13 @@ class OwnGPTConfig(PretrainedConfig):
         super().__init__(**settings)
 
 
-class AllLogits(GPT):
-    def loss(self, x, targets):
-        return self.softcap(self.lm_head(x)), None
-
-
 class OwnGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OwnGPTConfig
     _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # if config.tie_word_embeddings
 
     def __init__(self, config):
         super().__init__(config)
-        self.gpt = AllLogits(GPTConfig(**config.model_args))
+        self.gpt = GPT(GPTConfig(**config.model_args))
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, labels=None, **ignored):
@@ -54,7 +49,7 @@ class OwnGPTForCausalLM(PreTrainedModel, GenerationMixin):
         order = (~is_token).byte().argsort(dim=1, stable=True)  # (B, T), padding last: no token looks at it
         ids = input_ids.masked_fill(~is_token, 0).gather(1, order)
         back = order.argsort(dim=1)[:, :, None]
-        logits = self.gpt(ids, ids)[0]  # (B, T, V)
+        logits, _ = self.gpt(ids, ids, loss=lambda x, targets: (self.gpt.logits(x), None))  # (B, T, V)
         logits = logits.gather(1, back.expand_as(logits))
         loss = None
         if labels is not None:

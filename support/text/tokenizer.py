@@ -1,14 +1,19 @@
 """
-Text to token ids and back: a vocabulary of characters, GPT-2's byte pair encoding, or one's own (bpe.py).
+Text to token ids and back: a vocabulary of characters or words, GPT-2's byte pair encoding, or one's own
+(bpe.py).
 
     tokenizer = Dataset('data/shakespeare_char').tokenizer  # support/text/dataset.py
     tokenizer.decode(tokenizer.encode('To be'))
+
+Every tokenizer has `begin`, the ids that its model expects before a text, `end`, the id that ends a document,
+or None, and `ends`, those at which a sample ends.
 """
 
 import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -17,7 +22,7 @@ import numpy as np
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
-from support.text.bpe import END, MOST_IDS, BPETokenizer
+from support.text.bpe import END, LARGEST_ID, BPETokenizer, say_of_end
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
@@ -26,38 +31,53 @@ PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
 
 
 class CharTokenizer:
-    """One id a character. itos: {id: character}."""
-    end = None  # no token ends a document
+    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}. Of words
+    without white space, white space in a text only separates them."""
+    begin, end, ends, special = (), None, (), {}  # no token ends a document
 
     def __init__(self, itos):
         self.itos = itos
         self.stoi = {c: i for i, c in itos.items()}
         self.n_vocab = max(itos) + 1
+        self.has_words = any(len(c) > 1 for c in self.stoi)
+        self.space = ' ' if self.has_words and not any(re.search(r'\s', c) for c in self.stoi) else ''
 
     @classmethod
     def of_text(cls, text):
         return cls(dict(enumerate(sorted(set(text)))))
 
+    @functools.cached_property
+    def longest(self):
+        """Finds the longest entry at the beginning of a text, else a character."""
+        entries = sorted(filter(None, self.stoi), key=len, reverse=True)
+        return re.compile('|'.join((*map(re.escape, entries), r'[\s\S]')))
+
+    def split(self, text):
+        if not self.has_words:
+            return text
+        return text.split() if self.space else self.longest.findall(text)
+
     def encode(self, text):
-        if missing := sorted(set(text) - set(self.stoi)):
+        parts = self.split(text)
+        if missing := sorted(set(parts) - set(self.stoi)):
             raise UserError(f'not in this model\'s vocabulary: {" ".join(map(repr, missing[:10]))}'
                              + (f' and {len(missing) - 10:,} more' if len(missing) > 10 else '')
                              + self.advice(text))
-        return [self.stoi[c] for c in text]
+        return [self.stoi[c] for c in parts]
 
     def advice(self, text):
         """What to do about a text with unknown characters."""
-        if set(unicodedata.normalize('NFC', text)) <= set(self.stoi):
+        if set(self.split(unicodedata.normalize('NFC', text))) <= set(self.stoi):
             return ('; in Unicode\'s form NFC, which joins letters and accents, the text has only characters '
                     'that it knows: normalise it')
-        known = ''.join(self.itos.values())
+        known = self.space.join(self.itos.values())
         return f'; it knows {known!r}' if len(known) <= 100 else f'; it knows {len(known):,} others'
 
     def decode(self, ids):
-        return ''.join(self.itos[i] for i in ids)
+        return self.space.join(self.itos[i] for i in ids)
 
     def decode_bytes(self, ids):
-        return self.decode(ids).encode('utf-8', errors='surrogatepass')
+        return ''.join(self.itos[i] + self.space for i in ids).encode('utf-8', errors='surrogatepass')
 
     def knows_text(self):
         return True
@@ -81,7 +101,10 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte pair encoding, from tiktoken, which downloads its two files on first use."""
     n_vocab = GPT2_VOCAB
-    end = GPT2_VOCAB - 1
+    begin, end, ends, special = (), GPT2_VOCAB - 1, (GPT2_VOCAB - 1,), {END: GPT2_VOCAB - 1}
+
+    def __init__(self):
+        self.has_said = set()
 
     @functools.cached_property
     def bpe(self):
@@ -93,13 +116,25 @@ class GPT2Tokenizer:
                 f'the GPT-2 BPE files can\'t be downloaded ({type(error).__name__}): connect once, or set '
                 'TIKTOKEN_CACHE_DIR to a folder where tiktoken cached them') from None
 
+    @functools.cached_property
+    def slower(self):
+        """The same tokenizer without tiktoken's limit: its stack holds less than a million blanks."""
+        return BPETokenizer(gpt2_json())
+
     def encode(self, text):
         """Ids of a prompt, a list; <|endoftext|> in it is the special token."""
-        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+        try:
+            return self.bpe.encode(text, allowed_special={END})
+        except ValueError:
+            return self.slower.encode(text)
 
     def encode_array(self, text):
         """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL."""
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
+        say_of_end(self, text)
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            return self.slower.encode_array(text)
 
     def decode(self, ids):
         return self.bpe.decode(ids)
@@ -131,10 +166,35 @@ class GPT2Tokenizer:
         return {'kind': 'gpt2'}
 
 
+@functools.cache
+def gpt2_json():
+    """GPT-2's tokenizer, which tiktoken has, as the text of a tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    ranks = GPT2Tokenizer().bpe._mergeable_ranks  # {bytes: id}; 188 to 255 are unprintable bytes
+    shown = {t: chr(t[0] if i < 188 else 256 + i - 188) for t, i in ranks.items() if len(t) == 1}
+    names = {token: ''.join(shown[bytes([b])] for b in token) for token in ranks}
+    merges = [tuple(names[part] for part in last_merge(token, ranks))
+              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    library = Tokenizer(models.BPE({names[t]: i for t, i in ranks.items()}, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([END])
+    return library.to_str(pretty=True)
+
+
+def last_merge(token, ranks):
+    """The two parts that byte pair encoding joins last to a token, bytes each. ranks: {bytes: rank}"""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 class NoTokenizer:
     """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded. reason: why
     that is, for the error."""
-    end = None
+    begin, end, ends, special = (), None, (), {}
 
     def __init__(self, n_vocab, reason='the meta.pkl of its data has no itos, a table of ids and strings'):
         self.n_vocab, self.reason = n_vocab, reason
@@ -169,7 +229,7 @@ def tokenizer_from(state):
         if kind == 'char':
             return CharTokenizer(state['itos'])
         if kind == 'bpe':
-            return BPETokenizer(state['json'])
+            return BPETokenizer(state['json'], state.get('ends', ()))
     return GPT2Tokenizer()
 
 
@@ -184,47 +244,84 @@ def is_same_tokenizer(a, b):
 def essence(text):
     """What a tokenizer.json's ids depend on."""
     content = json.loads(text)
-    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in content['model']['merges']]
+    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m)
+              for m in content['model'].get('merges', ())]
     added = {t['content']: t['id'] for t in content['added_tokens']}
-    return content['model']['vocab'] | added, merges, content['pre_tokenizer'], content['normalizer']
+    vocab = content['model']['vocab']
+    return dict(vocab) | added, merges, content['pre_tokenizer'], content['normalizer']
 
 
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'encoder.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
 # of a JSON list of GPT-2's tokens but <|endoftext|>, in the order of their ids
 GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
 
 
 def load_tokenizer(path):
-    """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one: GPT-2's, characters as export.py
-    writes them, or a byte-level BPE. None if a folder has none. ValueError for any other."""
+    """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one. None if a folder has none.
+    ValueError for one that can't be used."""
     path = Path(path)
     if path.is_dir():
-        path = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
-        return path and load_tokenizer(path)
+        file = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
+        return file and load_tokenizer(file)
     if not path.is_file():
         raise MissingFile(f'{path} is missing: name a tokenizer.json, or a folder with one')
-    with explain_failure(f'{path} is neither GPT-2\'s tokenizer nor one of characters or a byte-level BPE'):
-        text = path.read_text(encoding='utf-8')
+    with explain_failure(f'{path} holds no tokenizer that can be used'):
+        text = path.read_text(encoding='utf-8') if path.suffix == '.json' else '{}'
         content = json.loads(text)
-        if 'model' not in content:  # vocab.json
-            if not is_gpt2_vocab(content):
-                raise UserError(f'a vocabulary of {len(content):,}; AutoTokenizer of transformers makes a '
-                                 'tokenizer.json of it')
+        if is_gpt2_vocab(content):  # OpenAI's vocab.json or encoder.json
             return GPT2Tokenizer()
-        vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
-        if content['model'].get('type') == 'WordLevel':
-            vocab.pop(PAD, None)
-            if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) and 0 <= i < MOST_IDS
-                       for c, i in vocab.items()):
-                raise UserError('its tokens are words')
-            return CharTokenizer({i: c for c, i in vocab.items()})
-        if {t['content'] for t in added} <= {END} and isinstance(vocab, dict) and is_gpt2_vocab(vocab):
-            return GPT2Tokenizer()
-        return BPETokenizer(text)
+        if path.name != 'tokenizer.json' and not isinstance(content.get('model'), dict):
+            text = converted(path)
+        return of_json(text, end_ids(path.parent))
+
+
+def of_json(text, ends=()):
+    """The tokenizer of a tokenizer.json: of characters or words, as export.py writes them, GPT-2's, or any
+    other."""
+    content = json.loads(text)
+    vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
+    if content['model'].get('type') == 'WordLevel' and {t['content'] for t in added} <= {PAD}:
+        itos = {i: c for c, i in vocab.items() if c != PAD}
+        if not all(isinstance(i, int) and 0 <= i < LARGEST_ID for i in itos):
+            raise UserError(f'its ids are not all numbers from 0 to {LARGEST_ID - 1:,}')
+        return CharTokenizer(itos)
+    if {t['content'] for t in added} <= {END} and isinstance(vocab, dict) and is_gpt2_vocab(vocab):
+        return GPT2Tokenizer()
+    return BPETokenizer(text, ends)
+
+
+def converted(path):
+    """An older layout of files, such as vocab.json and merges.txt or a tokenizer.model, as the text of a
+    tokenizer.json, by transformers."""
+    from transformers import AutoTokenizer, GPT2Tokenizer as ByteLevel, logging
+    logging.set_verbosity_error()
+    merges = path.with_name('merges.txt')
+    with explain_failure('transformers makes no tokenizer.json of it', Exception):
+        if path.name == 'vocab.json' and merges.is_file() and not path.with_name('config.json').is_file():
+            theirs = ByteLevel(vocab=str(path), merges=str(merges))
+        else:
+            theirs = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
+        return theirs.backend_tokenizer.to_str()
+
+
+def end_ids(folder):
+    """Ids at which the samples of a folder's model end: those of its generation_config.json, else of its
+    config.json."""
+    for name in ('generation_config.json', 'config.json'):
+        path = Path(folder, name)
+        if path.is_file():
+            with explain_failure(f'{path} can\'t be read'):
+                ids = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+            ids = ids if isinstance(ids, list) else [ids]
+            if ids := tuple(i for i in ids if isinstance(i, int)):
+                return ids
+    return ()
 
 
 def is_gpt2_vocab(vocab):
     """Whether {token: id} is GPT-2's, with or without <|endoftext|>."""
+    if not isinstance(vocab, dict) or len(vocab) - (END in vocab) != GPT2_VOCAB - 1:
+        return False
     tokens = sorted((t for t in vocab if t != END), key=vocab.get)
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest() == GPT2_VOCAB_SHA256 \
         and [vocab[t] for t in tokens] == [*range(len(tokens))]

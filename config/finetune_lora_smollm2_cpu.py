@@ -1,0 +1,32 @@
+"""
+Fine-tune SmolLM2 (135M) on Shakespeare on a CPU: only low-rank adapters (LoRA) are trained.
+"""
+
+out_dir = 'out-smollm2-lora'
+init_from = 'HuggingFaceTB/SmolLM2-135M'
+dataset = 'shakespeare_smollm2'
+
+device = 'cpu'
+compile = False
+
+lora_rank = 8
+lora_alpha = 32.0
+
+# 2 sequences * 256 tokens = 512 an iteration
+batch_size = 2
+gradient_accumulation_steps = 1
+block_size = 256
+max_iters = 60
+
+learning_rate = 1e-3
+lr_schedule = 'linear'
+warmup_iters = 5
+lr_decay_iters = 60
+min_lr = 0.0
+weight_decay = 0.0
+
+eval_interval = 20
+eval_iters = 20
+always_save_checkpoint = False
+ckpt_with_optimizer = False
+log_interval = 5
