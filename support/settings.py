@@ -109,7 +109,7 @@ class Script:
         script."""
         if self.out and is_first_process():
             with contextlib.suppress(OSError):
-                print(text, file=self.out)
+                print(text, file=self.out, flush=True)
 
     def assign(self, key, value, text):
         """Check and set a setting. text: the value as it was written."""

@@ -141,13 +141,13 @@ def test_missing_gpu_is_refused_with_what_this_pytorch_was_built_for(device):
 def test_first_line_says_that_a_gpu_is_not_used_unless_it_is_hidden(monkeypatch, tmp_path, capsys):
     shutil.copy('/bin/true', tmp_path / 'nvidia-smi')
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    told = []
+    noted = []
     for hidden in (None, ''):
         if hidden is not None:
             monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
         runtime.start()
-        told.append('; a GPU is not used: PyTorch' in capsys.readouterr().out)
-    assert told == [True, False]
+        noted.append('; a GPU is not used: PyTorch' in capsys.readouterr().out)
+    assert noted == [True, False]
 
 
 def test_number_of_threads_can_be_set_and_is_printed(capsys):

@@ -140,7 +140,6 @@ def show_error(kind, error, trace):
     if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
         return
     keep_line()
-    flush()  # the lines printed before it come first
     line = in_one_line(error)
     if line:
         print(styled(line, 'bold red', sys.stderr), file=sys.stderr)

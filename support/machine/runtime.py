@@ -216,8 +216,8 @@ def read_ranks():
     shown = ' '.join(f'{k}={v}' for k, v in given.items())
     if not all(v.isascii() and v.isdigit() for v in given.values()):
         raise UserError(f'{shown}: these environment variables must be numbers; torchrun sets them')
-    rank, local_rank, world_size = (int(given.get(k, default)) for k, default in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    rank, local_rank = int(given.get('RANK', 0)), int(given.get('LOCAL_RANK', 0))
+    world_size = int(given.get('WORLD_SIZE', 1))
     if ('RANK' in given) != ('WORLD_SIZE' in given) or rank >= world_size:
         raise UserError(f'{shown}: RANK must be below WORLD_SIZE, and neither is set without the '
                         'other; start several processes by torchrun, or unset both for a single one')
