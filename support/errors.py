@@ -37,7 +37,8 @@ def kind_of(error):
 def in_one_line(error):
     """The line that a user needs; None for an error that needs its traceback."""
     if isinstance(error, USER_ERRORS):
-        return f'{kind_of(error)}: {error}'
+        message = str(error).replace('\n', '\\n')  # an argument may contain line ends
+        return f'{kind_of(error)}: {message}'
     if is_out_of_memory(error):
         return (f'MemoryError: out of memory{amount_asked(error)}: a smaller batch, fewer tokens or '
                 'a smaller model need less')
