@@ -66,9 +66,10 @@ UNITS = {  # of horizontal axes; the largest of which a run has at least 2 is ta
 }
 STYLES = {
     'val': {'linewidth': 1.5, 'label': 'validation'},
-    'train': {'linewidth': 1.2, 'dashes': (4, 2), 'label': 'training (same evaluation)', 'marker': ''},
-    'batch': {'linewidth': 0.6, 'alpha': 0.5, 'label': 'training, each logged batch', 'marker': '',
-              'zorder': 1},
+    'train': {'linewidth': 1.2, 'label': 'training (same evaluation)', 'marker': '',
+              'linestyle': '--'},
+    'batch': {'linewidth': 0.6, 'label': 'training, each logged batch', 'marker': '',
+              'alpha': 0.5, 'zorder': 1},
     'mean': {'linewidth': 1.8, 'label': 'means of 50 parts', 'marker': ''},
 }
 # Okabe & Ito 2008
