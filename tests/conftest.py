@@ -124,6 +124,17 @@ def char_data(tmp_path_factory):
     return folder
 
 
+def save_model(folder, model, data_dir):
+    """Write a model that was trained on the data as a run does. Returns the folder."""
+    from support.text.dataset import Dataset
+    from support.training.models import model_args
+    from support.training.state import State
+    Path(folder).mkdir()
+    State(model.state_dict(), model_args(model.config), config={'data_dir': str(data_dir)},
+          tokenizer=Dataset(data_dir, splits=()).tokenizer.to_dict()).save(Path(folder, 'ckpt.pt'))
+    return folder
+
+
 @pytest.fixture
 def gpt2_folder(tmp_path):
     """A small GPT-2 as transformers saves it, its weights random."""

@@ -5,7 +5,7 @@ Runs scripts one after the other in one process, which spares each the import of
     reply = runner(folder, 'train.py', '--max_iters=3')    # of the copy of the repository in that folder
     reply.output, reply.error                              # what a user would see
 
-Each time the modules of that folder are imported anew.
+Where the folder is another than before, its modules are imported anew.
 """
 
 import contextlib
@@ -72,6 +72,8 @@ def forget():
 
 def answer(folder, command, code):
     """What Runner's call gives, as a dict."""
+    if folder != sys.path[0]:
+        forget()
     os.chdir(folder)
     sys.path[0], sys.excepthook, known = folder, sys.__excepthook__, {}
     output, error = io.StringIO(), io.StringIO()
@@ -87,7 +89,6 @@ def answer(folder, command, code):
     import torch
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    forget()
     return {'output': output.getvalue(), 'error': error.getvalue(), 'result': known.get('result')}
 
 

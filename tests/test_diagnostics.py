@@ -2,29 +2,22 @@
 
 import json
 import math
-from contextlib import nullcontext
+from types import SimpleNamespace
 
+import naive
 import pytest
 import torch
-from conftest import TINY
+from conftest import scrambled, tiny, tokens
+from torch import nn
 
-from model import GPT, GPTConfig
-from support.machine import runtime
-from support.training import diagnostics
-from support.training import checkpoint
+from support.errors import NotFinite
+from support.machine.runtime import Runtime
+from support.training.diagnostics import Guard, measure_vitals, watch_update
 
-RUN = runtime.Runtime('cpu', 'float32', False, 'gloo')
-MODELS = ({}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2},
-          {'pos_emb': 'alibi'}, {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'},
-          {'value_residual': True})
-
-
-def model_and_batch(dropout=0.5, **options):
-    model = GPT(GPTConfig(**TINY | {'dropout': dropout} | options))
-    with torch.no_grad():  # away from the initial weights, for which all is small
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model, torch.randint(64, (3, 20)).numpy()
+RUN = Runtime('cpu', 'float32', False, 'gloo')
+MODELS = ({}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2}, {'pos_emb': 'alibi'},
+          {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'}, {'attn_type': 'GKpoly-0'},
+          {'value_residual': True, 'n_layer': 3})
 
 
 def entries(folder, key):
@@ -35,144 +28,151 @@ def entries(folder, key):
 # ---------------------------------------------------------------------------- what is measured
 
 @pytest.mark.parametrize('options', MODELS)
-def test_attention_logit_is_the_largest_of_a_naive_loop(options, monkeypatch):
-    model, x = model_and_batch(**options)
-    found = diagnostics.measure_vitals(model, RUN, x)['attention_logit']
-    largest = []
-
-    def naive(q, k, v, *args):
-        """Every query, every key up to it; query head h belongs to key head h // (heads that share it)."""
-        shared = q.shape[1] // k.shape[1]
-        size = (lambda a, b: float((a - b).square().sum()) / 2) if options.get('attn_type') == 'GK' else \
-            (lambda a, b: abs(float(a @ b)))
-        largest.append(max(size(q[b, h, t], k[b, h // shared, s]) / math.sqrt(q.shape[3])
-                           for b in range(len(q)) for h in range(q.shape[1])
-                           for t in range(q.shape[2]) for s in range(t + 1)))
-        return attend(q, k, v, *args)
-
-    attend = model.transformer.h[0].attn.attend
-    for block in model.transformer.h:
-        monkeypatch.setattr(block.attn, 'attend', naive)
+def test_vitals_are_those_of_the_formulas_and_leave_the_model_as_it_was(options):
+    model, x, layers = scrambled(tiny(dropout=0.5, **options)), tokens(3, 20), []
+    weights, state = [p.clone() for p in model.parameters()], torch.random.get_rng_state()
+    found = measure_vitals(model, RUN, x.numpy())
     with torch.no_grad():
-        model.eval()(torch.from_numpy(x))
-    assert found.tolist() == pytest.approx(largest, rel=1e-4) and len(found) == 2
-
-
-@pytest.mark.parametrize('options', MODELS)
-def test_activation_rms_is_that_of_what_the_last_normalisation_gets(options):
-    model, x = model_and_batch(**options)
-    found = diagnostics.measure_vitals(model, RUN, x)['activation_rms']
-    seen = []
-    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model.eval()(torch.from_numpy(x))
-    assert found.shape == (2,)
-    assert found[-1].item() == pytest.approx(seen[0].numpy().std(mean=0.0), rel=1e-5)
-
-
-def test_update_ratio_is_that_of_the_matrices_of_a_layer():
-    model, _ = model_and_batch()
-    block, record = model.transformer.h[1], {}
-    before = [p.detach().clone() for p in block.parameters()]
-    with torch.no_grad(), diagnostics.watch_update(model, record):
-        for p in block.parameters():
-            p.mul_(1.25) if p.dim() == 2 else p.mul_(7)
-        block.attn.c_attn.weight[0, 0] += 3
-    before, after = ([p.detach() for p in params if p.dim() == 2] for params in (before, block.parameters()))
-    change = sum(((p - b) ** 2).sum() for p, b in zip(after, before))
-    weights = sum((b ** 2).sum() for b in before)
-    assert record['update_ratio'].tolist() == [0.0, pytest.approx((change / weights).sqrt().item(), rel=1e-5)]
-
-
-def test_adamw_s_first_update_is_a_learning_rate_in_size(train, tmp_path):
-    """Its first step moves each weight by the learning rate, whatever the gradient."""
-    script = train('--max_iters=0', '--weight_decay=0', '--learning_rate=3e-4', '--decay_lr=False')
-    found, = entries(tmp_path / 'out', 'health')
-    block = script['model'].transformer.h[0]
-    rms = math.sqrt(sum((p ** 2).sum() for p in block.parameters() if p.dim() == 2).item()
-                    / sum(p.numel() for p in block.parameters() if p.dim() == 2))
-    assert found['health']['update_ratio'][0] == pytest.approx(3e-4 / rms, rel=0.02)
-
-
-def test_share_of_clipped_updates_is_since_the_last_line(train, tmp_path):
-    train('--max_iters=12', '--log_interval=1', '--grad_clip=1e9', out_dir=tmp_path / 'never')
-    lines = entries(tmp_path / 'never', 'loss')
-    assert all(e['clipped'] == 0 for e in lines)
-    norms = [e['grad_norm'] for e in lines]
-    clip = sorted(norms)[6]  # as clipping barely changes AdamW's updates, about half of them will be clipped
-    args = ('--max_iters=12', f'--grad_clip={clip}')
-    train(*args, out_dir=tmp_path / 'each')
-    each = [e['clipped'] for e in entries(tmp_path / 'each', 'loss')]
-    assert each == [float(e['grad_norm'] > clip) for e in entries(tmp_path / 'each', 'loss')]
-    assert 0 < sum(each) < 13
-    train(*args, '--log_interval=4', out_dir=tmp_path / 'fourth')
-    fourth = [e['clipped'] for e in entries(tmp_path / 'fourth', 'loss')]
-    assert fourth == [each[0], *(sum(each[i - 3:i + 1]) / 4 for i in (4, 8, 12))]
-
-
-def test_half_precision_is_measured(train, tmp_path):
-    train('--max_iters=0', '--dtype=bfloat16')
-    found, = entries(tmp_path / 'out', 'health')
-    assert all(math.isfinite(v) for values in found['health'].values() for v in values)
-
-
-# ---------------------------------------------------------------------------- no trace
-
-def test_measuring_leaves_the_model_as_it_was():
-    model, x = model_and_batch()
-    attends, weights = [b.attn.attend for b in model.transformer.h], model.state_dict()
-    weights = {k: v.clone() for k, v in weights.items()}
-    state = torch.random.get_rng_state()
-    diagnostics.measure_vitals(model, RUN, x)
+        naive.logits(model, x, layers)
+    of_layers = [[torch.stack(parts) for parts in zip(*texts)] for texts in zip(*layers)]
+    streams, sizes = zip(*of_layers)
+    expected = {'activation_rms': [stream.square().mean().sqrt() for stream in streams],
+                'attention_logit': [size.max() for size in sizes]}
+    if options.get('attn_type') == 'GKpoly-0':
+        expected['out_of_range'] = [(size > 1).sum() for size in sizes]
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: pytest.approx([float(v) for v in values], rel=1e-4) for name, values in expected.items()}
     assert model.training and torch.equal(state, torch.random.get_rng_state())
-    assert [b.attn.attend for b in model.transformer.h] == attends
-    assert not any(m._forward_hooks for m in model.modules())
-    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_training_is_the_same_without_it(train, tmp_path, monkeypatch, optimizer):
-    args = ('--max_iters=6', '--eval_interval=2', '--dropout=0.2', f'--optimizer={optimizer}')
-    train(*args, out_dir=tmp_path / 'with')
-    assert [e['iter'] for e in entries(tmp_path / 'with', 'health')] == [0, 2, 4, 6]
-    monkeypatch.setattr(diagnostics, 'measure_vitals', lambda *args: {})
-    monkeypatch.setattr(diagnostics, 'watch_update', lambda *args: nullcontext())
-    train(*args, out_dir=tmp_path / 'without')
-    a, b = ([(e['loss'], e['grad_norm']) for e in entries(tmp_path / name, 'loss')]
-            for name in ('with', 'without'))
-    assert a == b and len(a) == 7
-    a, b = (checkpoint.load(tmp_path / name / 'latest.pt')['model'] for name in ('with', 'without'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def test_vitals_of_16_bits_are_near():
+    model, x = scrambled(tiny()), tokens(3, 20).numpy()
+    exact, found = (measure_vitals(model, Runtime('cpu', dtype, False, 'gloo'), x)
+                    for dtype in ('float32', 'bfloat16'))
+    assert all(torch.allclose(exact[name], found[name].float(), rtol=0.05) for name in exact)
 
 
-def test_numbers_are_logged_with_the_next_line(train, tmp_path):
+def test_models_of_other_making_are_measured_as_far_as_they_have_the_same_parts():
+    model = tiny()
+    for heads in (4, nn.ModuleList([nn.Linear(4, 4)]), lambda x: x):
+        for block in model.transformer.h:
+            block.attn = SomeAttention(heads)
+        assert [*measure_vitals(model, RUN, tokens(2, 8).numpy())] == ['activation_rms']
+    assert measure_vitals(nn.Linear(4, 4), RUN, tokens(2, 8).numpy()) == {}
+
+
+class SomeAttention(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x):
+        return x
+
+
+def test_a_measurement_can_be_broken_off():
+    def check():
+        raise InterruptedError
+    model = tiny()
+    with pytest.raises(InterruptedError):
+        measure_vitals(model, RUN, tokens(2, 8).numpy(), check)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_update_ratio_is_that_of_the_trained_matrices_of_a_layer():
+    model, record = scrambled(tiny()), {}
+    block = model.transformer.h[1]
+    block.mlp.c_fc.weight.requires_grad_(False)
+    matrices = [p for p in block.parameters() if p.dim() == 2 and p.requires_grad]
+    before = torch.cat([p.detach().flatten() for p in matrices])
+    with torch.no_grad(), watch_update(model, record):
+        for p in block.parameters():
+            p.mul_(1.25 if p.dim() == 2 and p.requires_grad else 7)
+        block.attn.c_attn.weight[0, 0] += 3
+    after = torch.cat([p.detach().flatten() for p in matrices])
+    ratio = ((after - before).norm() / before.norm()).item()
+    assert record['update_ratio'].tolist() == [0.0, pytest.approx(ratio)]
+
+
+# ---------------------------------------------------------------------------- runs
+
+def test_adamw_s_first_update_is_a_learning_rate_in_size_and_numbers_are_logged_with_the_next_line(
+        train, tmp_path):
     """Evaluations at 0, 3, 6, 7 and lines at 0, 5: nothing is fetched from the device in between."""
-    train('--max_iters=7', '--eval_interval=3', '--log_interval=5')
+    script = train('--max_iters=7', '--eval_interval=3', '--log_interval=5', '--weight_decay=0',
+                   '--init=zero_proj', '--learning_rate=1e-5', '--warmup_iters=0', '--decay_lr=False')
     kinds = [(e['iter'], 'line' if 'loss' in e else 'health' if 'health' in e else 'evaluation')
              for e in entries(tmp_path / 'out', 'iter')]
     assert kinds == [(0, 'evaluation'), (0, 'health'), (0, 'line'), (3, 'evaluation'), (3, 'health'),
                      (5, 'line'), (6, 'evaluation'), (6, 'health'), (7, 'evaluation'), (7, 'health')]
-    assert all(len(v) == 2 for e in entries(tmp_path / 'out', 'health') for v in e['health'].values())
-    assert all(set(e['health']) == {'activation_rms', 'attention_logit', 'update_ratio'}
-               for e in entries(tmp_path / 'out', 'health'))
+    found = entries(tmp_path / 'out', 'health')
+    assert all([*e['health']] == ['activation_rms', 'attention_logit', 'update_ratio'] for e in found)
+    assert all(len(v) == 2 for e in found for v in e['health'].values())
+    moved = [p for name, p in script['model'].transformer.h[0].named_parameters() if p.dim() == 2]
+    n_moved = sum(p.numel() for p in moved if p.shape[0] == 32)  # c_proj: all others have no gradient yet
+    size = math.sqrt(sum(p.square().sum().item() for p in moved if p.shape[0] != 32))
+    assert found[0]['health']['update_ratio'][0] == pytest.approx(1e-5 * math.sqrt(n_moved) / size, rel=0.02)
 
 
-def test_squared_distances_beyond_a_polynomial_are_counted_and_told(train, tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_training_is_the_same_however_often_it_is_measured(optimizer, train, tmp_path):
+    logs = []
+    for name, interval in (('often', 2), ('seldom', 100)):
+        train('--max_iters=6', f'--eval_interval={interval}', '--dropout=0.2', f'--optimizer={optimizer}',
+              out_dir=tmp_path / name)
+        logs.append([(e['loss'], e['grad_norm']) for e in entries(tmp_path / name, 'loss')])
+    assert logs[0] == logs[1] and len(logs[0]) == 7
+
+
+def test_share_of_clipped_updates_is_since_the_last_line(train, tmp_path):
+    train('--max_iters=12', '--grad_clip=1e9', out_dir=tmp_path / 'never')
+    lines = entries(tmp_path / 'never', 'loss')
+    assert all(e['clipped'] == 0 for e in lines)
+    clip = sorted(e['grad_norm'] for e in lines)[6]  # as clipping hardly changes AdamW, of half of them
+    for name, interval in (('each', 1), ('fourth', 4)):
+        train('--max_iters=12', f'--grad_clip={clip}', f'--log_interval={interval}', out_dir=tmp_path / name)
+    each, fourth = ([e['clipped'] for e in entries(tmp_path / name, 'loss')] for name in ('each', 'fourth'))
+    assert each == [float(e['grad_norm'] > clip) for e in entries(tmp_path / 'each', 'loss')]
+    assert 0 < sum(each) < 13
+    assert fourth == [each[0], *(sum(each[i - 3:i + 1]) / 4 for i in (4, 8, 12))]
+
+
+def test_squared_distances_beyond_a_polynomial_are_counted_and_reported(train, tmp_path):
     args = ('--max_iters=3', '--eval_interval=3', '--attn_type=GKpoly-0', '--qk_norm', '--n_layer=1')
-    script = train(*args)  # |q - k|^2 / (2 sqrt(hs)) of normalised ones is up to 2 sqrt(hs) = 8
+    log = train(*args)['log']  # |q - k|^2 / (2 sqrt(hs)) of normalised ones is up to 2 sqrt(hs) = 8
     counts = [x['health']['out_of_range'] for x in entries(tmp_path / 'out', 'health')]
     assert [len(c) for c in counts] == [1, 1] and counts[0][0] > 0
-    assert f'{counts[0][0]:,} squared distances of the attention lie beyond' in script['log']
-    quiet = train(*args, '--attn_type=GKpoly-10')
-    assert 'lie beyond' not in quiet['log']
-    assert 'out_of_range' not in train(*args, '--attn_type=GK')['vitals']
+    assert f'{counts[0][0]:,} squared distances of the attention lie beyond' in log
+    assert 'lie beyond' not in train(*args, '--attn_type=GKpoly-10')['log']
 
 
-def test_counts_and_sizes_of_the_gaussian_kernel_equal_loops():
-    q, k = torch.randn(2, 5, 4) * 2, torch.randn(2, 5, 4) * 2
-    x = diagnostics.AttentionProbe(None, 'GKpoly-1').sizes(q, k)
-    for h in range(2):
-        for t in range(5):
-            for j in range(5):
-                expected = (q[h, t] - k[h, j]).square().sum() / 4 if j <= t else torch.tensor(0.0)
-                assert torch.allclose(x[h, t, j], expected, atol=1e-4)
+# ---------------------------------------------------------------------------- the guard
+
+@pytest.mark.parametrize('where', ['model', 'trained', 'optimizer'])
+def test_a_state_that_is_not_finite_is_not_saved(where):
+    good, bad = {'w': torch.ones(2)}, {'w': torch.tensor([1.0, math.inf])}
+    state = {'model': good, 'trained': None, 'optimizer': good}
+    state[where] = bad
+    state = SimpleNamespace(**state | {'optimizer': {'state': {0: state['optimizer'] | {'step': 3}}}})
+    with pytest.raises(NotFinite, match='iteration 5: weights or optimizer buffers are not finite'):
+        Guard('cpu', 1.0, False).stop_if_unfit(5, 'No state was saved before', state)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_iteration_also_when_it_is_looked_at_later():
+    for bad, has_scaler in ((math.nan, False), (math.inf, True)):
+        guard, opt = Guard('cpu', 1.0, has_scaler), torch.optim.SGD([torch.ones(1, requires_grad=True)])
+        for iteration, loss in enumerate((1.0, 1.0, bad, 1.0)):
+            assert guard.allows(iteration, torch.tensor(loss), torch.tensor(2.0), opt) == math.isfinite(loss)
+        with pytest.raises(NotFinite, match='iteration 2: .* no update was made with it. All is lost. '):
+            guard.stop_if_not_finite(3, 'All is lost')
+        again = Guard('cpu', 1.0, has_scaler)
+        again.load_state_dict(guard.state_dict())
+        again.stop_if_not_finite(3, '')
+        assert again.n_clipped == 4
+        with pytest.raises(NotFinite, match='iteration 3'):
+            again.stop_if_not_finite(3, '', 1.0, math.nan)
+    scaled = Guard('cpu', 1.0, has_scaler=True)  # which deals with gradients itself
+    assert scaled.allows(0, torch.tensor(1.0), torch.tensor(math.inf), opt)
+    scaled.stop_if_not_finite(0, '')

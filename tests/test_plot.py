@@ -1,222 +1,161 @@
 """plot.py: what is drawn is what was logged, whatever the log has been through."""
 
 import json
-import math
 import re
-import runpy
-import struct
-import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-Figure = pytest.importorskip('matplotlib.figure').Figure
+pytest.importorskip('matplotlib')
+pytestmark = pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
 
-PER_ITER = 128  # tokens
+HUGE = '1' + '0' * 400
+GARBAGE = [
+    '', 'nonsense', '[1]', '3', '"x"', 'null', '\0', '[' * 10**5, '{"iter": 4, "lo', '{"loss": 2}',
+    '{"iter": 1e400}', '{"iter": NaN, "loss": 1}', '{"iter": null, "loss": 1}', '{"iter": {}}',
+    f'{{"iter": {HUGE}, "loss": 1}}', f'{{"iter": 9, "loss": {HUGE}}}', f'{{"iter": {HUGE * 20}}}',
+    '{"iter": 9, "loss": Infinity, "lr": "x"}', '{"iter": 9, "health": 5}']
+STALE = '{"iter": 9, "loss": 99}'  # of a run that resumed before it
+EXTREMES = [
+    {'iter': 0, 'loss': 1e-320, 'lr': -1, 'a' * 200: 1e29}, {'iter': 1, 'loss': 1e29, 'lr': [1, 2]},
+    {'iter': 1, 'val_loss': 3, '': 0, 'x\n$': 1e-300, 'deep': [None, None, 1], 'train_': 0}]
+ALL, AT = np.arange(21), np.arange(0, 21, 5)  # iterations with a line, with an evaluation
 
 
-def entries(last=20, log_interval=1, eval_interval=5, new=True):
-    """A log as train.py writes it; without what older versions didn't write, if not `new`."""
+def entries(last=20, log_interval=1):
+    """A log as train.py writes it, of 128 tokens and half a second an iteration."""
     for i in range(last + 1):
-        tokens, seconds = i * PER_ITER, i * 0.5
-        more = {'tokens': tokens, 'seconds': seconds, 'mfu': None} if new else {}
-        if i % eval_interval == 0:
-            yield {'iter': i, 'train_loss': 4 / (1 + i), 'val_loss': 5 / (1 + i), 'lr': 1e-3} | more
-            if new:
-                yield {'iter': i, 'health': {'activation_rms': [0.1 + i, 0.2 + i],
-                                             'attention_logit': [1.0, 2.0], 'update_ratio': [1e-3, 2e-3]}}
-        more = {'tokens': tokens + PER_ITER, 'clipped': float(i < 10), 'mfu': 12.0} if new else {}
+        if i % 5 == 0:
+            yield {'iter': i, 'train_loss': 4 / (1 + i), 'val_loss': 5 / (1 + i), 'lr': 1e-3 * i,
+                   'tokens': 128 * i, 'seconds': i / 2}
+            layers = {'activation_rms': [0.1 + i, 0.2 + i], 'update_ratio': [i % 20]}
+            yield {'iter': i, 'health': layers}
         if i % log_interval == 0:
-            yield {'iter': i, 'loss': 4.5 / (1 + i), 'lr': 1e-3 * i, 'grad_norm': 2.0 + i, 'skipped': 0,
-                   'seconds': seconds + 0.5, 'ms': 500.0, 'tokens_per_s': PER_ITER / 0.5} | more
+            yield {'iter': i, 'loss': 6 / (1 + i), 'lr': 1e-3 * i, 'grad_norm': 2.0 + i,
+                   'clipped': float(i % 4 == 3), 'tokens': 128 * (i + 1), 'seconds': (i + 1) / 2}
 
 
 def write(folder, lines):
-    folder.mkdir(exist_ok=True)
-    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / 'log.jsonl').write_text('\n'.join(text) + '\n')
+    folder.mkdir(exist_ok=True, parents=True)
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / 'log.jsonl').write_text('\n'.join(lines), encoding='utf-8')
     return folder
 
 
 @pytest.fixture
-def plot(monkeypatch, capsys, tmp_path):
-    """Runs plot.py in this process; gives its globals, what it printed, and the axes. Pixels on request."""
-    def run(*args, pixels=False):
-        if not pixels:
-            monkeypatch.setattr(Figure, 'savefig', lambda self, path, **more: path.write_bytes(b'no pixels'))
-        monkeypatch.setattr(sys, 'argv', ['plot.py', *map(str, args)])
-        hook = sys.excepthook
-        try:
-            script = runpy.run_path(str(ROOT / 'plot.py'), run_name='__main__')
-        finally:
-            sys.excepthook = hook
-        axes = script['figure'].axes if 'figure' in script else None
-        return script | {'said': capsys.readouterr().out, 'axes': axes}
-    return run
+def panels(run_here, tmp_path):
+    """Draws a log; gives {title and label of x: [points (2, n) of each line, sorted by label]}."""
+    def draw(log, *args):
+        found = {}
+        for axis in run_here('plot.py', write(tmp_path / 'run', log), *args)['figure'].axes:
+            lines = sorted(axis.lines, key=lambda line: line.get_label())
+            name = f'{axis.get_title().strip()}, {axis.get_xlabel()}'
+            found[name] = [np.array(line.get_data()) for line in lines]
+        return found
+    return draw
 
 
-def line(axis, label):
-    """x and y of the line whose label ends so."""
-    found, = (a for a in axis.lines if a.get_label().endswith(label))
-    return found.get_xdata(), found.get_ydata()
+def same(lines, *expected):
+    return ([line.shape for line in lines] == [np.shape(points) for points in expected]
+            and all(map(np.allclose, lines, expected)))
 
 
-def same(a, b):
-    return np.allclose(a, b, equal_nan=True)
+def test_drawn_values_are_the_logged_ones(panels):
+    found = panels(entries(), '--health')
+    for unit, step in (('iterations', 1), ('tokens', 128), ('training time (seconds)', 0.5)):
+        assert same(found[f'loss (nats/token), {unit}'], (AT * step, 4 / (1 + AT)),
+                    (ALL * step, 6 / (1 + ALL)), (AT * step, 5 / (1 + AT)))
+    assert same(found['learning rate, iterations'], (ALL, 1e-3 * ALL))
+    assert same(found['gradient norm, before clipping, iterations'], (ALL, 2 + ALL))
+    assert same(found['share of clipped updates, iterations'], (ALL, ALL % 4 == 3))
+    assert same(found['residual stream (RMS), iterations'], (AT, 0.1 + AT), (AT, 0.2 + AT))
+    between = panels(entries(log_interval=100))  # evaluations, and one line only
+    assert same(between['loss (nats/token), tokens'][:1], (AT * 128, 4 / (1 + AT)))
+    assert not [title for title in between if 'clipped' in title or 'RMS' in title]
 
 
-# ---------------------------------------------------------------------------- the picture
-
-@pytest.mark.filterwarnings('error')
-def test_picture_is_in_the_first_folder(plot, tmp_path):
-    a, b = write(tmp_path / 'a', entries()), write(tmp_path / ('a name of many words ' * 5), entries(last=10))
-    assert f'drawn to {a / "loss.png"}' in plot(a, pixels=True)['said']
-    own = (a / 'loss.png').read_bytes()
-    said = plot(a, b, '--health', pixels=True)['said']
-    data = (a / 'comparison.png').read_bytes()
-    width, height = struct.unpack('>II', data[16:24])
-    assert data.startswith(b'\x89PNG') and width == 1500 and height > 1000
-    assert (a / 'loss.png').read_bytes() == own  # a comparison doesn't replace the run's own
-    assert f'drawn to {a / "comparison.png"}' in said and not list(b.glob('*.png'))
+def test_every_new_number_of_a_log_is_drawn(panels):
+    scores = {'train_score': 0.5, 'val_score': 0.6}
+    log = [e | (scores if 'val_loss' in e else {}) for e in entries()]
+    log += [{'iter': 3, 'z': -2.5}, {'iter': 7, 'z': -1, 'entropy': [1, 2], 'note': 'text'}]
+    found = panels([*log, {'iter': 5, 'health': {'rank': [7, 8]}}], '--health')
+    assert same(found['score, iterations'], (AT, np.full(5, 0.5)), (AT, np.full(5, 0.6)))
+    assert same(found['z, iterations'], ([3, 7], [-2.5, -1])) and 'note, iterations' not in found
+    assert same(found['entropy, iterations'], ([[7], [1]]), ([[7], [2]]))
+    assert same(found['rank, iterations'], ([[5], [7]]), ([[5], [8]]))
 
 
-def test_drawn_values_are_the_logged_ones(plot, tmp_path):
-    axes = plot(write(tmp_path / 'a', entries()), write(tmp_path / 'b', entries(last=10)), '--health')['axes']
-    i, evaluated = np.arange(21), np.arange(0, 21, 5)
-    for axis, per_iter in zip(axes, (1, PER_ITER / 1000, 0.5)):  # iterations, thousands of tokens, seconds
-        assert same(line(axis, 'a: training, each logged batch'), (i * per_iter, 4.5 / (1 + i)))
-        assert same(line(axis, 'a: validation'), (evaluated * per_iter, 5 / (1 + evaluated)))
-        assert same(line(axis, 'a: training, evaluated as validation is')[1], 4 / (1 + evaluated))
-        assert len(line(axis, 'b: training, each logged batch')[0]) == 11
-    rate, norm, throughput, clipped, stream, logit, update = (axis.lines[0].get_ydata() for axis in axes[3:])
-    assert same(rate, 1e-3 * i) and same(norm, 2 + i) and same(throughput, PER_ITER / 0.5)
-    assert same(clipped, i < 10) and same(stream, 0.1 + evaluated) and same(logit, 1.0) and same(update, 1e-3)
+def test_noise_gets_means_and_a_schedule_does_not(panels):
+    found = panels([e | {'grad_norm': 1.0 + e['iter'] % 2} for e in entries(last=399)], '--health')
+    means, logged = found['gradient norm, before clipping, iterations']
+    at = np.arange(50) * 8 + 3.5
+    assert logged.shape == (2, 400) and same([means], (at, np.full(50, 1.5)))
+    assert same(found['share of clipped updates, iterations'], (at, np.full(50, 0.25)))
+    assert [line.shape for line in found['learning rate, iterations']] == [(2, 400)]
 
 
-def test_bits_per_byte_have_a_panel_where_a_run_logged_them(plot, tmp_path):
-    logged = [e | {'train_bits_per_byte': e['train_loss'] / 2, 'val_bits_per_byte': e['val_loss'] / 3}
-              if 'val_loss' in e else e for e in entries()]
-    without = plot(write(tmp_path / 'a', entries()))['axes']
-    axes = plot(write(tmp_path / 'a', entries()), write(tmp_path / 'b', logged))['axes']
-    panel, = [a for a in axes if a.get_title() == 'bits per byte of text']
-    assert len(axes) == len(without) + 1 and 'training time' in panel.get_xlabel()
-    for name, label, divisor in (('train', 'training', 2), ('val', 'validation', 3)):
-        drawn, = [x for x in panel.lines if x.get_label().startswith(f'b: {label}')]
-        expected = [e[f'{name}_loss'] / divisor for e in logged if 'val_loss' in e]
-        assert same(drawn.get_ydata(), expected)
+def test_garbage_is_left_out_and_extremes_are_drawn(panels):
+    clean, found = panels(entries()), panels([*GARBAGE, STALE, *entries(), *GARBAGE])
+    assert found.keys() == clean.keys() and all(same(found[name], *clean[name]) for name in clean)
+    panels(EXTREMES, '--health')
+    panels([{'iter': 0, 'train_loss': 4.0, 'val_loss': 4.0, 'lr': 0}])  # a single evaluation
 
 
-def test_axes_are_labelled_with_units(plot, tmp_path):
-    axes = plot(write(tmp_path / 'a', entries()), '--health')['axes']
-    assert len(axes) == 10 and all(a.get_title() and a.get_xlabel() for a in axes)
-    assert [a.get_xlabel() for a in axes[:3]] == [
-        'iterations', 'thousands of tokens', 'training time (seconds)']
-    assert axes[0].get_yscale() == 'log' and len(axes[0].get_yticks()) > 3
+def test_zero_on_a_logarithmic_axis_is_left_out(run_here, tmp_path):
+    figure = run_here('plot.py', write(tmp_path / 'run', entries()), '--health')['figure']
+    axis, = [axis for axis in figure.axes if 'update / weights' in axis.get_title()]
+    assert axis.get_yscale() == 'log' and axis.get_ylim()[0] > 1
+    assert np.isfinite(axis.transData.transform((5, 5))).all()
+    assert not np.isfinite(axis.transData.transform((20, 0))).all()
 
 
-def test_log_without_counted_tokens_gives_the_same_places(plot, tmp_path):
-    new = plot(write(tmp_path / 'a', entries()))['axes']
-    old = plot(write(tmp_path / 'b', entries(new=False)))['axes']
-    for a, b in zip(new[:3], old[:3]):
-        for label in ('training, each logged batch', 'validation'):
-            assert same(line(a, label), line(b, label))
+def test_pictures_have_names_of_their_own_or_the_name_and_format_asked_for(run_script, tmp_path):
+    a, b = write(tmp_path / 'a', entries()), write(tmp_path / '셰익스피어', entries())
+    for folders in ([a], [a, b]):
+        assert run_script('plot.py', *folders).stderr == ''
+    assert {p.name for p in a.iterdir()} == {'log.jsonl', 'loss.png', 'comparison.png'}
+    for name, start in (('x.png', b'\x89PNG'), ('x.svg', b'<?xml'), ('X.PDF', b'%PDF')):
+        path = tmp_path / name / 'new' / name
+        done = run_script('plot.py', b, f'--output={path}')
+        assert f'drawn to {path}' in done.stdout and done.stderr == ''
+        assert path.read_bytes().startswith(start) and [*path.parent.iterdir()] == [path]
+    assert {p.name for p in b.iterdir()} == {'log.jsonl'}
 
 
-def test_long_noisy_runs_get_medians_over_the_logged_values(plot, tmp_path):
-    log = [e | ({'tokens_per_s': 10.0 if e['iter'] % 7 == 3 else 256.0} if 'loss' in e else {})
-           for e in entries(last=399)]
-    axes = plot(write(tmp_path / 'a', log))['axes']
-    logged, medians = axes[5].lines
-    assert set(logged.get_ydata()) == {10.0, 256.0} and len(logged.get_xdata()) == 400
-    assert same(medians.get_xdata(), np.arange(50) * 8 + 3.5) and same(medians.get_ydata(), 256.0)
-    assert len(axes[3].lines) == 1 and 'medians' in axes[5].get_xlabel()
+@pytest.mark.parametrize('names', [
+    ['r'], ['run', 'x/run'], ['_a', '$b{$', 'a & b'], [f'out-with-setting-{i}' for i in 'uvwxyz'],
+    [f'run{i:02}' for i in range(30)], ['many words ' * 20 + x for x in 'ab'], ['셰익스피어'],
+], ids=lambda names: f'{len(names)} {names[0]:.4}')
+def test_each_run_is_in_the_legend_which_is_inside_the_picture(run_here, tmp_path, names):
+    folders = [write(tmp_path / name, entries()) for name in names]
+    figure = run_here('plot.py', *folders, '--health', f'--output={tmp_path}/x.svg')['figure']
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    heights = [axis.get_position().height * figure.get_figheight() for axis in figure.axes]
+    assert min(heights) > 2  # inches
+    handles = figure.legends[0].legend_handles
+    assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == len(names)
+    drawn = ElementTree.parse(tmp_path / 'x.svg').iter('{http://www.w3.org/2000/svg}text')
+    drawn = re.sub(r'\s', '', ''.join(f'<{text.text}>' for text in drawn)).replace('><', '')
+    assert all(re.sub(r'\s', '', name) in drawn or '\\uc170' in drawn for name in names)
+    kinds = 'validation', 'training(sameevaluation)', 'training,eachloggedbatch', 'firstlayer'
+    assert all(drawn.count(kind) == 1 for kind in kinds)
 
-
-def test_evaluations_between_lines_are_where_they_were(plot, tmp_path):
-    axes = plot(write(tmp_path / 'a', entries(log_interval=100)))['axes']  # one line only, at 0
-    assert same(line(axes[1], 'validation')[0], np.arange(0, 21, 5) * PER_ITER / 1000)
-    old = plot(write(tmp_path / 'b', entries(log_interval=6, new=False)))['axes']  # the last line is of 18
-    assert same(line(old[2], 'validation')[0], [0, 2.5, 5, 7.5, math.nan])  # seconds: not made up
-
-
-def test_steps_that_a_resumed_run_took_again_count_once(plot, tmp_path):
-    stale = [{'iter': i, 'loss': 99.0} for i in (18, 19, 30)]
-    whole = [e for e in entries() if e['iter'] <= 19 or 'loss' not in e]
-    again = plot(write(tmp_path / 'a', [*stale[:2], *whole, stale[2]]))['axes']
-    at, loss = line(again[0], 'each logged batch')
-    assert same(at, [*range(20), 30]) and same(loss[:20], 4.5 / (1 + np.arange(20)))
-
-
-def test_runs_of_one_name_are_told_apart(plot, tmp_path):
-    (tmp_path / 'x').mkdir()
-    folders = write(tmp_path / 'a', entries(last=3)), write(tmp_path / 'x/a', entries(last=3))
-    assert [run['name'] for run in plot(*folders, '--terminal')['runs']] == list(map(str, folders))
-
-
-def test_gaps_and_broken_lines_are_left_out(plot, tmp_path):
-    lines = [{'iter': 0, 'loss': 3.0}, 'nonsense', '[1]', '3', '{"loss": 2}', '{"iter": null, "loss": 1}',
-             '{"iter": 1, "loss": Infinity, "lr": null, "grad_norm": NaN}', '{"iter": 2, "loss": 2}',
-             {'iter': 3, 'health': {'activation_rms': [1.0, 2.0]}}, '{"iter": 4, "lo']
-    axes = plot(write(tmp_path / 'a', lines), '--health', '--terminal')['axes']
-    assert same(line(axes[0], 'each logged batch'), ([0, 1, 2], [3.0, math.nan, 2.0]))
-    assert [bool(a.texts) for a in axes] == [False, True, True, True, True, True, True, False, True, True]
-
-
-def test_run_of_one_evaluation_is_drawn(plot, tmp_path):
-    plot(write(tmp_path / 'a', [{'iter': 0, 'train_loss': 4.0, 'val_loss': 4.0, 'lr': 0}]), '--terminal')
-    assert (tmp_path / 'a/loss.png').exists()
-
-
-# ---------------------------------------------------------------------------- the sketch
-
-def test_sketch_needs_no_matplotlib(plot, tmp_path, monkeypatch):
-    folder = write(tmp_path / 'a', entries())
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    said = plot(folder, '--terminal')['said']
-    assert 'loss (nats/token)' in said and '20 iterations' in said and not (folder / 'loss.png').exists()
-    with pytest.raises(ValueError, match='pip install matplotlib'):
-        plot(folder)
-
-
-def test_sketch_has_each_loss_at_its_height(plot, tmp_path, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '60')
-    said = plot(write(tmp_path / 'a', entries()), write(tmp_path / 'b', entries()), '--terminal')['said']
-    rows = re.findall(r'^ *([\d.]+) \|(.*)$', said, re.M)
-    assert len(rows) == 16 and all(len(r) <= 51 for _, r in rows)
-    heights = [float(h) for h, _ in rows]
-    assert heights == sorted(heights, reverse=True) and heights[0] == 5.0
-    assert rows[0][1].startswith('B') and rows[-1][1].endswith('b')  # 5 at iteration 0, 4.5 / 21 at 20
-    last_val = 5 / 21
-    nearest = min(range(16), key=lambda r: abs(math.log(heights[r] / last_val)))
-    assert rows[nearest][1].endswith('B')
-
-
-def test_validation_is_on_top_in_the_sketch(plot, tmp_path):
-    lines = [{'iter': i, key: 4.0 - i} for i in (0, 2) for key in ('val_loss', 'loss')]
-    said = plot(write(tmp_path / 'a', lines), '--terminal')['said']
-    assert re.findall(r'\|(.*)$', said, re.M)[0] == 'A' and '| a' not in said
-
-
-# ---------------------------------------------------------------------------- as a user runs it
 
 @pytest.mark.parametrize('args, reason', [
     ([], 'name at least one folder of a run'),
     (['nowhere'], 'log.jsonl is missing'),
-    (['EMPTY'], 'has no losses to draw'),
+    (['EMPTY'], 'has no numbers to draw'),
+    (['LOG', '--output=x'], 'output=x must end in .png, .svg or .pdf'),
+    (['LOG', '--output=LOG/log.jsonl/x.png'], "x.png can't be written"),
     (['nowhere', '--heath'], 'Unknown config key: heath (did you mean health'),
 ])
-def test_a_mistake_is_one_line(plot, tmp_path, args, reason):
-    empty = write(tmp_path / 'empty', ['{}'])
+def test_a_mistake_is_one_line(run_here, tmp_path, args, reason):
+    places = {'EMPTY': write(tmp_path / 'empty', ['{"iter": 3}']),
+              'LOG': write(tmp_path / 'log', entries())}
+    args = [re.sub('EMPTY|LOG', lambda match: str(places[match[0]]), arg) for arg in args]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)) as error:
-        plot(*(empty if a == 'EMPTY' else a for a in args))
+        run_here('plot.py', *args)
     assert '\n' not in str(error.value)
-
-
-def test_script_runs_as_in_the_readme(run_script, tmp_path):
-    a, b = write(tmp_path / 'a', entries()), write(tmp_path / 'b', entries())
-    done = run_script('plot.py', a, b, '--terminal=True', f'--output={tmp_path / "c.png"}')
-    assert 'A validation, a each logged batch' in done.stdout and (tmp_path / 'c.png').exists()
-    assert not list(tmp_path.glob('**/*.part'))
-
-

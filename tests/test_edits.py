@@ -1,0 +1,192 @@
+"""What stands in model.py is what runs: a line of it is edited, and training, evaluation and sampling change
+as the edited file by itself says, in float32 and in 16 bits, with adapters, int8 weights, logits in parts."""
+
+import ast
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN'  # a vocabulary of 40
+LOSS = 'F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)'
+EDITS = {  # name: [(lines of model.py, what takes their place)]
+    'nothing': [],
+    'label smoothing': [('ignore_index=-1)', 'ignore_index=-1, label_smoothing=0.5)')],
+    'a loss that is no mean': [(LOSS, f'{LOSS} ** 2')],
+    'scale of attention': [('product_attention(q, k, v, mask,', 'product_attention(q, 0.2 * k, v, mask,')],
+    'factor before gelu': [('x = self.gelu(x)', 'x = self.gelu(3 * x)')],
+    'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'), ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
+    'positions': [('self.transformer.wpe(positions_of', 'self.transformer.wpe(31 - positions_of')],
+    'scale of the output': [('self.lm_head(x),', 'self.lm_head(0.5 * x),')],
+    'a parameter of attention': [
+        ('self.value_mix = self.weigh', 'self.gate = nn.Parameter(torch.full((32,), 0.3))\n'
+         '        self.value_mix = self.weigh'), ('self.c_proj(y)', 'self.c_proj(y * self.gate)')],
+    'a parameter of the loss': [
+        ('        self.lm_head = nn.Linear', '        self.heat = nn.Parameter(torch.tensor(0.5))\n'
+         '        self.lm_head = nn.Linear'), ('self.lm_head(x),', 'self.heat * self.lm_head(x),')],
+    'an attention that takes x alone': [
+        ('def forward(self, x, cache=None, first_v=None):', '''def forward(self, x):
+        q, k, v = self.c_attn(x).split(x.shape[2], dim=2)
+        past = torch.ones(x.shape[1], x.shape[1]).tril()
+        return self.c_proj((q @ k.mT * 0.1).sigmoid() * past @ v)
+
+    def unused(self, x, cache=None, first_v=None):''')],
+}
+LOSS_ONLY = ('nothing', 'label smoothing', 'a loss that is no mean')  # sampling stays as it is
+HALF = ('scale of the output', 'a parameter of the loss')  # the likeliest token stays the likeliest
+WHOLE = ('a loss that is no mean', 'a parameter of the loss')  # can't be computed in parts
+REFERENCE = '''
+import torch
+from model import GPT, GPTConfig
+
+def batch(split):
+    ids = torch.frombuffer(bytearray(open(f'{DATA}/{split}.bin', 'rb').read()), dtype=torch.uint16).long()
+    return ids[None, :-1], ids[None, 1:]
+
+def scrambled():
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=32, vocab_size=40, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim():
+                p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+def train(dtype):
+    model = scrambled()
+    opt = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    found = []
+    for _ in range(3):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss, val = (model(*batch(split))[1] for split in ('train', 'val'))
+        found.append((loss.item(), val.item()))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    return found
+
+@torch.no_grad()
+def gap(text):
+    """By how much another token's logit exceeds that of a text's at most, in standard deviations."""
+    model, worst = scrambled().eval(), 0.0
+    ids = torch.tensor([[LETTERS.index(c) for c in text]])
+    for t in range(3, ids.shape[1]):
+        logits = model(ids[:, max(0, t - 32):t])[0][0, -1]
+        worst = max(worst, (logits.max() - logits[ids[0, t]]).item() / logits.std().item())
+    return worst
+'''
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Splits of a single window each, so that every batch is the same."""
+    folder, generator = tmp_path_factory.mktemp('window'), np.random.default_rng(0)
+    for split in ('train', 'val'):
+        generator.integers(0, 40, 33).astype(np.uint16).tofile(folder / f'{split}.bin')
+    itos = dict(enumerate(LETTERS))
+    meta = {'vocab_size': 40, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def visit(elsewhere, copy_repository, data):
+    """A function that gives a function, which runs scripts or code beside an edited model.py."""
+    def make(edit):
+        source = (ROOT / 'model.py').read_text(encoding='utf-8')
+        for old, new in EDITS[edit]:
+            assert source.count(old) == 1, old
+            source = source.replace(old, new)
+        folder, known = copy_repository(source), f'DATA, LETTERS = {str(data)!r}, {LETTERS!r}\n{REFERENCE}\n'
+        (folder / 'base').mkdir()
+
+        def run(*command, code=''):
+            found = elsewhere(folder, *command, code=known * (not command) + code)
+            assert found.error == '', found.error
+            return found if command else found.result
+        run(code="""torch.save({'model': scrambled().state_dict(), 'iter_num': 0, 'best_val_loss': 9.0,
+            'config': {'data_dir': DATA}, 'model_args': {'n_layer': 2, 'n_head': 2, 'n_embd': 32,
+            'block_size': 32, 'bias': True, 'vocab_size': 40, 'dropout': 0.0}}, 'base/ckpt.pt')""")
+        return run, folder
+    return make
+
+
+@pytest.fixture(scope='module')
+def unedited(visit):
+    return visit('nothing')[0]
+
+
+def logged(folder):
+    """[(training loss, validation loss)] of a run's iterations, and whether its evaluations agree."""
+    entries = [json.loads(line) for line in (folder / 'run/log.jsonl').read_text().splitlines()]
+    evaluated = [(e['train_loss'], e['val_loss']) for e in entries if 'val_loss' in e]
+    trained = [e['loss'] for e in entries if 'loss' in e]
+    assert [a for a, _ in evaluated] == pytest.approx(trained, rel=1e-4)
+    return evaluated
+
+
+def flat(pairs):
+    return [x for pair in pairs for x in pair]
+
+
+TRAIN = ('train.py', '--init_from=base', '--out_dir=run', '--max_iters=2', '--eval_interval=1', '--bias',
+         '--eval_iters=1', '--decay_lr=False', '--learning_rate=1e-2', '--grad_clip=0', '--batch_size=4',
+         '--block_size=32', '--gradient_accumulation_steps=2', '--device=cpu', '--plot=False')
+SAMPLE = ('sample.py', '--out_dir=base', '--start=abc', '--num_samples=2', '--max_new_tokens=45', '--json',
+          '--device=cpu')
+IN_PARTS = 'import support.training.loss; support.training.loss.CHUNK = 7 * 40'
+
+
+def texts(run, *args):
+    """What sample.py writes, with the prompt, past block_size."""
+    lines = run(*SAMPLE, *args).output.splitlines()
+    found = ['abc' + json.loads(line)['text'] for line in lines if line.startswith('{')]
+    assert [len(text) for text in found] == [48, 48]
+    return found
+
+
+@pytest.mark.parametrize('edit', EDITS)
+def test_edit_acts_in_training_evaluation_and_sampling(edit, visit, unedited, data):
+    run, folder = visit(edit)
+    exact, in_16_bits = run(code='result = [train(torch.float32), train(torch.bfloat16)]')
+    plain = unedited(code='result = train(torch.float32)')
+    assert edit == 'nothing' or max(abs(a - b) for a, b in zip(exact[0], plain[0])) > 0.04
+
+    def loss(*args):
+        out = run('eval.py', '--out_dir=base', f'--data_dir={data}', '--device=cpu', *args).output
+        return json.loads(out.splitlines()[-1])['results']['loss']['loss']
+    assert loss() == pytest.approx(exact[0][1], rel=1e-5)
+    assert loss('--weights=int8') == pytest.approx(exact[0][1], rel=5e-3)
+
+    for dtype, near, far in (('float32', 1e-3, 0.01), ('bfloat16', 0.08, 0.16)):
+        text, _ = texts(run, '--temperature=0', f'--dtype={dtype}')
+        assert run(code=f'result = gap({text!r})') < near
+        assert edit in (*LOSS_ONLY, *HALF) or unedited(code=f'result = gap({text!r})') > far
+    if edit in HALF:
+        assert texts(run, '--temperature=1') == texts(unedited, '--temperature=2')
+
+    log = run(*TRAIN, f'--data_dir={data}', code=IN_PARTS).output
+    assert flat(logged(folder)) == pytest.approx(flat(exact), rel=1e-4)
+    assert ('loss: computed with all logits in memory' in log) == (edit in WHOLE)
+    assert ': 9 of CPULinear' in log
+    run(*TRAIN, f'--data_dir={data}', '--dtype=bfloat16', '--lora_rank=2')
+    assert logged(folder)[0] == pytest.approx(in_16_bits[0], rel=1e-4)
+    assert math.isfinite(sum(flat(logged(folder))))
+
+
+def test_nothing_is_put_in_the_place_of_a_module_s_methods():
+    """No assignment to an attribute forward, loss or attend, outside constructors."""
+    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('support/**/*.py'), *ROOT.glob('scripts/*.py')]):
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        made = [f for f in ast.walk(tree) if getattr(f, 'name', '') == '__init__']
+        allowed = {id(node) for f in made for node in ast.walk(f)}
+        for node in ast.walk(tree):
+            name = ''
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                name = node.attr
+            elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setattr':
+                name = getattr(node.args[1], 'value', '')
+            assert name not in ('forward', 'loss', 'attend') or id(node) in allowed, f'{path}:{node.lineno}'
