@@ -11,13 +11,15 @@ import torch
 from conftest import ROOT
 
 from model import GPT, GPTConfig
-from support.hub.huggingface import load_pretrained
+from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained
 from support.sampling.decoding import generate as generate_fast
-from support.training import checkpoint
-from support.training.state import model_args
+from support.text.chat import ChatForm
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.training.models import model_args
+from support.training.state import State
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
+WIDE = {'head_size': 12, 'n_inner': 40, 'norm_eps': 1e-6, 'rope_theta': 500.0, 'rope_scaling': (8., 1., 4., 16.)}
 RECIPE = {'pos_emb': 'rope', 'activation': 'swiglu', 'qk_norm': True, 'value_residual': True, 'ngram': 4,
           'ngram_rows': 512, 'n_kv_head': 1, 'bias': False}  # as config/best_shakespeare_char_cpu.py
 CHARS = CharTokenizer.of_text('abcdefghijk .,\n')
@@ -27,17 +29,18 @@ FULL = {'vocab_size': CHARS.n_vocab}  # as train.py makes it: each id is a chara
 @pytest.fixture
 def save(tmp_path):
     """Writes a checkpoint of a random model, its vocabulary padded; gives the model."""
-    def write(tokenizer=CHARS, **changes):
+    def write(tokenizer=CHARS, chat=None, config=None, name='ckpt.pt', **changes):
         model = GPT(GPTConfig(**{'block_size': 48, 'vocab_size': tokenizer.n_vocab + 13, 'n_layer': 2,
                                  'n_head': 2, 'n_embd': 32} | changes)).eval()
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.normal_(mean=float('ln_' in name), std=0.2)
+            for p_name, p in model.named_parameters():
+                p.normal_(mean=float('ln_' in p_name), std=0.2)
             model.lm_head.weight[tokenizer.n_vocab:] *= 5  # padding that would win if it could
-        checkpoint.save(tmp_path / 'run/ckpt.pt', {
-            'model': model.state_dict(), 'model_args': model_args(model.config), 'iter_num': 250,
-            'best_val_loss': 1.5, 'tokenizer': tokenizer.to_dict(), 'data': {'train': '0a1b'},
-            'config': {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}})
+        settings = {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}
+        (tmp_path / 'run').mkdir(exist_ok=True)
+        State(model=model.state_dict(), model_args=model_args(model.config), iter_num=250, best_val_loss=1.5,
+              tokenizer=tokenizer.to_dict(), data={'train': '0a1b'}, config=settings | (config or {}),
+              chat=chat, optimizer={} if name != 'ckpt.pt' else None).save(tmp_path / 'run' / name)
         return model
     return write
 
@@ -51,10 +54,7 @@ def export(run_here, tmp_path):
 
 
 def test_newest_state_is_exported_where_there_is_no_ckpt_pt(save, run_here, tmp_path):
-    save()
-    state = checkpoint.load(tmp_path / 'run/ckpt.pt') | {'optimizer': {}}
-    checkpoint.save(tmp_path / 'run/latest.pt', state)
-    (tmp_path / 'run/ckpt.pt').unlink()
+    save(name='latest.pt')
     log = run_here('export.py', f'--out_dir={tmp_path}/run', f'--export_dir={tmp_path}/exported')['log']
     assert 'latest.pt, the state of iteration 250' in log and (tmp_path / 'exported/config.json').is_file()
 
@@ -69,8 +69,8 @@ def modules_cache(tmp_path_factory):
         yield
 
 
-BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA]
-ONLY_CHARS = [FULL, LLAMA | FULL, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
+BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA | WIDE]
+ONLY_CHARS = [FULL, LLAMA | FULL, LLAMA | {'qkv_bias': True}, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
               {'pos_emb': 'alibi', 'activation': 'relu2'}]
 
 
@@ -126,7 +126,7 @@ def test_our_own_code_gives_padded_rows_the_logits_and_the_loss_of_whole_ones(sa
 
 @pytest.mark.parametrize('changes', [
     {'bias': True}, {'bias': False}, {'tie_weights': False, 'dropout': 0.25}, {'activation': 'gelu_tanh'},
-    FULL, LLAMA, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
+    FULL, LLAMA | WIDE, LLAMA | {'qkv_bias': True}, {'norm_eps': 1e-6, 'n_inner': 40}, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
 def test_round_trip_through_init_from_is_exact(save, export, changes):
     model = save(**changes)
     again = load_pretrained(str(export()))
