@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT
+from test_chat import chat_form, say
 
 from model import GPT, GPTConfig
 from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained
@@ -170,7 +171,55 @@ def test_the_folder_is_what_the_hub_expects(save, export, tmp_path):
                  '| learning_rate | 0.001 |', '| dataset | verses |', '| n_embd | 32 |', 'iteration 250',
                  'library_name: transformers', "model='exported'", '| train SHA-256 | 0a1b |'):
         assert told in card, card
-    assert '/home/me' not in card
+
+
+@pytest.mark.parametrize('log', [
+    b'{"iter": 250, "val_loss": "x"}', b'{"iter": 250, "val_loss": {"a": 1}, "train_loss": null}', b'\xff\xfe val_loss',
+    b'["val_loss"]', b'{"val_loss"' + b'[' * 100_000, b'{"iter": 1e400, "val_loss": NaN}', b'\0' * 1000, b'',
+], ids=lambda log: str(log[:20]))
+def test_nothing_in_a_log_stops_an_export(log, save, export, tmp_path):
+    save()
+    (tmp_path / 'run/log.jsonl').write_bytes(log + b'\n{"iter": 250, "train_loss": 1.25, "val_loss": 1.625}\n' + log)
+    assert '| nats per token |' in (export() / 'README.md').read_text(encoding='utf-8')
+
+
+def test_an_export_publishes_no_path_and_nothing_that_is_not_listed(save, export, tmp_path):
+    paths = {'out_dir': '/home/me/out', 'data_dir': '/home/me/verses', 'finetune_from': '/home/me/x', 'device': 'cpu',
+             'init_from': '/home/me/SmolLM', 'optimizer': '/home/me/opt', 'wandb_project': 'secret', 'mine': '/home/me'}
+    (tmp_path / 'verses').mkdir()
+    (tmp_path / 'verses/dataset.json').write_text(json.dumps({'source': 'C:\\home\\me\\a.txt, /home/me/b.txt'}))
+    save(config=paths | {'data_dir': str(tmp_path / 'verses')})
+    text = ''.join(p.read_text(encoding='utf-8') for p in export().iterdir() if p.suffix in ('.json', '.md'))
+    assert 'home' not in text and str(tmp_path) not in text and 'secret' not in text
+    assert '| source | a.txt, b.txt |' in text
+    save(config={'init_from': 'HuggingFaceTB/SmolLM2-135M'})
+    assert '\nbase_model: HuggingFaceTB/SmolLM2-135M\n' in (export() / 'README.md').read_text(encoding='utf-8')
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(save, export, tmp_path):
+    save()
+    before = {path.name: path.read_bytes() for path in export().iterdir()}
+    save(chat={'user': 'damaged'})
+    with pytest.raises(ValueError, match='the chat template is damaged'):
+        export()
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'exported').iterdir()} == before
+    save(qk_norm=True)
+    assert (export() / 'modeling_gpt.py').exists()
+    save()  # no code is left of the one before
+    assert {path.name for path in export().iterdir()} == {*before}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['exported', 'run']
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'char', 'ChatML', 'Llama 2'])
+def test_an_exported_chat_model_is_chatted_with_here_by_the_ids_of_its_training(kind, save, export):
+    form = chat_form(kind)
+    save(form.tokenizer, chat=form.template, **LLAMA)
+    folder, talk = str(export()), say('x', 'xx', 'x')
+    again = ChatForm(chat_template(folder), folder_tokenizer(folder))
+    assert again.ask(talk) == form.ask(talk) and again.encode(talk)[0].tolist() == form.encode(talk)[0].tolist()
+    assert again.end_ids == form.end_ids and again.end_strings == form.end_strings
+    ends = json.loads((export() / 'generation_config.json').read_text()).get('eos_token_id')
+    assert sorted(form.end_ids) == (ends if isinstance(ends, list) else [ends] if ends is not None else [])
 
 
 def test_models_without_a_counterpart_carry_their_code_and_say_so(save, export, run_here, tmp_path):
