@@ -9,15 +9,18 @@ import types
 import pytest
 import torch
 from conftest import ROOT
+from test_chat import chat_form, say
 
 from model import GPT, GPTConfig
-from support.hub.huggingface import load_pretrained
+from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained
 from support.sampling.decoding import generate as generate_fast
-from support.training import checkpoint
-from support.training.state import model_args
+from support.text.chat import ChatForm
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
+from support.training.models import model_args
+from support.training.state import State
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
+WIDE = {'head_size': 12, 'n_inner': 40, 'norm_eps': 1e-6, 'rope_theta': 500.0, 'rope_scaling': (8., 1., 4., 16.)}
 RECIPE = {'pos_emb': 'rope', 'activation': 'swiglu', 'qk_norm': True, 'value_residual': True, 'ngram': 4,
           'ngram_rows': 512, 'n_kv_head': 1, 'bias': False}  # as config/best_shakespeare_char_cpu.py
 CHARS = CharTokenizer.of_text('abcdefghijk .,\n')
@@ -27,17 +30,18 @@ FULL = {'vocab_size': CHARS.n_vocab}  # as train.py makes it: each id is a chara
 @pytest.fixture
 def save(tmp_path):
     """Writes a checkpoint of a random model, its vocabulary padded; gives the model."""
-    def write(tokenizer=CHARS, **changes):
+    def write(tokenizer=CHARS, chat=None, config=None, name='ckpt.pt', **changes):
         model = GPT(GPTConfig(**{'block_size': 48, 'vocab_size': tokenizer.n_vocab + 13, 'n_layer': 2,
                                  'n_head': 2, 'n_embd': 32} | changes)).eval()
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.normal_(mean=float('ln_' in name), std=0.2)
+            for p_name, p in model.named_parameters():
+                p.normal_(mean=float('ln_' in p_name), std=0.2)
             model.lm_head.weight[tokenizer.n_vocab:] *= 5  # padding that would win if it could
-        checkpoint.save(tmp_path / 'run/ckpt.pt', {
-            'model': model.state_dict(), 'model_args': model_args(model.config), 'iter_num': 250,
-            'best_val_loss': 1.5, 'tokenizer': tokenizer.to_dict(), 'data': {'train': '0a1b'},
-            'config': {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}})
+        settings = {'dataset': 'poems', 'learning_rate': 0.001, 'data_dir': '/home/me/verses'}
+        (tmp_path / 'run').mkdir(exist_ok=True)
+        State(model=model.state_dict(), model_args=model_args(model.config), iter_num=250, best_val_loss=1.5,
+              tokenizer=tokenizer.to_dict(), data={'train': '0a1b'}, config=settings | (config or {}),
+              chat=chat, optimizer={} if name != 'ckpt.pt' else None).save(tmp_path / 'run' / name)
         return model
     return write
 
@@ -51,10 +55,7 @@ def export(run_here, tmp_path):
 
 
 def test_newest_state_is_exported_where_there_is_no_ckpt_pt(save, run_here, tmp_path):
-    save()
-    state = checkpoint.load(tmp_path / 'run/ckpt.pt') | {'optimizer': {}}
-    checkpoint.save(tmp_path / 'run/latest.pt', state)
-    (tmp_path / 'run/ckpt.pt').unlink()
+    save(name='latest.pt')
     log = run_here('export.py', f'--out_dir={tmp_path}/run', f'--export_dir={tmp_path}/exported')['log']
     assert 'latest.pt, the state of iteration 250' in log and (tmp_path / 'exported/config.json').is_file()
 
@@ -69,8 +70,8 @@ def modules_cache(tmp_path_factory):
         yield
 
 
-BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA]
-ONLY_CHARS = [FULL, LLAMA | FULL, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
+BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA | WIDE]
+ONLY_CHARS = [FULL, LLAMA | FULL, LLAMA | {'qkv_bias': True}, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
               {'pos_emb': 'alibi', 'activation': 'relu2'}]
 
 
@@ -126,7 +127,7 @@ def test_our_own_code_gives_padded_rows_the_logits_and_the_loss_of_whole_ones(sa
 
 @pytest.mark.parametrize('changes', [
     {'bias': True}, {'bias': False}, {'tie_weights': False, 'dropout': 0.25}, {'activation': 'gelu_tanh'},
-    FULL, LLAMA, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
+    FULL, LLAMA | WIDE, LLAMA | {'qkv_bias': True}, {'norm_eps': 1e-6, 'n_inner': 40}, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
 def test_round_trip_through_init_from_is_exact(save, export, changes):
     model = save(**changes)
     again = load_pretrained(str(export()))
@@ -170,7 +171,55 @@ def test_the_folder_is_what_the_hub_expects(save, export, tmp_path):
                  '| learning_rate | 0.001 |', '| dataset | verses |', '| n_embd | 32 |', 'iteration 250',
                  'library_name: transformers', "model='exported'", '| train SHA-256 | 0a1b |'):
         assert told in card, card
-    assert '/home/me' not in card
+
+
+@pytest.mark.parametrize('log', [
+    b'{"iter": 250, "val_loss": "x"}', b'{"iter": 250, "val_loss": {"a": 1}, "train_loss": null}', b'\xff\xfe val_loss',
+    b'["val_loss"]', b'{"val_loss"' + b'[' * 100_000, b'{"iter": 1e400, "val_loss": NaN}', b'\0' * 1000, b'',
+], ids=lambda log: str(log[:20]))
+def test_nothing_in_a_log_stops_an_export(log, save, export, tmp_path):
+    save()
+    (tmp_path / 'run/log.jsonl').write_bytes(log + b'\n{"iter": 250, "train_loss": 1.25, "val_loss": 1.625}\n' + log)
+    assert '| nats per token |' in (export() / 'README.md').read_text(encoding='utf-8')
+
+
+def test_an_export_publishes_no_path_and_nothing_that_is_not_listed(save, export, tmp_path):
+    paths = {'out_dir': '/home/me/out', 'data_dir': '/home/me/verses', 'finetune_from': '/home/me/x', 'device': 'cpu',
+             'init_from': '/home/me/SmolLM', 'optimizer': '/home/me/opt', 'wandb_project': 'secret', 'mine': '/home/me'}
+    (tmp_path / 'verses').mkdir()
+    (tmp_path / 'verses/dataset.json').write_text(json.dumps({'source': 'C:\\home\\me\\a.txt, /home/me/b.txt'}))
+    save(config=paths | {'data_dir': str(tmp_path / 'verses')})
+    text = ''.join(p.read_text(encoding='utf-8') for p in export().iterdir() if p.suffix in ('.json', '.md'))
+    assert 'home' not in text and str(tmp_path) not in text and 'secret' not in text
+    assert '| source | a.txt, b.txt |' in text
+    save(config={'init_from': 'HuggingFaceTB/SmolLM2-135M'})
+    assert '\nbase_model: HuggingFaceTB/SmolLM2-135M\n' in (export() / 'README.md').read_text(encoding='utf-8')
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(save, export, tmp_path):
+    save()
+    before = {path.name: path.read_bytes() for path in export().iterdir()}
+    save(chat={'user': 'damaged'})
+    with pytest.raises(ValueError, match='the chat template is damaged'):
+        export()
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'exported').iterdir()} == before
+    save(qk_norm=True)
+    assert (export() / 'modeling_gpt.py').exists()
+    save()  # no code is left of the one before
+    assert {path.name for path in export().iterdir()} == {*before}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['exported', 'run']
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'char', 'ChatML', 'Llama 2'])
+def test_an_exported_chat_model_is_chatted_with_here_by_the_ids_of_its_training(kind, save, export):
+    form = chat_form(kind)
+    save(form.tokenizer, chat=form.template, **LLAMA)
+    folder, talk = str(export()), say('x', 'xx', 'x')
+    again = ChatForm(chat_template(folder), folder_tokenizer(folder))
+    assert again.ask(talk) == form.ask(talk) and again.encode(talk)[0].tolist() == form.encode(talk)[0].tolist()
+    assert again.end_ids == form.end_ids and again.end_strings == form.end_strings
+    ends = json.loads((export() / 'generation_config.json').read_text()).get('eos_token_id')
+    assert sorted(form.end_ids) == (ends if isinstance(ends, list) else [ends] if ends is not None else [])
 
 
 def test_models_without_a_counterpart_carry_their_code_and_say_so(save, export, run_here, tmp_path):

@@ -29,7 +29,7 @@ NO_TOKENS = {'bos_token_id': None, 'eos_token_id': None}  # their defaults may l
 FILES = ('model.safetensors', 'config.json', 'generation_config.json')
 CODE = {'modeling_gpt.py': Path(__file__).with_name('modeling_gpt.py'), 'model.py': model.__file__,
         'attention.py': attention.__file__}  # {name in the folder: source}
-KINDS = {'gpt2': 'GPT-2\'s architecture', 'llama': 'Llama\'s architecture', 'qwen2': 'Qwen 2\'s architecture',
+KINDS = {'gpt2': 'GPT-2\'s architecture', 'llama': 'Llama\'s architecture',
          OWN_CODE: 'with its own code, model.py'}
 ENDS = ('bos_token', 'eos_token', 'pad_token')
 
@@ -43,14 +43,12 @@ def allowed(kind, c):
                 'activation': ('gelu', 'gelu_tanh'), 'n_kv_head': (c.n_head,),
                 'head_size': (c.n_embd // c.n_head,), 'qkv_bias': (c.bias,)}
     exact = {setting: (value,) for setting, value in LLAMA.items()}
-    if kind == 'qwen2':
-        return exact | {'bias': (False,), 'qkv_bias': (True,), 'head_size': (c.n_embd // c.n_head,)}
-    return exact | {'bias': (True, False), 'qkv_bias': (c.bias,)}
+    return exact | {'bias': (True, False), 'qkv_bias': (True, False)}
 
 
 def beyond(kind, args):
     """The settings of a model that an architecture doesn't compute: ['qk_norm=True']."""
-    c, free = GPTConfig(**args), FREE if kind == 'gpt2' else LLAMA_FREE - ({'head_size'} if kind == 'qwen2' else set())
+    c, free = GPTConfig(**args), FREE if kind == 'gpt2' else LLAMA_FREE
     known, default = allowed(kind, c), asdict(GPTConfig())
     return [f'{k}={v}' for k, v in asdict(c).items()
             if k not in free and v not in known.get(k, (default[k],)) and not is_unused(k, c)]
@@ -73,14 +71,16 @@ def to_transformers(args, weights):
     args: of GPTConfig; options at their defaults may be left out.
     """
     kind, c = architecture(args), GPTConfig(**args)
-    make = {'gpt2': to_gpt2, OWN_CODE: to_own_code}.get(kind, to_llama)
-    config, weights = make(c, args if kind == OWN_CODE else kind, weights)
+    if kind == OWN_CODE:
+        config, weights = to_own_code(c, weights, args)
+    else:
+        config, weights = (to_gpt2 if kind == 'gpt2' else to_llama)(c, weights)
     if c.tie_weights:
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith('lm_head.weight')}
     return config, weights
 
 
-def to_gpt2(c, kind, weights):
+def to_gpt2(c, weights):
     """Layers without biases get zeros."""
     from transformers import GPT2Config
     config = GPT2Config(
@@ -96,31 +96,32 @@ def to_gpt2(c, kind, weights):
     return config, weights | zeros
 
 
-def to_llama(c, kind, weights):
-    """Rotary positions turn the same pairs of channels in Llama as in ours."""
-    import transformers
+def to_llama(c, weights):
+    """Rotary positions turn the same pairs of channels in Llama as in ours. Biases of queries, keys and values
+    alone, Qwen 2's, get zeros for the projection after them: its name would bring Qwen's tokenizer along."""
+    from transformers import LlamaConfig
     heads = [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     named = {}
     for name, tensor in weights.items():
         theirs = LlamaLayout.names(None, name)
         parts = tensor.split(heads if '.c_attn.' in name else len(tensor) // len(theirs))
         named |= dict(zip(theirs, parts, strict=True))
+        if c.qkv_bias and not c.bias and name.endswith('attn.c_proj.weight'):
+            named[theirs[0].replace('weight', 'bias')] = tensor.new_zeros(len(tensor))
     rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
     if c.rope_scaling:
         rope |= {'rope_type': 'llama3'} | dict(zip(SCALING, c.rope_scaling, strict=True))
         rope[SCALING[3]] = int(rope[SCALING[3]])
-    only_llama = {'attention_bias': c.bias, 'mlp_bias': c.bias, 'head_dim': c.head_size} if kind == 'llama' else {}
-    name = {'llama': 'Llama', 'qwen2': 'Qwen2'}[kind]
-    config = getattr(transformers, f'{name}Config')(
-        **NO_TOKENS, **only_llama, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+    config = LlamaConfig(
+        **NO_TOKENS, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
         intermediate_size=c.n_inner, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        hidden_act='silu', max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        attention_dropout=c.dropout, rope_parameters=rope, tie_word_embeddings=c.tie_weights,
-        architectures=[f'{name}ForCausalLM'])
+        head_dim=c.head_size, hidden_act='silu', max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        attention_bias=c.bias or c.qkv_bias, mlp_bias=c.bias, attention_dropout=c.dropout, rope_parameters=rope,
+        tie_word_embeddings=c.tie_weights, architectures=['LlamaForCausalLM'])
     return config, named
 
 
-def to_own_code(c, args, weights):
+def to_own_code(c, weights, args):
     """The configuration and state dict of modeling_gpt.py's OwnGPTForCausalLM."""
     from transformers import PretrainedConfig
 

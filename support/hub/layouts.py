@@ -162,6 +162,16 @@ class LlamaLayout(Layout):
             self.args['rope_scaling'] = tuple(float(found[k]) for k in SCALING)
         self.crop_to_window(found)
 
+    def args_with(self, files):
+        """export.py writes biases of 0 for what has none beside queries, keys and values."""
+        names = [name for name in files.shapes if name.endswith('o_proj.bias')]
+        if self.has_bias == {'attn': True, 'mlp': False} and not any(bool(files.read(n).any()) for n in names):
+            self.args |= {'bias': False, 'qkv_bias': True}
+        return self.args
+
+    def is_ignored(self, name):
+        return name.endswith(BUFFERS) or name.endswith('o_proj.bias') and not self.args['bias']
+
     def crop_to_window(self, found):
         """Texts no longer than a sliding window, up to which it makes no difference."""
         window, block_size = found.get('sliding_window'), self.args['block_size']

@@ -103,7 +103,7 @@ def parts_of(messages, template, names, is_question=False):
             if i % 2:
                 parts.append((contents[int(piece)], messages[int(piece)]['role']))
             elif i and messages[int(pieces[i - 1])]['role'] == 'assistant':
-                n = end_of_answer(piece, names)
+                n = end_of_answer(piece, names, last_end(template['jinja'], tuple(template['tokens'].items())))
                 parts += [(piece[:n], ANSWER_END), (piece[n:], None)]
             else:
                 parts.append((piece, None))
@@ -115,10 +115,20 @@ def parts_of(messages, template, names, is_question=False):
     return [(text, kind) for text, kind in parts if text]
 
 
-def end_of_answer(text, names):
-    """How much of the text after an answer ends it: white space and a special token, else a word."""
+def end_of_answer(text, names, last):
+    """How much of the text after an answer ends it: white space and a special token, else what also ends the
+    last answer, else a word."""
     special = '|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'
-    return re.match(rf'\s*(?:{special}|\S*)', text).end()
+    if found := re.match(rf'\s*(?:{special})', text):
+        return found.end()
+    return len(last) if last.strip() and text.startswith(last) else re.match(r'\s*\S*', text).end()
+
+
+@functools.lru_cache(maxsize=8)
+def last_end(text, tokens):
+    """What a chat_template puts after the answer that ends a conversation."""
+    said = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': SPLIT}]
+    return rendered({'jinja': text, 'tokens': dict(tokens)}, said, is_question=False).rpartition(SPLIT)[2]
 
 
 def jinja(template):
