@@ -117,7 +117,7 @@ sequences = run.world_size * batch_size  # of a micro-step, over all processes
 
 # ---------------------------------------------------------------------------- data, model
 
-start.share_names(config, run)  # of the first process: a name may have a time in it
+out_dir = start.share_names(config, run)['out_dir']  # the first process's: it may have a time in it
 data = start.open_data(config)
 fingerprints = data.fingerprints()
 start.check_ranks(config, fingerprints, run)

@@ -27,7 +27,7 @@ stop() {
 trap stop USR1
 
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # for restarts: own_store in support/machine/runtime.py
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # for restarts: restart_store in support/machine/runtime.py
 
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" --max-restarts=3 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$HOST:29400" \
