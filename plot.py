@@ -207,7 +207,7 @@ def add_legends(figure, names):
 
 
 def wrap(text, width):
-    """Lines of at most `width` characters, escaped where no font here has them."""
+    """Lines of at most `width` characters, in any fonts that have them, else escaped."""
     missing = set(text) - set(map(chr, range(32, 127)))
     for font in font_manager.fontManager.ttflist if missing else ():
         if 'Resort' in font.name or not os.path.isfile(font.fname):  # Last Resort has boxes for all
