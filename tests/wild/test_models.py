@@ -77,7 +77,7 @@ for _ in range(30):
 result = ''.join(itos[i] for i in ids)
 """
 BLOCKS = 'transformer.h, which this model.py lacks: '
-CHECKPOINTING = 'activation_checkpointing=True needs a model with the attribute activation_checkpointing, which '
+CHECKPOINTING = 'activation_checkpointing=True needs a model with the attribute activation_checkpointing, '
 LACKS = {  # arguments: what plain.py and mixture.py say to them, '' where they work
     ('--optimizer=muon',): ('', f'optimizer=muon is for the matrices in {BLOCKS}'),
     ('--lora_rank=2', '--init_from=base'): ('', f'lora_rank=2 adapts the linear layers in {BLOCKS}'),
