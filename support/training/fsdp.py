@@ -77,16 +77,6 @@ def no_sync(model):
     model.set_requires_gradient_sync(True)
 
 
-@contextmanager
-def gathered(model):
-    """Within a with statement a sharded model has its own parameters whole, but not those of its blocks."""
-    if is_sharded(model):
-        model.unshard()
-    yield
-    if is_sharded(model):
-        model.reshard()
-
-
 def full_tensor(tensor):
     """The value of a sharded tensor, the same on all processes; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor

@@ -4,9 +4,9 @@ The model's own loss without all of its logits in memory.
     lean = lean_loss(model, run)              # arguments for each call: {'loss': a function}, or {}
     _, loss = model(x, targets, **lean)
 
-The logits of a batch are the largest tensor of a small GPT's training: 12 x 1024 tokens times 50,304 are 2.5 GB
-in float32. The function calls `model.loss` on a few positions at a time, so what stands there is what is
-computed.
+The logits of a batch are the largest tensor of a small GPT's training: 12 x 1024 tokens times 50,304 are
+2.5 GB in float32. The function calls `model.loss` on a few positions at a time, so what stands there is what
+is computed. Before a run moves or shards its model, both are compared on a few numbers.
 """
 
 import inspect
@@ -14,7 +14,6 @@ import inspect
 import torch
 
 from support.machine.console import print0
-from support.training.fsdp import gathered
 
 CHUNK = 1 << 23  # logits in memory at a time
 GPU_CHUNK = 1 << 26  # few rows don't pay for the addition to the whole matrix's gradient
@@ -57,15 +56,13 @@ class ChunkedLoss:
 
     def agrees(self):
         """Whether a few positions give the same loss and gradients in chunks as at once."""
-        with gathered(self.model):
-            try:
-                return self.compare(few_positions(self.model.config, self.model.lm_head.weight.device))
-            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
-                return False  # a loss that can't be had of a few positions, or without a whole batch
+        try:
+            return self.compare(*few_positions(self.model.config, self.model.lm_head.weight.device))
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            return False  # a loss that needs more than x and targets, or a whole batch
 
-    def compare(self, batch):
+    def compare(self, x, targets):
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        x, targets = batch
         x.requires_grad_(bool(trained))  # 8-bit weights have no backward pass
         both = []
         for loss in (self.model.loss(x, targets)[1], self.in_chunks(x, targets, rows=2)):

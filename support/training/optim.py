@@ -31,7 +31,7 @@ def make_optimizer(model, settings, device_type):
         opt = Muon(opt, block_matrices(model), settings['muon_lr'], weight_decay)
     for i, group in enumerate(opt.param_groups):
         group.setdefault('name', ('decayed', 'non-decayed')[i] if i < 2 else f'group {i}')
-        group.setdefault('initial_lr', group['lr'] * group.get('lr_scale', 1.0))  # muP's forks have the second
+        group.setdefault('initial_lr', group['lr'] * group.get('lr_scale', 1.0))  # lr_scale: of muP
     counts = [sum(p is q for group in opt.param_groups for q in group['params'])
               for p in model.parameters() if p.requires_grad]
     assert set(counts) == {1}, f'parameters in {set(counts)} groups of the optimizer, not in one'
@@ -72,8 +72,8 @@ def block_matrices(model):
 
 
 def set_lr(opt, lr, highest):
-    """Set the learning rate of each group: lr, of a schedule that rises to `highest`, or the same share of the
-    group's own."""
+    """Set the learning rate of each group: lr, of a schedule that rises to `highest`, or the same share of
+    the group's own."""
     for group in opt.param_groups:
         own = group['initial_lr']
         group['lr'] = lr if own == highest else own * lr / highest

@@ -1,0 +1,110 @@
+"""Anybody's model.py in the place of ours: it trains, resumes, evaluates and samples; what it can't do is
+refused in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_ARGS, evaluations, losses
+
+from support.training.state import State
+
+MODELS = {path.stem: path for path in sorted(Path(__file__).parent.glob('models/*.py'))}
+each_model = pytest.mark.parametrize('name', MODELS)
+
+
+@pytest.fixture(scope='module')
+def visit(elsewhere, copy_repository, char_data):
+    """A function that gives a copy of the repository with a model in the place of ours, and what runs scripts
+    there. Training is on the small data."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = copy_repository(MODELS[name].read_text(encoding='utf-8'))
+        folder = made[name]
+
+        def run(script='', *args, code=''):
+            if script == 'train.py':
+                args = (*TINY_ARGS, f'--data_dir={char_data}', '--dropout=0.2', *args)
+            return elsewhere(folder, *([script] * bool(script)), *args, code=code)
+        return run, folder
+    return of
+
+
+def works(reply):
+    assert reply.error == '', reply.error
+    return reply.output
+
+
+@each_model
+def test_it_trains_resumes_bit_for_bit_evaluates_and_samples(name, visit, char_data):
+    run, folder = visit(name)
+    args = ('--max_iters=30', '--eval_interval=10', '--learning_rate=1e-2', '--lr_decay_iters=30')
+    log = works(run('train.py', *args, '--out_dir=whole'))
+    assert evaluations(log)[30][1] < evaluations(log)[0][1] - 0.3 and len(losses(log)) == 31
+    assert 'loss: computed with all logits in memory, as this model.py takes no loss=\n' in log
+    works(run('train.py', *args, '--out_dir=parts', '--max_iters=13'))
+    resumed = works(run('train.py', *args, '--out_dir=parts', '--init_from=resume'))
+    assert 'resuming at iteration 14' in resumed and losses(log).items() >= losses(resumed).items()
+    whole, parts = (State.load(folder / out / 'latest.pt') for out in ('whole', 'parts'))
+    for a, b in ((whole.model, parts.model),
+                 *zip(whole.optimizer['state'].values(), parts.optimizer['state'].values(), strict=True)):
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a | b)
+
+    lean = works(run('train.py', '--init_from=resume', '--out_dir=whole', '--eval_only', '--eval_iters=0'))
+    found = json.loads(works(run('eval.py', '--out_dir=whole', '--device=cpu')).splitlines()[-1])
+    assert found['results']['loss']['loss'] == pytest.approx([*evaluations(lean).values()][0][1], abs=1e-4)
+    for args in (('--dtype=float32',), ('--dtype=bfloat16',)):
+        out = works(run('sample.py', '--out_dir=whole', '--start=king', '--num_samples=2', '--temperature=0',
+                        '--max_new_tokens=30', '--device=cpu', *args))
+        texts = re.findall(r'^king(?s:.*?)(?=\n-------)', out, re.M)
+        assert texts == 2 * [run(code=GREEDY).result], args
+
+
+GREEDY = """
+import torch
+from model import GPT, GPTConfig
+saved = torch.load('whole/ckpt.pt')
+model = GPT(GPTConfig(**saved['model_args'])).eval()
+model.load_state_dict(saved['model'])
+itos = saved['tokenizer']['itos']
+ids = [next(i for i in itos if itos[i] == c) for c in 'king']
+for _ in range(30):
+    ids.append(model(torch.tensor([ids[-16:]]))[0].argmax().item())
+result = ''.join(itos[i] for i in ids)
+"""
+BLOCKS = 'transformer.h, which this model.py lacks: '
+CHECKPOINTING = 'activation_checkpointing=True needs a model with the attribute activation_checkpointing, '
+LACKS = {  # arguments: what plain.py and mixture.py say to them, '' where they work
+    ('--optimizer=muon',): ('', f'optimizer=muon is for the matrices in {BLOCKS}'),
+    ('--lora_rank=2', '--init_from=base'): ('', f'lora_rank=2 adapts the linear layers in {BLOCKS}'),
+    ('--parallel=fsdp',): ('', f'parallel=fsdp shards the blocks in {BLOCKS}'),
+    ('--activation_checkpointing',): (CHECKPOINTING, CHECKPOINTING),
+    ('--embedding_lr=0.1',): ('embedding_lr=0.1 needs an embedding of its own',
+                              'embedding_lr=0.1 is for transformer.wte beside lm_head, which this model.py '),
+    ('--attn_type=GK',): 2 * ('Unknown config key: attn_type',),
+    ('--n_wide=8',): ('Unknown config key: n_wide', ''),
+    ('--dry_run',): ('', ''),
+    ('--block_size=8', '--init_from=base'): ('', ''),
+}
+
+
+@each_model
+def test_what_ours_offers_beside_it_works_or_is_refused_in_one_line(name, visit):
+    run, _ = visit(name)
+    args = ('--max_iters=4', '--eval_interval=2', '--sample_interval=2')
+    expected = losses(works(run('train.py', *args, '--out_dir=base')))
+    for more, answers in LACKS.items():
+        answer, reply = answers[name == 'mixture'], run('train.py', *args, '--out_dir=run', *more)
+        if answer:
+            assert re.fullmatch(f'ValueError: {re.escape(answer)}.*\n', reply.error), reply.error
+            continue
+        found = losses(works(reply))
+        assert [*found] == [0, 1, 2, 3, 4] and all(0 < loss < 20 for loss in found.values())
+        assert '--parallel=fsdp' not in more or found == pytest.approx(expected, abs=1e-3)
+    if name == 'plain':
+        out = works(run('eval.py', '--out_dir=base', '--weights=int8', '--device=cpu')).splitlines()[-1]
+        assert json.loads(out)['results']['loss']['loss'] == pytest.approx(expected[4], abs=0.1)
