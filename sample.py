@@ -33,7 +33,7 @@ from support.sampling.decoding import Text, for_sampling, stream
 from support.sampling.quantize import check_weights
 from support.training.models import load_model
 from support.sampling.prompt import Dialogue, Sampling, interact
-from support.text.chat import check_template, render
+from support.text.chat import ChatForm
 
 # ---------------------------------------------------------------------------- settings
 
@@ -52,6 +52,7 @@ top_p = 1.0  # then from the fewest that together have this probability (nucleus
 min_p = 0.0  # then from those at least this times as likely as the likeliest
 repetition_penalty = 1.0  # above 1: tokens that are already in the text become less likely
 stop: str | None = None  # a string that ends a sample and isn't shown, or several: ['a', '\n']
+ignore_end = False  # go on past the token by which a model ends its text
 batch_size = 32  # samples generated at once; fewer need less memory
 seed = 1337  # of the first sample; the next one's is seed + 1
 device = 'auto'  # cuda, cuda:1, mps, cpu
@@ -83,17 +84,22 @@ with redirect_stdout(sys.stderr if json else sys.stdout):
     for_sampling(model, run, min(num_samples, batch_size))
 if run.compile:
     model.compile(dynamic=True)
-template = None  # of a conversation
+form = None  # how conversations become tokens
 if chat:
     if not state.chat:
         raise UserError(f'{out_dir if init_from == "resume" else init_from} was not trained on '
                          'conversations, so chat=True has no template for it: see docs/chat.md')
-    template = check_template(state.chat)
-    texts = [render([{'role': 'user', 'content': text}], template, is_question=True) for text in texts]
+    form = ChatForm(state.chat, tokenizer)
+end_ids, end_strings = {*tokenizer.ends}, []
+if form:
+    end_ids, end_strings = form.end_ids, form.end_strings
+elif ignore_end:
+    end_ids = set()
 
 
 def encode(text):
-    ids = tokenizer.encode(text)
+    """Ids of a prompt; of a question, with chat."""
+    ids = form.ask([{'role': 'user', 'content': text}]) if form else [*tokenizer.begin, *tokenizer.encode(text)]
     if not ids or max(ids) >= model.config.vocab_size:
         raise UserError(f'start={text!r} gives no tokens that this model knows')
     return ids
@@ -105,14 +111,15 @@ for text in texts:
 # ---------------------------------------------------------------------------- samples
 
 def continue_texts(batch, n_samples, sampling):
-    """Continue each text of a batch n_samples times, all in parallel. Yields the samples one after the other,
-    in pieces, as they are generated: (piece, None), and with the last piece (piece, sample as a dict)."""
-    ids = [encode(text) for text in batch for _ in range(n_samples)]
+    """Continue each (text, ids) of a batch n_samples times, all in parallel. Yields the samples one after the
+    other, in pieces, as they are generated: (piece, None), and with the last piece (piece, sample as a dict)."""
+    ids = [ids for _, ids in batch for _ in range(n_samples)]
     lengths = torch.tensor([len(i) for i in ids[::n_samples]], device=run.device)  # (B,)
     idx = pad_sequence([torch.tensor(i) for i in ids[::n_samples]], batch_first=True)  # (B, T)
     s, seeds = sampling, [sampling.seed + i for i in range(len(ids))]
-    ends = s.stop_strings() + ([template['end']] if template else [])
-    rows = [Text(tokenizer.decode_bytes(i), s.max_new_tokens, ends, hidden=chat) for i in ids]
+    ends = s.stop_strings() + end_strings
+    rows = [Text(text.encode(errors='replace'), s.max_new_tokens, ends, hidden=chat)
+            for text, _ in batch for _ in range(n_samples)]
     steps = stream(model, idx.to(run.device), s.max_new_tokens, s.temperature, s.top_k, tokenizer.n_vocab,
                    n_samples, lengths, seeds, s.top_p, s.min_p, s.repetition_penalty)
     began, seconds, t = time.perf_counter(), {}, min(map(len, ids))
@@ -123,10 +130,13 @@ def continue_texts(batch, n_samples, sampling):
                 tokens = next(steps)[:, 0].tolist()
             for j, token in enumerate(tokens):
                 if t >= len(ids[j]) and not rows[j].ended:
-                    rows[j].add(tokenizer.decode_bytes([token]))
+                    if token in end_ids:
+                        rows[j].end()
+                    else:
+                        rows[j].add(tokenizer.decode_bytes([token]))
                     seconds[j] = time.perf_counter() - began
             t += 1
-        yield row.take(), {'prompt': batch[i // n_samples], 'text': row.text[row.start:], 'seed': seeds[i],
+        yield row.take(), {'prompt': batch[i // n_samples][0], 'text': row.text[row.start:], 'seed': seeds[i],
                            'tokens': row.n_tokens, 'tokens_per_s': round(row.n_tokens / seconds.get(i, 1), 1),
                            'ended': row.ended}
 
@@ -136,8 +146,8 @@ def print_samples():
     for i in range(0, len(texts), n_prompts):
         for j in range(0, num_samples, batch_size):
             n_samples, first = min(batch_size, num_samples - j), seed + i * num_samples + j
-            for piece, sample in continue_texts(texts[i:i + n_prompts], n_samples,
-                                                replace(sampling, seed=first)):
+            batch = [(text, encode(text)) for text in texts[i:i + n_prompts]]
+            for piece, sample in continue_texts(batch, n_samples, replace(sampling, seed=first)):
                 if not json:
                     print(piece, end='\n---------------\n' if sample else '', flush=True)
                 elif sample:
@@ -145,7 +155,12 @@ def print_samples():
 
 
 if interactive:
-    dialogue = Dialogue(template, encode, model.config.block_size) if template else None
-    interact(sampling, lambda text, changed: continue_texts([text or texts[0]], 1, changed), dialogue)
+    def answer(prompt, changed):
+        """prompt: a text, or the ids of a dialogue."""
+        if isinstance(prompt, str):
+            return continue_texts([(prompt or texts[0], encode(prompt or texts[0]))], 1, changed)
+        return continue_texts([('', prompt)], 1, changed)
+
+    interact(sampling, answer, Dialogue(form.ask, model.config.block_size) if form else None)
 else:
     print_samples()

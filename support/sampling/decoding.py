@@ -195,7 +195,8 @@ class Text:
     """The text of one sample while its tokens arrive; `take` gives the part that can no longer change.
 
     Bytes of an incomplete character, and what may be the beginning of a stop string, can still change.
-    `ended` is None, then 'stop' after a stop string, or 'length' after max_new_tokens.
+    `ended` is None, then 'stop' after a stop string, 'end' after the model's own end, or 'length' after
+    max_new_tokens.
     """
 
     def __init__(self, prompt, max_new_tokens, stop=(), hidden=False):
@@ -219,6 +220,12 @@ class Text:
         if ends:  # the one that was complete first
             self.text = self.text[:min(ends)[1]]
         self.ended = 'stop' if ends else 'length' if last else None
+
+    def end(self):
+        """The model has ended the text by a token, which isn't shown."""
+        self.n_tokens += 1
+        self.text += self.decoder.decode(b'', True)
+        self.ended = 'end'
 
     def take(self):
         """What became final since the last call."""

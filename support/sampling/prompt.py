@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from support.errors import UserError
 from support.settings import convert, nearest, parse
-from support.text.chat import render
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,23 @@ class Dialogue:
     """A conversation with a model. Its prompts leave room for an answer of max_new_tokens, but for no more
     than half of block_size: when it is full, the oldest questions go, with their answers."""
 
-    def __init__(self, template, encode, block_size):
-        self.template, self.encode, self.block_size = template, encode, block_size
+    def __init__(self, encode, block_size):
+        """encode: a list of messages -> the ids after which the answer follows"""
+        self.encode, self.block_size = encode, block_size
         self.system, self.messages = '', []
 
     def ask(self, text, max_new_tokens):
-        """The prompt of a message, with those before it that fit."""
+        """The ids of a message, with those before it that fit."""
         room = self.block_size - min(max_new_tokens, self.block_size // 2)
         asked = [*self.messages, {'role': 'user', 'content': text}]
         first = [{'role': 'system', 'content': self.system}] if self.system else []
-        while len(self.encode(prompt := render(first + asked, self.template, is_question=True))) > room:
+        while len(ids := self.encode(first + asked)) > room:
             later = [i for i, m in enumerate(asked) if m['role'] == 'user' and i > 0]
             if not later:
                 break
             asked = asked[later[0]:]
         self.asked = asked
-        return prompt
+        return ids
 
     def obeys(self, line):
         """Whether a line is nothing or a command to the dialogue: /new, or /system with an instruction."""

@@ -13,7 +13,7 @@ import torch
 
 from model import GPT, GPTConfig
 from support.errors import OutOfMemory, UserError
-from support.hub.huggingface import folder_tokenizer, load_pretrained, read_pretrained
+from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure, reason_of
 from support.machine.linear import use_cpu_linears
@@ -170,7 +170,7 @@ def load_model(init_from, out_dir, run, weights='full'):
     _, state = find_trained(init_from, out_dir)
     if state is None:
         model, tokenizer = load_from_hub(init_from, weights)
-        state = State({}, model_args(model.config))
+        state = State({}, model_args(model.config), chat=chat_template(init_from))
     elif weights == 'int8':
         model = build_int8(checked_config(state, {'dropout': 0.0}), tensors_in_turn(state))
         tokenizer = tokenizer_of(state)
@@ -185,9 +185,8 @@ def load_from_hub(init_from, weights):
     tokenizer = folder_tokenizer(init_from)
     if weights != 'int8':
         return load_pretrained(init_from, {'dropout': 0.0}), tokenizer
-    args, named = read_pretrained(init_from)
-    in_turn = ((name, named.pop(name)) for name in [*named])
-    return build_int8(make_config(args | {'dropout': 0.0}), in_turn), tokenizer
+    args, weights = read_pretrained(init_from)
+    return build_int8(make_config(args | {'dropout': 0.0}), weights.items()), tokenizer
 
 
 def tensors_in_turn(state):
