@@ -117,7 +117,8 @@ sequences = run.world_size * batch_size  # of a micro-step, over all processes
 
 # ---------------------------------------------------------------------------- data, model
 
-out_dir = start.share_names(config, run)['out_dir']  # the first process's: it may have a time in it
+start.share_names(config, run)  # the first process's: a name may have a time in it
+out_dir = config['out_dir']
 data = start.open_data(config)
 fingerprints = data.fingerprints()
 start.check_ranks(config, fingerprints, run)
