@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import runner
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,13 +175,12 @@ def work(rank, n):
         request, error, sys.stdout = json.loads(line), None, io.StringIO()
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(request['port']))
-        sys.argv = ['train.py', *request['args']]
         is_watched = request['fault'] and rank == 0  # which prints
         try:
             with fault(**request['fault']) if is_watched else contextlib.nullcontext():
-                runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+                runner.execute(ROOT / 'train.py', request['args'])
         except (Exception, SystemExit) as e:
-            error = None if isinstance(e, SystemExit) and not e.code else f'{type(e).__name__}: {e}'
+            error = f'{type(e).__name__}: {e}'
             traceback.clear_frames(e.__traceback__)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
