@@ -496,7 +496,7 @@ class DiskErrors:
         self.count = 0
 
     def step(self, path):
-        if not isinstance(path, int) and not str(path).startswith((self.folder, '/dev/fd/')):
+        if not isinstance(path, int) and not str(path).startswith((self.folder, '/proc/self/fd/')):
             return
         self.count += 1
         if self.count == self.at + 1 or self.lasting and self.count > self.at:
@@ -511,7 +511,7 @@ class DiskErrors:
     def open(self, path, *args, **kwargs):
         self.step(path)
         file = self.real_open(path, *args, **kwargs)
-        return FaultyFile(file, self) if str(path).startswith((self.folder, '/dev/fd/')) else file
+        return FaultyFile(file, self) if str(path).startswith((self.folder, '/proc/self/fd/')) else file
 
     def map(self, path, *args):
         try:

@@ -189,9 +189,13 @@ class HeldFile:
         return os.fstat(self.file.fileno()).st_size
 
     def name(self):
-        """A path of the open file, whatever its own path names by now; that one on Windows."""
-        opened = f'/dev/fd/{self.file.fileno()}'
+        """A path of the open file, whatever its own path names by now; on Linux only."""
+        opened = f'/proc/self/fd/{self.file.fileno()}'
         return opened if os.path.exists(opened) else self.path
+
+    def is_the_same(self):
+        """Whether `name` was a path of the open file all the time, as far as the disk can say."""
+        return self.name() != self.path or is_same_file(self.file, self.path)
 
 
 def patiently(function, *args):

@@ -126,7 +126,7 @@ class State:
     def trained_in(cls, out_dir, verify=True):
         """path, state: the model to sample from. That is ckpt.pt of a run's folder, else its newest
         state, which is printed; or the checkpoint that out_dir names. Raises what `load` does."""
-        if Path(out_dir).suffix == '.pt' or is_file(out_dir):
+        if names_file(out_dir):
             return Path(out_dir), cls.load(out_dir, verify)
         path = Path(out_dir, 'ckpt.pt')
         if is_file(path):
@@ -173,7 +173,7 @@ def earlier_runs(out_dir):
 
 def run_folder(path):
     """The folder of the run that a path names, as such or by one of its states, else None."""
-    folder = Path(path).parent if Path(path).suffix == '.pt' else Path(path)
+    folder = Path(path).parent if names_file(path) else Path(path)
     states = [Path(folder, name) for name in RESUMABLE] + kept_states(folder)
     return folder if any(map(is_file, states)) else None
 
@@ -183,9 +183,14 @@ def find_trained(init_from, out_dir, verify=True):
     checkpoint that init_from names. None, None if that is a model of the hub, or scratch."""
     if init_from in OF_THE_RUN:
         return State.trained_in(out_dir, verify)
-    if run_folder(init_from) or Path(init_from).suffix == '.pt' or is_file(init_from):
+    if names_file(init_from) or run_folder(init_from):
         return State.trained_in(init_from, verify)
     return None, None
+
+
+def names_file(path):
+    """Whether a path is meant as a checkpoint, not as a folder."""
+    return is_file(path) or Path(path).suffix == '.pt' and not os.path.isdir(path)
 
 
 def is_file(path):
@@ -214,6 +219,8 @@ def reading(path):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise missing(path) from None
+    except PermissionError as error:
+        raise MissingFile(f'{path} can\'t be read ({reason_of(error)})') from None
     except OSError as error:
         raise MissingFile(f'{path} can\'t be read now ({reason_of(error)}): nothing was changed, '
                           'try again when the disk answers') from None
@@ -256,6 +263,8 @@ def map_state(file):
                                  weights_only=True, mmap=file.is_archive)
     except (OSError, RuntimeError) as error:
         raise error_of_disk(error) or error from None
+    if not file.is_the_same():
+        raise OSError(errno.ESTALE, 'it was replaced while it was read')
     state = as_state(content)
     check_state(state, file.size())
     state.file = file
