@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from model import GPTConfig
@@ -127,5 +126,5 @@ def model_card(name, state, kind, n_parameters, tokenizer, log):
         block_size=state.model_args.get('block_size', GPTConfig.block_size), prompt=prompt, token=token,
         losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float)}),
         data=table('data', data_rows(state)),
-        model=table('architecture', asdict(GPTConfig(**state.model_args))),
+        model=table('architecture', state.model_args),
         training=table('setting', settings))
