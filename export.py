@@ -1,5 +1,6 @@
 """
-Export a trained model as a Hugging Face folder, for transformers and everything that reads its format.
+Export a trained model as a Hugging Face folder, for transformers and everything that reads its
+format.
 
     python export.py --out_dir=out-shakespeare-char --export_dir=exported
     python export.py --out_dir=out-shakespeare-char --push=me/my-gpt    # to the hub too
@@ -7,9 +8,9 @@ Export a trained model as a Hugging Face folder, for transformers and everything
     from transformers import pipeline
     pipeline('text-generation', model='exported')('ROMEO:', do_sample=True)
 
-The folder computes what the checkpoint does: as GPT-2's architecture, as Llama's, or, for a model that is
-neither, with model.py in the folder (`trust_remote_code=True`). `--init_from=exported` reads it back, bit for
-bit.
+The folder computes what the checkpoint does: as GPT-2's architecture, as Llama's, or, for a model
+that is neither, with model.py in the folder (`trust_remote_code=True`). `--init_from=exported`
+reads it back, bit for bit.
 """
 
 from configurator import configure  # first, as it says what this Python lacks
@@ -73,8 +74,8 @@ def write_folder(folder, state, name):
 
 
 def export(folder, state):
-    """Write an export beside `folder`, then move its files there, in place of an earlier one's. Returns their
-    names and a summary."""
+    """Write an export beside `folder`, then move its files there, in place of an earlier one's.
+    Returns their names and a summary."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = own_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,8 +93,8 @@ def export(folder, state):
 
 
 def check_target(folder):
-    """ValueError, before the work, if the export would replace what another program wrote, or `push` is no
-    name of a repository."""
+    """ValueError, before the work, if the export would replace what another program wrote, or
+    `push` is no name of a repository."""
     card = folder / 'README.md'
     is_ours = card.is_file() and re.search(r'^A GPT with [\d,]+ parameters \(', card.read_text(
         encoding='utf-8', errors='replace'), re.M)

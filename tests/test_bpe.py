@@ -1,4 +1,5 @@
-"""Byte pairs of one's own, and any tokenizer.json: its ids are those of the library and of transformers."""
+"""Byte pairs of one's own, and any tokenizer.json: its ids are those of the library and of
+transformers."""
 
 import json
 import random
@@ -34,7 +35,8 @@ def own():
 
 
 def random_texts(n, seed=0):
-    """Texts of characters from all of Unicode, many of them such as tokenizers treat in their own way."""
+    """Texts of characters from all of Unicode, many of them such as tokenizers treat in their own
+    way."""
     generator = random.Random(seed)
     kinds = [lambda: generator.choice(' \n\r\t\'’.,!?0123456789'), lambda: chr(generator.randrange(0x250)),
              lambda: chr(generator.randrange(0x300, 0x370)), lambda: generator.choice(TEXT),

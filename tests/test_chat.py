@@ -1,4 +1,5 @@
-"""Conversations: support/text/chat.py, data/chat, answers of sample.py and export.py, the shipped example."""
+"""Conversations: support/text/chat.py, data/chat, answers of sample.py and export.py, the shipped
+example."""
 
 import builtins
 import json

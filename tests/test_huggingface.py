@@ -1,4 +1,5 @@
-"""Models of Hugging Face's format: each family as published, their files, names of the hub, and back."""
+"""Models of Hugging Face's format: each family as published, their files, names of the hub, and
+back."""
 
 import http.server
 import json
@@ -373,8 +374,8 @@ def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
 # ---------------------------------------------------------------------------- names
 
 def hub(tmp_path, *args, code, **env):
-    """What a Python program prints in an empty folder, with a cache of its own; stderr's last line if it
-    fails."""
+    """What a Python program prints in an empty folder, with a cache of its own; stderr's last line
+    if it fails."""
     program = f'import sys; sys.path.insert(0, {str(ROOT)!r})\n' \
               f'from support.hub.huggingface import *\nfrom support.hub.names import model_folder\n{code}'
     done = subprocess.run([sys.executable, '-c', program, *args], cwd=tmp_path, text=True, encoding='utf-8',

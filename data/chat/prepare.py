@@ -1,6 +1,7 @@
 """
-Conversations, to train a model that answers: files of JSON lines such as {"messages": [{"role": "user",
-"content": "..."}, {"role": "assistant", "content": "..."}]}, or in another form that docs/chat.md lists.
+Conversations, to train a model that answers: files of JSON lines such as {"messages": [{"role":
+"user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or in another form that
+docs/chat.md lists.
 
     python data/chat/prepare.py                                     # example.jsonl, about this repository
     python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=gpt2     # to fine-tune GPT-2
@@ -8,7 +9,8 @@ Conversations, to train a model that answers: files of JSON lines such as {"mess
     python train.py config/train_chat_cpu.py
     python sample.py --out_dir=out-chat --interactive=True --chat=True
 
-Writes data/<name>/, with train.mask and val.mask beside the tokens: only what the assistant says is learned.
+Writes data/<name>/, with train.mask and val.mask beside the tokens: only what the assistant says is
+learned.
 """
 
 import sys

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from model import GPTConfig
@@ -12,10 +11,11 @@ from support.text.dataset import find_dataset, parse_info
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 # what a run's settings may say in public: numbers and names that train.py knows, no paths
-SHOWN = ('init_from', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters', 'learning_rate',
-         'min_lr', 'warmup_iters', 'decay_lr', 'lr_decay_iters', 'lr_schedule', 'optimizer', 'muon_lr',
-         'embedding_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'dropout', 'ema_decay', 'lora_rank',
-         'lora_alpha', 'sampler', 'batch_ramp_iters', 'eval_iters', 'seed', 'dtype')
+SHOWN = ('init_from', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'max_iters',
+         'learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'lr_decay_iters', 'lr_schedule',
+         'optimizer', 'muon_lr', 'embedding_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
+         'dropout', 'ema_decay', 'lora_rank', 'lora_alpha', 'sampler', 'batch_ramp_iters',
+         'eval_iters', 'seed', 'dtype')
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -63,8 +63,8 @@ def escaped(value):
 
 
 def losses_at(iteration, log):
-    """A run's evaluation at an iteration, from the path of its log.jsonl; {} if there is none that can be
-    read."""
+    """A run's evaluation at an iteration, from the path of its log.jsonl; {} if there is none that
+    can be read."""
     lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.is_file() else ()
     for line in lines:
         try:
@@ -111,12 +111,13 @@ def prompt_and_token(tokenizer):
 def model_card(name, state, kind, n_parameters, tokenizer, log):
     """The text of README.md: how to use the model, and how it was trained.
 
-    name: the folder's or the repository's. state: a State. kind: one of KINDS. log: path of the run's
-    log.jsonl.
+    name: the folder's or the repository's. state: a State. kind: one of KINDS. log: path of the
+    run's log.jsonl.
     """
     logged, prompt, token = losses_at(state.iter_num, log), *prompt_and_token(tokenizer)
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
               'best validation so far': state.best_val_loss}
+    losses = {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float)}
     settings = {k: public(state.config[k]) for k in SHOWN if k in state.config}
     base = settings.get('init_from', '')
     return CARD.format(
@@ -124,8 +125,8 @@ def model_card(name, state, kind, n_parameters, tokenizer, log):
         base=f'base_model: {base}\n' if is_hub_name(base) else '',
         trust=', trust_remote_code=True' * (kind == OWN_CODE),
         iteration='unknown' if state.iter_num is None else state.iter_num,
-        block_size=state.model_args.get('block_size', GPTConfig.block_size), prompt=prompt, token=token,
-        losses=table('nats per token', {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float)}),
+        block_size=state.model_args.get('block_size', GPTConfig.block_size),
+        prompt=prompt, token=token, losses=table('nats per token', losses),
         data=table('data', data_rows(state)),
-        model=table('architecture', asdict(GPTConfig(**state.model_args))),
+        model=table('architecture', state.model_args),
         training=table('setting', settings))

@@ -1,7 +1,7 @@
 """
 A model of model.py as a Hugging Face folder: its configuration, weights, tokenizer and code.
 
-    config, weights = to_transformers(args, state_dict)  # a configuration of theirs, and its state dict
+    config, weights = to_transformers(args, state_dict)  # a configuration of theirs, a state dict
     names = write_model(folder, config, weights, n_tokens=50257, pad=50256)
     names += write_tokenizer(folder, tokenizer, block_size)
 """
@@ -22,10 +22,11 @@ from support.text.chat import check_template, jinja
 from support.text.tokenizer import PAD, GPT2Tokenizer, gpt2_json
 
 HF_NAMES = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != 'gelu_pytorch_tanh'}
-FREE = {'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'norm_eps', 'tie_weights', 'n_inner',
-        'init', 'ngram_rows'}  # in every architecture; the last two say nothing of a trained model
+# settings with any value in every architecture; the last two say nothing of a trained model
+FREE = {'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'norm_eps',
+        'tie_weights', 'n_inner', 'init', 'ngram_rows'}
 LLAMA_FREE = FREE | {'n_kv_head', 'head_size', 'rope_theta', 'rope_scaling'}
-NO_TOKENS = {'bos_token_id': None, 'eos_token_id': None}  # their defaults may lie outside the vocabulary
+NO_TOKENS = {'bos_token_id': None, 'eos_token_id': None}  # defaults may be beyond the vocabulary
 FILES = ('model.safetensors', 'config.json', 'generation_config.json')
 CODE = {'modeling_gpt.py': Path(__file__).with_name('modeling_gpt.py'), 'model.py': model.__file__,
         'attention.py': attention.__file__}  # {name in the folder: source}
@@ -56,8 +57,11 @@ def beyond(kind, args):
 
 def is_unused(name, c):
     """Whether a setting acts only with another one, which is off."""
-    return name.startswith('rope_') and c.pos_emb != 'rope' or name == 'pa_norm' and c.attn_type == 'SM' \
-        or name == 'qkv_bias' and c.bias
+    if name == 'qkv_bias':
+        return c.bias
+    if name == 'pa_norm':
+        return c.attn_type == 'SM'
+    return name.startswith('rope_') and c.pos_emb != 'rope'
 
 
 def architecture(args):
@@ -66,7 +70,8 @@ def architecture(args):
 
 
 def to_transformers(args, weights):
-    """config, weights: a transformers configuration and state dict that compute the same, tied weights once.
+    """config, weights: a transformers configuration and state dict that compute the same, tied
+    weights once.
 
     args: of GPTConfig; options at their defaults may be left out.
     """
@@ -76,7 +81,7 @@ def to_transformers(args, weights):
     else:
         config, weights = (to_gpt2 if kind == 'gpt2' else to_llama)(c, weights)
     if c.tie_weights:
-        weights = {name: tensor for name, tensor in weights.items() if not name.endswith('lm_head.weight')}
+        weights = {name: t for name, t in weights.items() if not name.endswith('lm_head.weight')}
     return config, weights
 
 
@@ -84,21 +89,25 @@ def to_gpt2(c, weights):
     """Layers without biases get zeros."""
     from transformers import GPT2Config
     config = GPT2Config(
-        **NO_TOKENS, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, bias=c.bias,
-        n_positions=c.block_size, n_ctx=c.block_size,  # n_ctx: of older versions, llama.cpp's converter, mlx-lm
+        **NO_TOKENS, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
+        bias=c.bias, n_positions=c.block_size,
+        n_ctx=c.block_size,  # of older versions, llama.cpp's converter and mlx-lm
         n_inner=None if c.n_inner == 4 * c.n_embd else c.n_inner, layer_norm_epsilon=c.norm_eps,
         activation_function=HF_NAMES[c.activation], tie_word_embeddings=c.tie_weights,
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, architectures=['GPT2LMHeadModel'])
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        architectures=['GPT2LMHeadModel'])
     zeros = {} if c.bias else {
         name.removesuffix('weight') + 'bias': tensor.new_zeros(len(tensor))
         for name, tensor in weights.items() if '.h.' in name or '.ln_f.' in name}
-    weights = {name: tensor.T if name.endswith(TRANSPOSED) else tensor for name, tensor in weights.items()}
+    weights = {name: tensor.T if name.endswith(TRANSPOSED) else tensor
+               for name, tensor in weights.items()}
     return config, weights | zeros
 
 
 def to_llama(c, weights):
-    """Rotary positions turn the same pairs of channels in Llama as in ours. Biases of queries, keys and values
-    alone, Qwen 2's, get zeros for the projection after them: its name would bring Qwen's tokenizer along."""
+    """Rotary positions turn the same pairs of channels in Llama as in ours. Biases of queries, keys
+    and values alone, Qwen 2's, get zeros for the projection after them: its name would bring Qwen's
+    tokenizer along."""
     from transformers import LlamaConfig
     heads = [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     named = {}
@@ -115,8 +124,9 @@ def to_llama(c, weights):
     config = LlamaConfig(
         **NO_TOKENS, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
         intermediate_size=c.n_inner, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_size, hidden_act='silu', max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        attention_bias=c.bias or c.qkv_bias, mlp_bias=c.bias, attention_dropout=c.dropout, rope_parameters=rope,
+        head_dim=c.head_size, hidden_act='silu', max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps, attention_bias=c.bias or c.qkv_bias, mlp_bias=c.bias,
+        attention_dropout=c.dropout, rope_parameters=rope,
         tie_word_embeddings=c.tie_weights, architectures=['LlamaForCausalLM'])
     return config, named
 
@@ -129,8 +139,9 @@ def to_own_code(c, weights, args):
         model_type = OWN_CODE
 
     config = OwnGPTConfig(
-        **NO_TOKENS, model_args=args, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_weights,
+        **NO_TOKENS, model_args=args, vocab_size=c.vocab_size, hidden_size=c.n_embd,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_weights,
         use_cache=False, architectures=['OwnGPTForCausalLM'],
         auto_map={'AutoConfig': 'modeling_gpt.OwnGPTConfig',
                   'AutoModelForCausalLM': 'modeling_gpt.OwnGPTForCausalLM'})
@@ -138,8 +149,9 @@ def to_own_code(c, weights, args):
 
 
 def with_pad_token(args, weights, tokenizer):
-    """args, weights with an id for PAD: a vocabulary without an end of documents whose ids are all taken gets
-    one more, as unlikely as the one that is least likely after any other. Our own code needs none."""
+    """args, weights with an id for PAD: a vocabulary without an end of documents whose ids are all
+    taken gets one more, as unlikely as the one that is least likely after any other. Our own code
+    needs none."""
     n_vocab = args['vocab_size']
     if tokenizer.end is not None or tokenizer.n_vocab < n_vocab or architecture(args) == OWN_CODE:
         return args, weights
@@ -156,29 +168,32 @@ def with_pad_token(args, weights, tokenizer):
 # ---------------------------------------------------------------------------- files
 
 def write_model(folder, config, weights, n_tokens, pad):
-    """Write FILES, and CODE for a model of our own code; returns their names. n_tokens: ids that stand for
-    text and may be generated; pad: the id for padding, which may lie beyond."""
+    """Write FILES, and CODE for a model of our own code; returns their names. n_tokens: ids that
+    stand for text and may be generated; pad: the id for padding, which may lie beyond."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
-    if config.model_type == 'gpt2' and config.tie_word_embeddings:  # as in OpenAI's files; mlx-lm needs it
-        weights = {name.removeprefix('transformer.'): tensor for name, tensor in weights.items()}
+    if config.model_type == 'gpt2' and config.tie_word_embeddings:  # OpenAI's names; mlx-lm needs them
+        weights = {name.removeprefix('transformer.'): t for name, t in weights.items()}
     save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in weights.items()},
               folder / 'model.safetensors', metadata={'format': 'pt'})
-    half = {'max_new_tokens': max(1, config.max_position_embeddings // 2)}  # max_length warns at each call
-    config.task_specific_params = {'text-generation': half}  # by which pipelines of transformers 4 find it
+    half = {'max_new_tokens': max(1, config.max_position_embeddings // 2)}  # max_length warns
+    config.task_specific_params = {'text-generation': half}  # where transformers 4 looks
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad,
-                     suppress_tokens=list(range(n_tokens, config.vocab_size)) or None, **half
-                     ).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad,
+        suppress_tokens=list(range(n_tokens, config.vocab_size)) or None, **half
+    ).save_pretrained(folder)
     code = CODE if config.model_type == OWN_CODE else {}
     for name, source in code.items():
         shutil.copyfile(source, folder / name)
-    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # safetensors: for its owner only
+    # safetensors writes files that their owner alone can read
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
     return [*FILES, *code]
 
 
 def write_tokenizer(folder, tokenizer, block_size):
-    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads; returns their names."""
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads; returns their
+    names."""
     path = Path(folder, 'tokenizer.json')
     special = {'pad_token': PAD}
     if isinstance(tokenizer, (BPETokenizer, GPT2Tokenizer)):
@@ -190,9 +205,10 @@ def write_tokenizer(folder, tokenizer, block_size):
     else:
         library_of_characters(tokenizer).save(str(path))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
-                'model_input_names': ['input_ids', 'attention_mask'],  # transformers 4 adds a third otherwise
+                'model_input_names': ['input_ids', 'attention_mask'],  # transformers 4 adds a third
                 'clean_up_tokenization_spaces': False, **special}
-    Path(folder, 'tokenizer_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+    text = json.dumps(settings, indent=2)
+    Path(folder, 'tokenizer_config.json').write_text(text, encoding='utf-8')
     return [path.name, 'tokenizer_config.json']
 
 
@@ -210,8 +226,9 @@ def library_of_characters(tokenizer):
 
 
 def add_chat_template(folder, template):
-    """Write a template into a folder's tokenizer_config.json, so that the pipelines of transformers take
-    messages."""
-    path, text = Path(folder, 'tokenizer_config.json'), jinja(check_template(template))
-    settings = json.loads(path.read_text(encoding='utf-8')) | template.get('tokens', {}) | {'chat_template': text}
+    """Write a template into a folder's tokenizer_config.json, so that the pipelines of transformers
+    take messages."""
+    path = Path(folder, 'tokenizer_config.json')
+    settings = json.loads(path.read_text(encoding='utf-8')) | template.get('tokens', {})
+    settings['chat_template'] = jinja(check_template(template))
     path.write_text(json.dumps(settings, indent=2), encoding='utf-8')

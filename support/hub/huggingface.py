@@ -1,8 +1,9 @@
 """
-Models and tokenizers of Hugging Face's format: GPT-2 and its kin, Llama, Mistral, Qwen 2, our own exports.
+Models and tokenizers of Hugging Face's format: GPT-2 and its kin, Llama, Mistral, Qwen 2, our own
+exports.
 
     model = load_pretrained('HuggingFaceTB/SmolLM2-135M')    # a name of the hub, or a folder
-    args, weights = read_pretrained('exported')  # of GPTConfig, and a state dict of GPT, read as it is used
+    args, weights = read_pretrained('exported')  # of GPTConfig, and a GPT's state dict, read as used
     tokenizer = folder_tokenizer('exported')
     template = chat_template('exported')         # of ChatForm
 """
@@ -18,17 +19,18 @@ from support.hub.names import model_folder
 from support.hub.weights import TensorFiles
 from support.machine.files import explain_failure
 from support.text.chat import folder_template
-from support.text.tokenizer import (GPT2_VOCAB, PADDED_GPT2_VOCAB, GPT2Tokenizer, NoTokenizer, load_tokenizer)
+from support.text.tokenizer import (GPT2_VOCAB, PADDED_GPT2_VOCAB, GPT2Tokenizer, NoTokenizer,
+                                    load_tokenizer)
 
 
 # ---------------------------------------------------------------------------- models
 
 def load_pretrained(model_type, override_args=None, dtype=torch.float32):
-    """The GPT of a name of the hub or a folder. override_args: of GPTConfig: dropout, attn_type, pa_norm. dtype:
-    of its weights; None: that of the files.
+    """The GPT of a name of the hub or a folder. override_args: of GPTConfig: dropout, attn_type,
+    pa_norm. dtype: of its weights; None: that of the files.
 
-    Raises ValueError, before weights are read, for a model that model.py doesn't compute, and FileNotFoundError
-    if there is none.
+    Raises ValueError, before weights are read, for a model that model.py doesn't compute, and
+    FileNotFoundError if there is none.
     """
     args, weights = read_pretrained(model_type)
     config = GPTConfig(**args | (override_args or {}))
@@ -70,9 +72,9 @@ def said_of(model_type):
 
 
 class Weights(Mapping):
-    """The state dict of a GPT whose tensors lie in another program's files: each is read, in the number type of
-    the files, when it is asked for. Raises ValueError at once for names and shapes that aren't those of `args`,
-    and when it is read for a tensor that isn't finite."""
+    """The state dict of a GPT whose tensors lie in another program's files: each is read, in the
+    number type of the files, when it is asked for. Raises ValueError at once for names and shapes
+    that aren't those of `args`, and when it is read for a tensor that isn't finite."""
 
     def __init__(self, layout, files, args):
         self.layout, self.files, self.is_tied = layout, files, args.get('tie_weights', True)
@@ -81,8 +83,10 @@ class Weights(Mapping):
             raise UserError(f'config.json asks for {args["n_layer"]:,} layers, the weights are '
                             f'{len(files.shapes):,} tensors')
         with torch.device('meta'):
-            self.shapes = {name: tuple(t.shape) for name, t in GPT(GPTConfig(**args)).state_dict().items()}
-        self.theirs = {layout.own_name(name): name for name in files.shapes if not layout.is_ignored(name)}
+            state = GPT(GPTConfig(**args)).state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.theirs = {layout.own_name(name): name for name in files.shapes
+                       if not layout.is_ignored(name)}
         self.check()
 
     def check(self):
@@ -101,10 +105,12 @@ class Weights(Mapping):
                 left.pop(n, None)
         if bad := bad + [f'unexpected: {name}' for name in left]:
             more = f' and {len(bad) - 9:,} more' if len(bad) > 9 else ''
-            raise UserError(f'the weights aren\'t those of its config.json ({", ".join(bad[:9])}{more})')
+            raise UserError('the weights aren\'t those of its config.json '
+                            f'({", ".join(bad[:9])}{more})')
 
     def names(self, name):
-        """Names in `theirs` of the tensors of which ours is made: a tied output layer needs none of its own."""
+        """Names in `theirs` of the tensors of which ours is made: a tied output layer needs none of
+        its own."""
         names = self.layout.names(name)
         if name == 'lm_head.weight' and self.is_tied and names[0] not in self.theirs:
             return self.layout.names('transformer.wte.weight')
@@ -121,18 +127,21 @@ class Weights(Mapping):
         if self.layout.is_transposed(name):
             parts = [part.T for part in parts]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():  # sums are fast
+        is_finite = tensor.sum(dtype=torch.float32).isfinite()  # fast, but may overflow
+        if not is_finite and not tensor.isfinite().all():
             raise UserError(f'{self.files.folder}: not finite: {name}')
-        if name == 'lm_head.weight' and self.is_tied and self.names(name) == self.layout.names(name):
+        if name == 'lm_head.weight' and self.is_tied:
             self.check_tie(tensor)
-        return tensor[:self.n_vocab] if name in ('transformer.wte.weight', 'lm_head.weight') else tensor
+        is_table = name in ('transformer.wte.weight', 'lm_head.weight')
+        return tensor[:self.n_vocab] if is_table else tensor
 
     def check_tie(self, head):
-        """ValueError if a file has an output layer that differs from the embedding to which it is tied."""
-        embedding = self.layout.names('transformer.wte.weight')[0]
-        if not torch.equal(head, self.files.read(self.theirs[embedding])):
-            raise UserError(f'{self.files.folder}: config.json ties {self.names("lm_head.weight")[0]} to '
-                            f'{embedding}, which differs')
+        """ValueError if a file has an output layer that differs from the embedding to which it is
+        tied."""
+        [embedding], [own] = (self.names(f'{name}.weight') for name in ('transformer.wte', 'lm_head'))
+        if own != embedding and not torch.equal(head, self.files.read(self.theirs[embedding])):
+            raise UserError(f'{self.files.folder}: config.json ties {own} to {embedding}, which '
+                            'differs')
 
     def __iter__(self):
         return iter(self.shapes)
@@ -144,23 +153,25 @@ class Weights(Mapping):
 # ---------------------------------------------------------------------------- tokenizers
 
 def own_tokenizer(model_type):
-    """The tokenizer in a model's folder, None if it has none. ValueError for one that can't be used: GPT-2's
-    must not take its place."""
+    """The tokenizer in a model's folder, None if it has none. ValueError for one that can't be
+    used: GPT-2's must not take its place."""
     tokenizer = load_tokenizer(model_folder(model_type))
     size = read_config_json(model_folder(model_type)).get('vocab_size', GPT2_VOCAB)
     if tokenizer and isinstance(size, int) and tokenizer.n_vocab > size:
-        raise UserError(f'the tokenizer of {model_type} has ids up to {tokenizer.n_vocab - 1:,}, its model rows '
-                        f'for {size:,}: they don\'t belong together')
+        raise UserError(f'the tokenizer of {model_type} has ids up to {tokenizer.n_vocab - 1:,}, its '
+                        f'model rows for {size:,}: they don\'t belong together')
     return tokenizer
 
 
 def folder_tokenizer(model_type):
-    """A model's own tokenizer, else GPT-2's, unless the size of the model's vocabulary is another."""
+    """A model's own tokenizer, else GPT-2's, unless the size of the model's vocabulary is
+    another."""
     if own := own_tokenizer(model_type):
         return own
     size = read_config_json(model_folder(model_type)).get('vocab_size', GPT2_VOCAB)
     if size not in (GPT2_VOCAB, PADDED_GPT2_VOCAB):
-        return NoTokenizer(size, f'{model_type} has no tokenizer.json, and GPT-2\'s vocabulary isn\'t of {size}')
+        return NoTokenizer(size, f'{model_type} has no tokenizer.json, and GPT-2\'s vocabulary isn\'t '
+                                 f'of {size}')
     return GPT2Tokenizer()
 
 

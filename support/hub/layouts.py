@@ -1,12 +1,13 @@
 """
-How models of other programs map to model.py's: their settings, and the names and shapes of their tensors.
+How models of other programs map to model.py's: their settings, and the names and shapes of their
+tensors.
 
     layout = layout_of(read_config_json('smollm2'))
     layout.args                                     # of GPTConfig
     layout.names('transformer.wte.weight')          # ['model.embed_tokens.weight']
 
-Nothing is read here but config.json. A setting with which model.py would compute something else is refused by
-its name.
+Nothing is read here but config.json. A setting with which model.py would compute something else is
+refused by its name.
 """
 
 import json
@@ -20,20 +21,22 @@ from support.machine.files import explain_failure
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu'}  # what makes a GPT a Llama
 LLAMA_NAMES = {  # ours: theirs, whose rows are stacked in ours
-    'transformer.wte': ('model.embed_tokens',), 'transformer.ln_f': ('model.norm',), 'lm_head': ('lm_head',),
+    'transformer.wte': ('model.embed_tokens',), 'transformer.ln_f': ('model.norm',),
+    'lm_head': ('lm_head',),
     'ln_1': ('input_layernorm',), 'ln_2': ('post_attention_layernorm',),
     'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
     'attn.c_proj': ('self_attn.o_proj',),
     'mlp.c_fc': ('mlp.gate_proj', 'mlp.up_proj'), 'mlp.c_proj': ('mlp.down_proj',),
 }
-ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'relu2': 'relu2'}
+ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
+               'relu2': 'relu2'}  # theirs: ours
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in their GPT-2
-SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')  # Llama 3's
+SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 OWN_CODE = 'own_gpt'  # model_type of modeling_gpt.py
-SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-         'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'sliding_window',
-         'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_positions')  # of a config.json, where it has them
-BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # no weights, in files of older versions
+SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+         'num_attention_heads', 'num_key_value_heads', 'head_dim', 'max_position_embeddings',
+         'sliding_window', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_positions')
+BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # of older files, no weights
 
 
 def read_config_json(folder):
@@ -41,23 +44,25 @@ def read_config_json(folder):
     path = Path(folder, 'config.json')
     if not path.is_file():
         return {}
-    with explain_failure(f'{path} can\'t be read; name a folder that holds a model: --init_from=PATH'):
+    with explain_failure(f'{path} can\'t be read; name a folder that holds a model: '
+                         '--init_from=PATH'):
         return dict(json.loads(path.read_text(encoding='utf-8')))
 
 
 def layout_of(config):
-    """The layout of a model by its config.json, a dict. UserError for a model that model.py doesn't compute."""
+    """The layout of a model by its config.json, a dict. UserError for a model that model.py doesn't
+    compute."""
     kind = config.get('model_type', 'gpt2')
     if kind not in LAYOUTS:
         raise UserError(f'it is a model of type {kind!r:.40}, not of {", ".join(LAYOUTS)}')
     if config.get('quantization_config'):
-        raise UserError('it has quantization_config: take the model\'s folder with its full weights')
+        raise UserError('it has quantization_config: take the model with its full weights')
     return LAYOUTS[kind](config)
 
 
 def with_defaults(class_name, config):
-    """A config.json with the defaults of its class in transformers, as an object. ValueError for sizes that are
-    none."""
+    """A config.json with the defaults of its class in transformers, as an object. ValueError for
+    sizes that are none."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     if wrong := [f'{k}={config[k]!r:.40}' for k in SIZES if not is_size(config.get(k, 1))]:
@@ -72,13 +77,19 @@ def is_size(value):
 
 
 def refuse(kind, found, needed):
-    """UserError that names the settings of `found`, a dict, which aren't those needed, {name: values}."""
-    if wrong := [f'{k}={found[k]!r:.60} (not {" or ".join(map(str, allowed))})' for k, allowed in needed.items()
-                 if k in found and found[k] not in allowed]:
+    """UserError that names the settings of `found`, a dict, which aren't those needed, {name:
+    values}."""
+    if wrong := [f'{k}={found[k]!r:.60} (not {" or ".join(map(str, allowed))})'
+                 for k, allowed in needed.items() if k in found and found[k] not in allowed]:
         raise UserError(f'model.py doesn\'t compute this {kind}: {", ".join(wrong)}')
 
 
 # ---------------------------------------------------------------------------- layouts
+
+def are_zero(files, names):
+    """Whether the tensors of these names are all 0."""
+    return not any(bool(files.read(name).any()) for name in names)
+
 
 class Layout:
     """A model's tensors in its files. args: of GPTConfig."""
@@ -117,15 +128,19 @@ class GPT2Layout(Layout):
         refuse('GPT-2', c.to_dict(), {
             'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
             'add_cross_attention': (False,), 'activation_function': tuple(ACTIVATIONS)})
-        self.args = {'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'block_size': c.n_positions,
-                     'vocab_size': c.vocab_size, 'bias': config.get('bias', True), 'dropout': c.resid_pdrop,
-                     'norm_eps': c.layer_norm_epsilon, 'n_inner': c.n_inner or 0,
-                     'activation': ACTIVATIONS[c.activation_function], 'tie_weights': c.tie_word_embeddings}
+        self.args = {
+            'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
+            'block_size': c.n_positions, 'vocab_size': c.vocab_size,
+            'bias': config.get('bias', True), 'dropout': c.resid_pdrop,
+            'norm_eps': c.layer_norm_epsilon, 'n_inner': c.n_inner or 0,
+            'activation': ACTIVATIONS[c.activation_function],
+            'tie_weights': c.tie_word_embeddings}
 
     def args_with(self, files):
-        """export.py writes bias=False, and biases of 0, for a model without; trained on, they may differ."""
-        names = [name for name in files.shapes if name.endswith('.bias') and not name.endswith(BUFFERS)]
-        self.args['bias'] = self.args['bias'] or any(bool(files.read(name).any()) for name in names)
+        """export.py writes bias=False, and biases of 0, for a model without; trained on, they may
+        differ."""
+        names = [n for n in files.shapes if n.endswith('.bias') and not n.endswith(BUFFERS)]
+        self.args['bias'] = self.args['bias'] or not are_zero(files, names)
         return self.args
 
     def names(self, name):
@@ -148,13 +163,17 @@ class LlamaLayout(Layout):
         c = with_defaults(class_name, config)
         found = c.to_dict() | (c.rope_parameters or {})
         refuse(class_name.removesuffix('Config'), found, {
-            'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'), 'partial_rotary_factor': (1.0, None)})
-        self.has_bias = {'attn': found.get('attention_bias', False), 'mlp': found.get('mlp_bias', False)}
+            'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'),
+            'partial_rotary_factor': (1.0, None)})
+        self.has_bias = {'attn': found.get('attention_bias', False),
+                         'mlp': found.get('mlp_bias', False)}
         self.args = {
-            'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'n_embd': c.hidden_size,
-            'block_size': c.max_position_embeddings, 'vocab_size': c.vocab_size,
+            'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads,
+            'n_embd': c.hidden_size, 'block_size': c.max_position_embeddings,
+            'vocab_size': c.vocab_size,
             'bias': any(self.has_bias.values()), 'dropout': c.attention_dropout,
-            'n_kv_head': c.num_key_value_heads or c.num_attention_heads, 'n_inner': c.intermediate_size,
+            'n_kv_head': c.num_key_value_heads or c.num_attention_heads,
+            'n_inner': c.intermediate_size,
             'head_size': found.get('head_dim') or c.hidden_size // c.num_attention_heads,
             'norm_eps': c.rms_norm_eps, 'tie_weights': c.tie_word_embeddings,
             'rope_theta': float(found.get('rope_theta', 10000.0)), **LLAMA}
@@ -165,7 +184,7 @@ class LlamaLayout(Layout):
     def args_with(self, files):
         """export.py writes biases of 0 for what has none beside queries, keys and values."""
         names = [name for name in files.shapes if name.endswith('o_proj.bias')]
-        if self.has_bias == {'attn': True, 'mlp': False} and not any(bool(files.read(n).any()) for n in names):
+        if self.has_bias == {'attn': True, 'mlp': False} and are_zero(files, names):
             self.args |= {'bias': False, 'qkv_bias': True}
         return self.args
 
@@ -176,8 +195,8 @@ class LlamaLayout(Layout):
         """Texts no longer than a sliding window, up to which it makes no difference."""
         window, block_size = found.get('sliding_window'), self.args['block_size']
         if window and window < block_size and found.get('use_sliding_window', True):
-            print0(f'its attention looks back sliding_window={window:,} tokens: block_size is {window:,}, not '
-                   f'{block_size:,}')
+            print0(f'its attention looks back sliding_window={window:,} tokens: block_size is '
+                   f'{window:,}, not {block_size:,}')
             self.args['block_size'] = window
 
     def names(self, name):
@@ -211,7 +230,8 @@ class OwnLayout(Layout):
         with explain_failure('config.json has no model_args of a GPT'):
             self.args = dict(config['model_args'])
         if unknown := {*self.args} - {f.name for f in fields(GPTConfig)}:
-            raise UserError(f'config.json has model_args that don\'t exist here: {", ".join(map(str, unknown))}')
+            raise UserError('config.json has model_args that don\'t exist here: '
+                            f'{", ".join(map(str, unknown))}')
 
     def names(self, name):
         return [f'gpt.{name}']

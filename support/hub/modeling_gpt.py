@@ -1,6 +1,6 @@
 """
-A GPT of model.py for transformers. export.py writes this file and model.py into a folder whose model is
-neither a GPT-2 nor a Llama:
+A GPT of model.py for transformers. export.py writes this file and model.py into a folder whose
+model is neither a GPT-2 nor a Llama:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained('exported', trust_remote_code=True)
@@ -35,7 +35,8 @@ class OwnGPTConfig(PretrainedConfig):
 
 class OwnGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OwnGPTConfig
-    _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # if config.tie_word_embeddings
+    # if config.tie_word_embeddings
+    _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}
 
     def __init__(self, config):
         super().__init__(config)
@@ -43,18 +44,24 @@ class OwnGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, labels=None, **ignored):
-        """input_ids: (B, T), attention_mask: 0 for padding, wherever it stands, labels: -100 where none
-        counts. Gives logits, (B, T, V), and the labels' mean cross-entropy in nats, each a position later."""
+        """input_ids: (B, T), attention_mask: 0 for padding, wherever it stands, labels: -100 where
+        none counts. Gives logits, (B, T, V), and the labels' mean cross-entropy in nats, each a
+        position later."""
         is_token = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-        order = (~is_token).byte().argsort(dim=1, stable=True)  # (B, T), padding last: no token looks at it
+        # padding last: no token looks at it
+        order = (~is_token).byte().argsort(dim=1, stable=True)  # (B, T)
         ids = input_ids.masked_fill(~is_token, 0).gather(1, order)
         back = order.argsort(dim=1)[:, :, None]
-        logits, _ = self.gpt(ids, ids, loss=lambda x, targets: (self.gpt.logits(x), None))  # (B, T, V)
+        logits, _ = self.gpt(ids, ids, loss=self.all_logits)  # (B, T, V)
         logits = logits.gather(1, back.expand_as(logits))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                   ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def all_logits(self, x, targets):
+        return self.gpt.logits(x), None
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **ignored):
         most = self.gpt.config.block_size

@@ -1,6 +1,6 @@
 """
-The tensors of a model's files, read one at a time and as they are: safetensors, whole or in numbered files with
-an index, or PyTorch's own older files.
+The tensors of a model's files, read one at a time and as they are: safetensors, whole or in
+numbered files with an index, or PyTorch's own older files.
 
     files = TensorFiles('smollm2')
     files.shapes  # {name: shape}, from the headers alone
@@ -9,6 +9,7 @@ an index, or PyTorch's own older files.
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 from support.errors import MissingFile, UserError
@@ -19,8 +20,8 @@ INDEXES = {'model.safetensors.index.json': 'model.safetensors', 'pytorch_model.b
 
 
 class TensorFiles:
-    """The tensors of a model's folder. Raises MissingFile or UserError if a file is missing, can't be read, or
-    isn't in the folder."""
+    """The tensors of a model's folder. Raises MissingFile or UserError if a file is missing, can't
+    be read, or isn't in the folder."""
 
     def __init__(self, folder):
         self.folder, self.files = Path(folder), {}  # {name: the open file that has it}
@@ -42,18 +43,28 @@ def weight_files(folder):
     for index, single in INDEXES.items():
         if (folder / index).is_file():
             with explain_failure(f'{folder / index} is no index of weights'):
-                names = sorted({str(name) for name in json.loads((folder / index).read_text())['weight_map'].values()})
-            if outside := [name for name in names if Path(name).name != name or name in ('', '.', '..')]:
-                raise UserError(f'{folder / index} names {outside[0]}, which is no file of its folder')
+                content = json.loads((folder / index).read_text(encoding='utf-8'))
+                names = sorted({str(name) for name in content['weight_map'].values()})
+            if outside := [name for name in names if not is_plain_name(name)]:
+                raise UserError(f'{folder / index} names {outside[0]}, which is no file of its '
+                                'folder')
             if missing := [name for name in names if not (folder / name).is_file()]:
-                raise MissingFile(f'{folder / missing[0]} is missing, which {index} names ({len(missing)} of '
-                                  f'{len(names)} files): download the model again')
+                raise MissingFile(f'{folder / missing[0]} is missing, which {index} names '
+                                  f'({len(missing)} of {len(names)} files): download the model '
+                                  'again')
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
     numbered = next(folder.glob('model-*-of-*.safetensors'), None)
-    how = f'{numbered.name} needs model.safetensors.index.json' if numbered else 'download the model again'
+    how = 'download the model again'
+    if numbered:
+        how = f'{numbered.name} needs model.safetensors.index.json'
     raise MissingFile(f'{folder} has a config.json, but no model.safetensors: {how}')
+
+
+def is_plain_name(name):
+    """Whether a name is that of a file in the same folder."""
+    return Path(name).name == name and not re.search(r'[\\/:]', name) and name not in ('', '..')
 
 
 def open_tensors(path):
@@ -62,7 +73,8 @@ def open_tensors(path):
         if path.suffix == '.safetensors':
             from safetensors import safe_open
             file = safe_open(path, framework='pt')
-            return [(name, file.get_slice(name).get_shape(), file) for name in file.keys()]  # noqa: SIM118
+            names = file.keys()  # not an iterable itself
+            return [(name, file.get_slice(name).get_shape(), file) for name in names]
         import torch
         try:
             file = torch.load(path, map_location='cpu', weights_only=True, mmap=True)

@@ -1,12 +1,14 @@
 """
-Tokenizers of one's own: a byte pair encoding trained here, or any tokenizer.json as it was published.
+Tokenizers of one's own: a byte pair encoding trained here, or any tokenizer.json as it was
+published.
 
     tokenizer = train_bpe(texts, vocab_size=4096)  # texts: an iterable of strings
     tokenizer = BPETokenizer(Path('exported/tokenizer.json').read_text(encoding='utf-8'))
     tokenizer.decode(tokenizer.encode('To be'))
 
-The `tokenizers` library applies the file as it is: byte-level byte pairs with or without all 256 bytes (GPT-2,
-SmolLM, Llama 3, Qwen), SentencePiece's with byte fallback (Llama 2, Mistral), and what else it knows.
+The `tokenizers` library applies the file as it is: byte-level byte pairs with or without all 256
+bytes (GPT-2, SmolLM, Llama 3, Qwen), SentencePiece's with byte fallback (Llama 2, Mistral), and
+what else it knows.
 """
 
 import contextlib
@@ -46,11 +48,12 @@ NO_TEXT = '\ufdd0'  # a code point that Unicode keeps free of characters
 
 
 class BPETokenizer:
-    """The tokenizer of a tokenizer.json, whose content is `text`. Raises ValueError if it can't be used.
+    """The tokenizer of a tokenizer.json, whose content is `text`. Raises ValueError if it can't be
+    used.
 
-    end: the id of the token that ends a document, None if it has none. ends: ids at which a sample ends, (end,)
-    unless given. begin: the ids that the file puts before a text, [] for most. special: {name: id} of tokens
-    that are no text. n_vocab: the largest id and 1.
+    end: the id of the token that ends a document, None if it has none. ends: ids at which a sample
+    ends, (end,) unless given. begin: the ids that the file puts before a text, [] for most.
+    special: {name: id} of tokens that are no text. n_vocab: the largest id and 1.
     """
 
     def __init__(self, text, ends=()):
@@ -93,10 +96,12 @@ class BPETokenizer:
 
     @functools.cached_property
     def quick(self):
-        """tiktoken's encoder, which takes a fifth of the time, for what `train_bpe` makes; None for others.
+        """tiktoken's encoder, which takes a fifth of the time, for what `train_bpe` makes; None for
+        others.
 
-        It joins any two tokens whose joint bytes are a token, the library those in the list of merges. After
-        training these are the same: how a token came about depends on its own bytes alone.
+        It joins any two tokens whose joint bytes are a token, the library those in the list of
+        merges. After training these are the same: how a token came about depends on its own bytes
+        alone.
         """
         content = json.loads(self.json)
         if content.get('pre_tokenizer') != json.loads(untrained().to_str())['pre_tokenizer']:
@@ -112,12 +117,14 @@ class BPETokenizer:
             self.texts[i]: i for t, i in vocab.items() if t not in special})
 
     def encode(self, text):
-        """Ids of a prompt without `begin`, a list; the names of special tokens in it are these tokens."""
+        """Ids of a prompt without `begin`, a list; the names of special tokens in it are these
+        tokens."""
         return self.encode_with(self.of_prompts, text).tolist()
 
     def encode_array(self, text):
-        """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL. Raises ValueError if
-        more than a hundredth of what it was given doesn't come back when the ids are decoded."""
+        """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL. Raises
+        ValueError if more than a hundredth of what it was given doesn't come back when the ids are
+        decoded."""
         say_of_end(self, text)
         if self.quick:
             with contextlib.suppress(ValueError):  # a million blanks exceed its stack
@@ -135,8 +142,9 @@ class BPETokenizer:
         return np.concatenate(parts + ids_of(library, batch))
 
     def encode_parts(self, parts):
-        """ids, (N,) uint32, and the first and last part that each belongs to, of a text in parts: (text,
-        is_template). Names of added tokens are these tokens in the template's text, and text elsewhere."""
+        """ids, (N,) uint32, and the first and last part that each belongs to, of a text in parts:
+        (text, is_template). Names of added tokens are these tokens in the template's text, and text
+        elsewhere."""
         names = sorted((name for name in self.added if name.strip()), key=len, reverse=True)
         texts = [text if is_template else parted(text, names) for text, is_template in parts]
         with explain_panic(texts):
@@ -232,7 +240,8 @@ def say_of_end(tokenizer, text):
 
 
 def check_content(content, ids):
-    """ValueError for a tokenizer.json whose ids can't be used. ids: {token: id}, added tokens included."""
+    """ValueError for a tokenizer.json whose ids can't be used. ids: {token: id}, added tokens
+    included."""
     if not ids:
         raise UserError('it has no entries')
     if not all(0 <= i < LARGEST_ID for i in ids.values()):
@@ -244,7 +253,8 @@ def check_content(content, ids):
 
 
 def bytes_of_tokens(names, decoder, library):
-    """Each id's bytes of text. names: the vocabulary's strings; what is bytes already stays as it is."""
+    """Each id's bytes of text. names: the vocabulary's strings; what is bytes already stays as it
+    is."""
     how = json.dumps(decoder)
     if '"ByteLevel"' in how:
         return [t if isinstance(t, bytes) else bytes_of(t) for t in names]
@@ -298,7 +308,8 @@ def ids_of(library, texts):
 
 @contextlib.contextmanager
 def explain_panic(texts):
-    """A ValueError of one line in place of a panic of Rust, which is a BaseException and prints its stack."""
+    """A ValueError of one line in place of a panic of Rust, which is a BaseException and prints its
+    stack."""
     is_main = threading.current_thread() is threading.main_thread()  # only there others don't print meanwhile
     try:
         with quiet_stderr() if is_main else contextlib.nullcontext():
@@ -324,8 +335,8 @@ def quiet_stderr():
 
 
 def cut_text(library, text):
-    """Yield a text in pieces of about PIECE characters, whose ids, joined, are those of the whole. A text
-    without a place to cut it stays whole."""
+    """Yield a text in pieces of about PIECE characters, whose ids, joined, are those of the whole.
+    A text without a place to cut it stays whole."""
     start = 0
     while len(text) - start > PIECE:
         ends = (found.start() for found in END_OF_WORD.finditer(text, start + PIECE))
@@ -338,8 +349,8 @@ def cut_text(library, text):
 
 
 def is_cut(library, text, at, skip=0):
-    """Whether the parts of a text before and after a position have the same ids apart as together. skip: 1
-    leaves out a space there, which the tokenizer puts before each text by itself."""
+    """Whether the parts of a text before and after a position have the same ids apart as together.
+    skip: 1 leaves out a space there, which the tokenizer puts before each text by itself."""
     before, after = text[max(0, at - NEARBY):at], text[at:at + NEARBY]
     if skip and after[0] != ' ':
         return False
@@ -348,8 +359,9 @@ def is_cut(library, text, at, skip=0):
 
 
 def train_bpe(texts, vocab_size, special_tokens=(END,)):
-    """A BPETokenizer of at most vocab_size entries, the special ones first, then the 256 bytes; fewer if the
-    texts have no more pairs that occur twice. texts: an iterable of strings, such as documents."""
+    """A BPETokenizer of at most vocab_size entries, the special ones first, then the 256 bytes;
+    fewer if the texts have no more pairs that occur twice. texts: an iterable of strings, such as
+    documents."""
     from tokenizers import pre_tokenizers, trainers
     check_vocab_size(vocab_size, special_tokens)
     library = untrained()

@@ -7,10 +7,10 @@ Conversations as tokens: what stands before each role's messages, and what ends 
     ids = form.ask(messages)           # the assistant's next answer follows
     conversations = read_conversations('chat.jsonl')
 
-Our own template: a message is its role's marker, its content and the end. A tokenizer of one's own has tokens
-for the markers; with others they are plain text that ends a line. A published model has a `chat_template`,
-which transformers' sandbox renders. Contents are encoded as text: whatever a user writes, only the template
-begins a turn.
+Our own template: a message is its role's marker, its content and the end. A tokenizer of one's own
+has tokens for the markers; with others they are plain text that ends a line. A published model has
+a `chat_template`, which transformers' sandbox renders. Contents are encoded as text: whatever a
+user writes, only the template begins a turn.
 """
 
 import functools
@@ -45,8 +45,8 @@ def template_for(tokenizer):
 
 
 def folder_template(folder):
-    """The chat_template of a model's folder as {'jinja': text, 'tokens': {name: token}}, None if it has none.
-    ValueError if it can't be read or rendered."""
+    """The chat_template of a model's folder as {'jinja': text, 'tokens': {name: token}}, None if it
+    has none. ValueError if it can't be read or rendered."""
     path, own = Path(folder, 'tokenizer_config.json'), Path(folder, 'chat_template.jinja')
     with explain_failure(f'{path} can\'t be read'):
         settings = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
@@ -91,8 +91,9 @@ def render(messages, template, is_question=False):
 
 
 def parts_of(messages, template, names, is_question=False):
-    """[(text, kind)] of a conversation. kind: a role for a message's content, ANSWER_END for what ends the
-    assistant's, None for any other text of the template. names: of the tokenizer's special tokens."""
+    """[(text, kind)] of a conversation. kind: a role for a message's content, ANSWER_END for what
+    ends the assistant's, None for any other text of the template. names: of the tokenizer's special
+    tokens."""
     parts, contents = [], [m['content'].strip() for m in messages]
     if 'jinja' in template:
         numbered = [m | {'content': f'{SPLIT}{i}{SPLIT}'} for i, m in enumerate(messages)]
@@ -116,8 +117,8 @@ def parts_of(messages, template, names, is_question=False):
 
 
 def end_of_answer(text, names, last):
-    """How much of the text after an answer ends it: white space and a special token, else what also ends the
-    last answer, else a word."""
+    """How much of the text after an answer ends it: white space and a special token, else what also
+    ends the last answer, else a word."""
     special = '|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'
     if found := re.match(rf'\s*(?:{special})', text):
         return found.end()
@@ -143,7 +144,8 @@ def jinja(template):
 
 
 class ChatForm:
-    """Conversations as tokens: a template and a tokenizer. Raises ValueError for a template that it can't use.
+    """Conversations as tokens: a template and a tokenizer. Raises ValueError for a template that it
+    can't use.
 
     end_ids, end_strings: what ends an answer.
     """
@@ -157,8 +159,9 @@ class ChatForm:
         self.end_strings = [end for end in ends if end not in tokenizer.special]
 
     def encode(self, messages, is_question=False):
-        """ids, mask: (N,) uint32 and (N,) uint8. What the assistant says and the end of it are targets. Raises
-        ValueError for a conversation that the template or the tokenizer can't express."""
+        """ids, mask: (N,) uint32 and (N,) uint8. What the assistant says and the end of it are
+        targets. Raises ValueError for a conversation that the template or the tokenizer can't
+        express."""
         parts = parts_of(messages, self.template, self.tokenizer.special, is_question)
         for text, kind in parts:
             if kind in ROLES and (found := [mark for mark in self.plain_marks if mark in text]):
@@ -175,7 +178,8 @@ class ChatForm:
 
     @functools.cached_property
     def plain_marks(self):
-        """What the template has between messages, where that is no special token: no message may hold it."""
+        """What the template has between messages, where that is no special token: no message may
+        hold it."""
         said = [{'role': role, 'content': SPLIT} for role in ('user', 'assistant', 'user')]
         names = self.tokenizer.special
         if 'jinja' not in self.template:
@@ -187,8 +191,8 @@ class ChatForm:
 
 
 def encode_parts(tokenizer, parts):
-    """ids, (N,) uint32, and the first and last part that each belongs to. parts: (text, is_template); names of
-    special tokens are these tokens in the template's text alone."""
+    """ids, (N,) uint32, and the first and last part that each belongs to. parts: (text,
+    is_template); names of special tokens are these tokens in the template's text alone."""
     if hasattr(tokenizer, 'encode_parts'):
         return tokenizer.encode_parts(parts)
     as_text = getattr(tokenizer, 'encode_array', tokenizer.encode)
@@ -200,8 +204,9 @@ def encode_parts(tokenizer, parts):
 # ---------------------------------------------------------------------------- files
 
 def read_conversations(path, strict=False):
-    """The conversations of a file of JSON lines, or of one JSON list, as lists of {'role', 'content'}. Rows that
-    are none are counted and left out; with `strict`, the first is a ValueError that names it."""
+    """The conversations of a file of JSON lines, or of one JSON list, as lists of {'role',
+    'content'}. Rows that are none are counted and left out; with `strict`, the first is a
+    ValueError that names it."""
     text = read_text(path).removeprefix('\ufeff')
     if text.lstrip().startswith('['):
         with explain_failure(f'{path} is no JSON list', RecursionError):
@@ -224,8 +229,8 @@ def read_conversations(path, strict=False):
 
 
 def report_bad_rows(path, n_good, bad, strict):
-    """Print how many rows of a file were left out, and why. bad: {where: why}. ValueError with `strict`, and
-    if no row is left."""
+    """Print how many rows of a file were left out, and why. bad: {where: why}. ValueError with
+    `strict`, and if no row is left."""
     if bad and (strict or not n_good):
         where, reason = next(iter(bad.items()))
         raise UserError(f'{path}, {where} is no conversation: {reason}')
@@ -239,7 +244,8 @@ def report_bad_rows(path, n_good, bad, strict):
 
 
 def messages_of(row):
-    """The messages of a row with chat, ShareGPT, prompt or Alpaca fields; None if it has none of them."""
+    """The messages of a row with chat, ShareGPT, prompt or Alpaca fields; None if it has none of
+    them."""
     if not isinstance(row, dict):
         return None
     if 'messages' in row or isinstance(row.get('conversations'), list):

@@ -1,12 +1,12 @@
 """
-Text to token ids and back: a vocabulary of characters or words, GPT-2's byte pair encoding, or one's own
-(bpe.py).
+Text to token ids and back: a vocabulary of characters or words, GPT-2's byte pair encoding, or
+one's own (bpe.py).
 
     tokenizer = Dataset('data/shakespeare_char').tokenizer  # support/text/dataset.py
     tokenizer.decode(tokenizer.encode('To be'))
 
-Every tokenizer has `begin`, the ids that its model expects before a text, `end`, the id that ends a document,
-or None, and `ends`, those at which a sample ends.
+Every tokenizer has `begin`, the ids that its model expects before a text, `end`, the id that ends a
+document, or None, and `ends`, those at which a sample ends.
 """
 
 import functools
@@ -31,8 +31,8 @@ PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
 
 
 class CharTokenizer:
-    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}. Of words
-    without white space, white space in a text only separates them."""
+    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}. Of
+    words without white space, white space in a text only separates them."""
     begin, end, ends, special = (), None, (), {}  # no token ends a document
 
     def __init__(self, itos):
@@ -118,7 +118,8 @@ class GPT2Tokenizer:
 
     @functools.cached_property
     def slower(self):
-        """The same tokenizer without tiktoken's limit: its stack holds less than a million blanks."""
+        """The same tokenizer without tiktoken's limit: its stack holds less than a million
+        blanks."""
         return BPETokenizer(gpt2_json())
 
     def encode(self, text):
@@ -183,7 +184,8 @@ def gpt2_json():
 
 
 def last_merge(token, ranks):
-    """The two parts that byte pair encoding joins last to a token, bytes each. ranks: {bytes: rank}"""
+    """The two parts that byte pair encoding joins last to a token, bytes each. ranks: {bytes:
+    rank}"""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
@@ -192,8 +194,8 @@ def last_merge(token, ranks):
 
 
 class NoTokenizer:
-    """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded. reason: why
-    that is, for the error."""
+    """Of ids whose text isn't known: models train on them, but no text can be encoded or decoded.
+    reason: why that is, for the error."""
     begin, end, ends, special = (), None, (), {}
 
     def __init__(self, n_vocab, reason='the meta.pkl of its data has no itos, a table of ids and strings'):
@@ -257,8 +259,8 @@ GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f91504
 
 
 def load_tokenizer(path):
-    """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one. None if a folder has none.
-    ValueError for one that can't be used."""
+    """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one. None if a folder has
+    none. ValueError for one that can't be used."""
     path = Path(path)
     if path.is_dir():
         file = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
@@ -276,8 +278,8 @@ def load_tokenizer(path):
 
 
 def of_json(text, ends=()):
-    """The tokenizer of a tokenizer.json: of characters or words, as export.py writes them, GPT-2's, or any
-    other."""
+    """The tokenizer of a tokenizer.json: of characters or words, as export.py writes them, GPT-2's,
+    or any other."""
     content = json.loads(text)
     vocab, added = content['model']['vocab'], content.get('added_tokens') or ()
     if content['model'].get('type') == 'WordLevel' and {t['content'] for t in added} <= {PAD}:
@@ -291,8 +293,8 @@ def of_json(text, ends=()):
 
 
 def converted(path):
-    """An older layout of files, such as vocab.json and merges.txt or a tokenizer.model, as the text of a
-    tokenizer.json, by transformers."""
+    """An older layout of files, such as vocab.json and merges.txt or a tokenizer.model, as the text
+    of a tokenizer.json, by transformers."""
     from transformers import AutoTokenizer, GPT2Tokenizer as ByteLevel, logging
     logging.set_verbosity_error()
     merges = path.with_name('merges.txt')
@@ -305,8 +307,8 @@ def converted(path):
 
 
 def end_ids(folder):
-    """Ids at which the samples of a folder's model end: those of its generation_config.json, else of its
-    config.json."""
+    """Ids at which the samples of a folder's model end: those of its generation_config.json, else
+    of its config.json."""
     for name in ('generation_config.json', 'config.json'):
         path = Path(folder, name)
         if path.is_file():
