@@ -85,8 +85,9 @@ def attention(c, w, name, x, first_v):
     """What the layer adds to x, the first layer's values, and the sizes of the logits of all heads."""
     hs, groups, heads, sizes = c.head_size, c.n_head // c.n_kv_head, [], []
     q, k, v = linear(w, f'{name}.c_attn', x).split((c.n_head * hs, c.n_kv_head * hs, c.n_kv_head * hs), dim=1)
-    first_v = v if first_v is None else first_v
-    if f'{name}.value_mix' in w:
+    if first_v is None:
+        first_v = v
+    elif c.value_residual:
         own, of_first = w[f'{name}.value_mix']
         v = own * v + of_first * first_v
     for head in range(c.n_head):

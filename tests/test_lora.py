@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, evaluations, losses, save_model, scrambled, tiny, tokens
+from conftest import evaluations, losses, save_model, scrambled, tiny, tokens
 
 from model import GPT, GPTConfig
 from support.training import lora
@@ -72,14 +72,14 @@ def test_rank_0_changes_nothing():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_layers_that_are_used_twice_have_one_adapter():
-    class Repeated(GPT):
-        def __init__(self, config):
-            super().__init__(config)
-            self.transformer.h[1] = self.transformer.h[0]
-    model, idx = scrambled(Repeated(GPTConfig(**TINY))), tokens(2, 16)
+@pytest.mark.parametrize('share', [
+    lambda h: setattr(h, '1', h[0]), lambda h: setattr(h[1].mlp, 'c_fc', h[0].mlp.c_fc),
+    lambda h: setattr(h[1].mlp.c_fc, 'weight', h[0].mlp.c_fc.weight)], ids=['block', 'layer', 'weight'])
+def test_a_weight_that_is_used_twice_has_one_adapter(share):
+    model, plain, idx = scrambled(tiny()), tiny(), tokens(2, 16)
+    for each in (model, plain):
+        share(each.transformer.h)
     lora.add_adapters(model, 4, 8.0)
-    plain = Repeated(model.config)
     plain.load_state_dict(lora.merged_state_dict(scrambled(model)))
     torch.testing.assert_close(plain(idx, idx)[0], model(idx, idx)[0], rtol=0, atol=1e-4)
 

@@ -17,17 +17,21 @@ from support.machine.linear import product, replace_linears
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter, `adapt` makes it."""
+    """A linear layer with an adapter."""
 
     def forward(self, x):
         """x: (..., inputs) -> (..., outputs)"""
         y = product(x, self.weight, self.bias)
         return y + F.linear(F.linear(x, self.lora_A) * self.lora_scale, self.lora_B)
 
-    def adapt(self, rank, alpha):
-        self.lora_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features ** -0.5)
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+    def adapt(self, rank, alpha, like):
+        """Make the adapter, or take that of another layer, `like`, which has the same weight."""
         self.lora_scale = alpha / rank
+        if like is self:
+            self.lora_A = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features ** -0.5)
+            self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        else:
+            self.lora_A, self.lora_B = like.lora_A, like.lora_B
 
 
 def add_adapters(model, rank, alpha):
@@ -40,8 +44,9 @@ def add_adapters(model, rank, alpha):
         raise UserError(f'lora_rank={rank} adapts the linear layers in transformer.h, which this model.py '
                         'lacks: use --lora_rank=0')
     model.requires_grad_(False)
+    first = {}
     for layer in dict.fromkeys(adapted_layers(model).values()):
-        layer.adapt(rank, alpha)
+        layer.adapt(rank, alpha, like=first.setdefault(layer.weight, layer))
 
 
 def adapted_layers(model):
