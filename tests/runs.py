@@ -24,6 +24,8 @@ from types import SimpleNamespace
 
 import runner
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank', 'slowest_ms', 'median_ms')
@@ -91,8 +93,7 @@ def fault(line, kind, value=float('nan'), pid=None):
         else:
             armed.append(kind)
 
-    hooks = [torch.nn.modules.module.register_module_forward_hook(spoil),
-             torch.optim.optimizer.register_optimizer_step_post_hook(spoil_moment)]
+    hooks = [register_module_forward_hook(spoil), register_optimizer_step_post_hook(spoil_moment)]
     try:
         with at_line(line, act):
             yield
