@@ -273,7 +273,7 @@ def evaluate_and_save():
             save_state(f'ckpt_{iter_num}.pt', with_optimizer=ckpt_with_optimizer)
         if sampling and is_measuring:
             with stop.alone(is_alone):
-                log.sample(iter_num, sample_text(model, data.tokenizer, data['val'][:1].tolist(), run,
+                log.sample(iter_num, sample_text(model, data.tokenizer, probe[0, :1].tolist(), run,
                                                  seed + iter_num, stop.watch))
     return vitals
 
@@ -284,7 +284,7 @@ def evaluate(seconds):
     losses = estimate_loss(stop.watch)
     guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
     log.evaluation({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
-                    **bits_per_byte(losses), 'lr': opt.param_groups[0]['lr'], 'mfu': mfu, 'seconds': seconds,
+                    **bits_per_byte(losses), 'lr': lr, 'mfu': mfu, 'seconds': seconds,
                     'tokens': meter.tokens})
     vitals = None
     if is_measuring:

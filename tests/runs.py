@@ -24,6 +24,8 @@ from types import SimpleNamespace
 
 import runner
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank', 'slowest_ms', 'median_ms')
@@ -62,7 +64,7 @@ def fault(line, kind, value=float('nan'), pid=None):
     def spoil(module, args, output):
         """Of each module's forward pass."""
         mode = 'training' if module.training else 'evaluation'
-        if not armed or type(module).__name__ != 'GPT' or kind == 'moment':
+        if not armed or not type(module).__name__.endswith('GPT') or kind == 'moment':
             return None
         if kind.startswith('stop'):
             if kind == f'stop in {mode}':
@@ -91,8 +93,7 @@ def fault(line, kind, value=float('nan'), pid=None):
         else:
             armed.append(kind)
 
-    hooks = [torch.nn.modules.module.register_module_forward_hook(spoil),
-             torch.optim.optimizer.register_optimizer_step_post_hook(spoil_moment)]
+    hooks = [register_module_forward_hook(spoil), register_optimizer_step_post_hook(spoil_moment)]
     try:
         with at_line(line, act):
             yield
@@ -146,11 +147,11 @@ class Processes:
             stdout=subprocess.PIPE, env=env) for rank in range(n)]
         atexit.register(self.close)
 
-    def train(self, *args, line=None, kind=None, rank=0):
-        """Run train.py on all, with a fault on one; what each has to say, as namespaces."""
-        pid = self.processes[rank].pid
-        request = {'args': [*map(str, args)], 'port': free_port(), 'fault': line and {
-            'line': line, 'kind': kind, 'pid': pid}}
+    def train(self, *args, line=None, kind=None, rank=0, of_others=()):
+        """Run train.py on all, with a fault on one (see `fault`). of_others: more arguments for all but the
+        first. Returns for each: output, error, and the bytes that it held of parameters and of moments."""
+        request = {'args': [*map(str, args)], 'of_others': [*map(str, of_others)], 'port': free_port()}
+        request['fault'] = line and {'line': line, 'kind': kind, 'pid': self.processes[rank].pid}
         for process in self.processes:
             process.stdin.write(json.dumps(request) + '\n')
             process.stdin.flush()
@@ -172,20 +173,29 @@ def work(rank, n):
     """A process's life: a request a line, a reply a line."""
     replies = sys.stdout
     for line in sys.stdin:
-        request, error, sys.stdout = json.loads(line), None, io.StringIO()
+        request, error, held, sys.stdout = json.loads(line), None, None, io.StringIO()
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(request['port']))
         is_watched = request['fault'] and rank == 0  # which prints
         try:
             with fault(**request['fault']) if is_watched else contextlib.nullcontext():
-                runner.execute(ROOT / 'train.py', request['args'])
+                script = runner.execute(ROOT / 'train.py', [
+                    *request['args'], *(request['of_others'] if rank else [])])
+            moments = [t for s in script['opt'].state.values() for t in s.values() if t.dim()]
+            held = [sum(map(local_bytes, ts)) for ts in (script['model'].parameters(), moments)]
+            del script
         except (Exception, SystemExit) as e:
             error = f'{type(e).__name__}: {e}'
             traceback.clear_frames(e.__traceback__)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        reply = {'output': sys.stdout.getvalue(), 'error': error}
+        reply = {'output': sys.stdout.getvalue(), 'error': error, 'held': held}
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def local_bytes(t):
+    """Of the part of a tensor that this process holds."""
+    return (t.to_local() if hasattr(t, 'to_local') else t).nbytes
 
 
 def free_port():
