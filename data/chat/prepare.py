@@ -27,7 +27,7 @@ from support.hub.names import tokenizer_path
 from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render, report_bad_rows,
                                template_for)
-from support.text.prepare import check_cut, check_tokenizer_name, dataset_folder
+from support.text.prepare import cut_of, dataset_folder, resolve_tokenizer
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
@@ -65,20 +65,20 @@ def encode(conversations, form):
 paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
 source = ', '.join(Path(path).name for path in paths)
 folder, path = dataset_folder(__file__, name), tokenizer_path(tokenizer)
-coder = check_tokenizer_name(path, vocab_size, ('bpe', 'gpt2', 'char'))
+coder = resolve_tokenizer(path, vocab_size, ('bpe', 'gpt2', 'char'))
 if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
 conversations = [messages for file in paths for messages in read_conversations(file, strict)]
-cut = check_cut(len(conversations), val_fraction, source, 'conversations')
+cut = cut_of(len(conversations), val_fraction, source, 'conversations')
 shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
 coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
 template = Path(path).is_dir() and folder_template(path) or template_for(coder)
 encoded = encode(shuffled, ChatForm(template, coder))
-cut = check_cut(len(encoded), val_fraction, source, 'conversations')
+cut = cut_of(len(encoded), val_fraction, source, 'conversations')
 parts = {'train': encoded[:cut], 'val': encoded[cut:]}
 ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
 masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
-write_dataset(folder, ids, coder, source, masks, template)
+write_dataset(folder, ids, coder, source, masks, {'chat': template})
 lengths = sorted(len(ids) for ids, _ in encoded)
 print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
       f'longest {lengths[-1]:,}; a window holds one, so no block_size needs to be larger')

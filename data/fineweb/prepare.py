@@ -20,7 +20,9 @@ from pathlib import Path
 
 from support.errors import UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
-from support.text.prepare import dataset_folder, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder
 from support.text.tokens import describe_file, split_files
 
 source = 'HuggingFaceFW/fineweb-edu'  # a Hugging Face dataset, or a local file or folder of documents
@@ -78,5 +80,6 @@ if shards < 0:
 if shards:
     take_shards(dataset_folder(__file__, name), shards_from, shards)
 else:
-    prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, tokenizer=tokenizer,
-                   vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)
+    corpus = Corpus(source, text_column, limit, subset)
+    prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
+                   num_proc)

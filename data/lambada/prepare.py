@@ -15,7 +15,9 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
-from support.text.prepare import dataset_folder, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder
 
 source = 'cimec/lambada'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
 subset = ''  # a configuration of the dataset on the hub, if it has several
@@ -28,5 +30,6 @@ limit = 0  # use only the first novels and passages; 0: all
 val_fraction = 0.0005  # of the documents, where the source has no validation split
 
 configure(globals())
-prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)
+corpus = Corpus(source, text_column, limit, subset, own_splits=True)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
+               num_proc)

@@ -14,7 +14,9 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
-from support.text.prepare import dataset_folder, name_after, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder, name_after
 
 OPENWEBTEXT = 'Skylion007/openwebtext'
 source = OPENWEBTEXT  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
@@ -30,5 +32,6 @@ val_fraction = 0.0005  # of the shuffled documents
 configure(globals())
 if not name and source != OPENWEBTEXT:
     name = name_after(source)
-prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, tokenizer=tokenizer,
-               vocab_size=vocab_size, val_fraction=val_fraction, subset=subset)
+corpus = Corpus(source, text_column, limit, subset)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
+               num_proc)

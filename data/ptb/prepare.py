@@ -14,7 +14,9 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
-from support.text.prepare import dataset_folder, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder
 
 source = 'ptb-text-only/ptb_text_only'  # a Hugging Face dataset, or a local folder (parquet, jsonl, txt)
 subset = ''  # a configuration of the dataset on the hub, if it has several
@@ -31,6 +33,7 @@ def whole(sentences):
 
 
 configure(globals())
-prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, own_splits=True, regroup=whole,
-               rows_are_lines=True, revision=revision or None, tokenizer=tokenizer, vocab_size=vocab_size,
-               subset=subset)
+corpus = Corpus(source, text_column, subset=subset, revision=revision, own_splits=True, regroup=whole,
+                rows_are_lines=True)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size,
+               num_proc=num_proc)

@@ -14,7 +14,9 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
-from support.text.prepare import dataset_folder, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder
 
 source = 'roneneldan/TinyStories'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt)
 subset = ''  # a configuration of the dataset on the hub, if it has several
@@ -40,6 +42,6 @@ def stories(lines):
 
 
 configure(globals())
-prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               regroup=stories, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-               subset=subset)
+corpus = Corpus(source, text_column, limit, subset, own_splits=True, regroup=stories)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
+               num_proc)

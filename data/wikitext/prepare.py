@@ -15,7 +15,9 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import re
 from configurator import configure
-from support.text.prepare import dataset_folder, prepare_corpus
+from support.text.corpus import prepare_corpus
+from support.text.documents import Corpus
+from support.text.prepare import dataset_folder
 
 source = 'Salesforce/wikitext'  # a Hugging Face dataset, or a local file or folder (parquet, jsonl, txt, raw)
 subset = 'wikitext-103-raw-v1'  # on the hub; raw means: without <unk> for rare words
@@ -42,6 +44,7 @@ def articles(lines):
 
 
 configure(globals())
-prepare_corpus(dataset_folder(__file__, name), source, text_column, num_proc, limit, own_splits=True,
-               regroup=articles, rows_are_lines=True, subset=subset, tokenizer=tokenizer,
-               vocab_size=vocab_size, val_fraction=val_fraction)
+corpus = Corpus(source, text_column, limit, subset, own_splits=True, regroup=articles,
+                rows_are_lines=True)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
+               num_proc)

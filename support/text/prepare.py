@@ -1,192 +1,183 @@
 """
-Text, corpora and downloads into token files, for the `data/*/prepare.py`.
+A text into a dataset, for the `data/*/prepare.py`; and what they share with corpora (corpus.py).
 
-    write_text_dataset(folder, text, 'char', source='notes.txt')
-    prepare_corpus(folder, source='Skylion007/openwebtext', text_column='text', num_proc=8)
+    write_text_dataset(folder, TextFiles(['notes.txt']), 'char', source='notes.txt')
 
-Hugging Face's `datasets` keeps the documents of a corpus in a memory-mapped file. Threads encode 2,048
-documents at a time (tiktoken releases the GIL) into files of their own, joined at the end. So memory
-use doesn't grow with the corpus, and an interrupted run continues where it stopped.
+The text is read in pieces: first to count it, then to encode it by all cores (stream.py). So the
+memory it takes doesn't grow with the text.
 """
 
-import hashlib
-import json
-import os
+import contextlib
 import re
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 from support.errors import UserError
-from support.machine.files import replacing
-from support.text.bpe import END, BPETokenizer, check_vocab_size, train_bpe
-from support.text.documents import FORMATS, SPLIT_NAMES, has_own_splits, load_documents, tell_files_of
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
-from support.text.tokens import pieces
-from support.text.writing import write_dataset, write_tokens
+from support.text.bpe import check_vocab_size, train_bpe, untrained
+from support.text.dataset import parse_info, read_info
+from support.text.documents import FORMATS
+from support.text.stream import (BLOCK, divide, encode_all, is_of_characters, resized, spread,
+                                 survey)
+from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer, load_tokenizer
+from support.text.vocabulary import read_vocabulary
+from support.text.writing import write_dataset
 
 # ---------------------------------------------------------------------------- tokenizers
 
-SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
+SAMPLE = 1 << 26  # characters that a tokenizer is trained on at most
+SMALL_SAMPLE = 1 << 22  # characters of any text that it can be trained on
+PROBE = 1 << 20  # characters of which the words are counted
+WORD_BYTES = 8e6  # of different words; in training each takes 90 bytes
 
 
-def check_tokenizer_name(name, vocab_size, known):
-    """The tokenizer that a setting names if it exists already, None for those that are made of the text: char
-    and bpe. known: the names that the caller takes besides paths. Raises ValueError for any other."""
-    if name not in known and not Path(name).exists():
-        raise UserError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
-                         'tokenizer.json or of a folder with one')
+def resolve_tokenizer(name, vocab_size, known):
+    """The tokenizer that a setting names if it exists already, None for those that are made of
+    the text: char and bpe. known: the names that the caller takes besides paths, of a
+    tokenizer.json or of a folder with a tokenizer or a dataset. Raises UserError for any other."""
     if name in known:
         if name == 'bpe':
             check_vocab_size(vocab_size)
         return GPT2Tokenizer() if name == 'gpt2' else None
-    if (tokenizer := load_tokenizer(name)) is None:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
+                        'tokenizer.json or of a folder with one')
+    if any(Path(path, file).is_file() for file in ('dataset.json', 'meta.pkl', 'train.bin')):
+        coder, *_ = read_vocabulary(path, read_info(path))
+    else:
+        coder = load_tokenizer(path)
+    if coder is None:
         raise UserError(f'tokenizer={name} has no tokenizer.json')
-    return tokenizer
+    if isinstance(coder, NoTokenizer):
+        raise UserError(f'tokenizer={name} can\'t encode text: {coder.reason}')
+    return coder
+
+
+def train_on(text, n, vocab_size):
+    """A BPETokenizer of the first n characters of a text, or of a sample spread over them."""
+    at_most = sample_size(text, n)
+    if n > at_most:
+        print(f'the tokenizer is trained on {at_most:,} characters, {at_most / n:.1%} of the '
+              'training part, spread over it')
+    return train_bpe(resized(spread(text, n, at_most), BLOCK), vocab_size)
+
+
+def sample_size(text, n):
+    """How many of n characters a tokenizer can be trained on within a gigabyte. What takes
+    memory are the different words; how fast they grow in number is estimated by those that occur
+    once (Good 1953)."""
+    if n <= SMALL_SAMPLE:
+        return n
+    split = untrained().pre_tokenizer.pre_tokenize_str
+    words = Counter(word for string in spread(text, n, PROBE) for word, _ in split(string))
+    new = sum(len(word) for word, count in words.items() if count == 1) / PROBE  # bytes a character
+    return int(min(n, SAMPLE, max(SMALL_SAMPLE, WORD_BYTES / max(new, 1e-9))))
 
 
 # ---------------------------------------------------------------------------- one text
 
-def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096):
-    """Write a text as a dataset, with the last val_fraction of its characters for validation.
+def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096, *,
+                       val=None, overwrite=True):
+    """Write a text as a dataset: a string, or an iterable of strings that gives the same ones each
+    time.
 
-    tokenizer: 'char' (a vocabulary of the text's characters), 'gpt2', 'bpe' (trained on the training part, of
-    vocab_size entries), or a tokenizer.json or a folder with one.
+    tokenizer: 'char' (a vocabulary of the text's characters), 'gpt2', 'bpe' (trained on the
+    training part, of vocab_size entries), or a path, see `resolve_tokenizer`. val: a text for
+    validation; without one, the last val_fraction of the characters are. overwrite: replace a
+    dataset of another text.
     """
-    coder = check_tokenizer_name(tokenizer, vocab_size, ('char', 'gpt2', 'bpe'))
-    cut = check_cut(len(text), val_fraction, source)
-    print(f'{source}: {len(text):,} characters')
+    coder = resolve_tokenizer(tokenizer, vocab_size, ('char', 'gpt2', 'bpe'))
+    check_fraction(val_fraction)
+    texts = [[text] if isinstance(text, str) else text for text in (text, val) if text is not None]
+    with_characters = tokenizer == 'char' or coder is not None and is_of_characters(coder)
+    found = [survey(one, with_characters) for one in texts]
+    n, characters = sum(one.n_characters for one in found), set()
+    characters.update(*(one.characters for one in found))
+    cut = cut_of(n, val_fraction, source) if val is None else cut_between(found, source)
+    print(f'{source}: {n:,} characters')
+    more = {'text': '+'.join(f'{one.n_characters}-{one.crc32:08x}' for one in found)}
+    check_replacing(data_dir, more['text'], overwrite)
     if tokenizer == 'char':
-        coder = CharTokenizer.of_text(text)
+        coder = CharTokenizer.of_text(characters)
     elif tokenizer == 'bpe':
-        if cut > SAMPLE:
-            print(f'the tokenizer is trained on {SAMPLE:,} characters, spread over the training part')
-        coder = train_bpe(pieces(text[:cut], SAMPLE), vocab_size)
-    encode = coder.encode if isinstance(coder, CharTokenizer) else coder.encode_array
-    write_dataset(data_dir, {'train': [encode(text[:cut])], 'val': [encode(text[cut:])]}, coder, source)
+        coder = train_on(texts[0], cut, vocab_size)
+    elif characters:
+        coder.encode(''.join(sorted(characters)))  # UserError if it doesn't know one
+    parts = texts if val is not None else divide(texts[0], cut)
+    chunks = {split: encode_all(part, coder, size, split)
+              for split, part, size in zip(('train', 'val'), parts, (cut, n - cut))}
+    write_dataset(data_dir, chunks, coder, source, more=more)
 
 
-def dataset_folder(script, name):
-    """data/<name> beside the folder of a prepare.py, or that folder for an empty name."""
-    if name and (Path(name).name != name or name == '..'):
-        raise UserError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
-    folder = Path(script).parent
-    return folder.parent / name if name else folder
-
-
-def name_after(source):
-    """A dataset's name for a corpus: that of its file, its folder or its repository on the hub."""
-    path = Path(source).resolve()
-    return re.sub(r'[^\w.-]', '_', path.stem if path.suffix in FORMATS else path.name) or 'corpus'
-
-
-def check_cut(n, val_fraction, source, unit='characters'):
-    """How many of n characters (or other units) are for training. ValueError if there is nothing to split."""
+def check_fraction(val_fraction):
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} must lie between 0 and 1')
+
+
+def cut_of(n, val_fraction, source, unit='characters'):
+    """How many of n characters (or other units) are for training. UserError if there is nothing
+    to split."""
+    check_fraction(val_fraction)
     cut = int(n * (1 - val_fraction))
     if not 0 < cut < n:
         raise UserError(f'{source} has {n:,} {unit}, too few to split')
     return cut
 
 
-# ---------------------------------------------------------------------------- corpora of documents
+def cut_between(found, source):
+    """The number of characters of the training text, of two texts. UserError if one is empty."""
+    if not all(one.n_characters for one in found):
+        raise UserError(f'{source} has {found[0].n_characters:,} characters, and the text for '
+                        f'validation {found[1].n_characters:,}: each needs some')
+    return found[0].n_characters
 
-PART = 2048  # documents
 
-
-def prepare_corpus(folder, source, text_column='text', num_proc=0, limit=0, val_fraction=0.0005, seed=2357,
-                   own_splits=False, tokenizer='gpt2', vocab_size=4096, subset='', **how):
-    """Encode every document of `source`, each followed by <|endoftext|>, into folder/{train,val}.bin.
-
-    source: a Hugging Face dataset id, or a local parquet, jsonl or text file, or a folder with such files; a
-    text file is one document. num_proc: threads, 0 for all cores. limit: use only the first documents.
-    own_splits: use the source's own validation split, if it is on the hub or a folder with files named
-    train... and val... or dev...; otherwise val_fraction of the shuffled documents. tokenizer: 'gpt2', 'bpe'
-    (trained on the training part, of vocab_size entries), or a tokenizer.json or a folder with one. subset: a
-    configuration of a dataset on the hub. how: further arguments of `load_documents`.
-    """
-    how |= {'name': subset} if subset else {}
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} must lie between 0 and 1')
-    coder = check_tokenizer_name(tokenizer, vocab_size, ('gpt2', 'bpe'))
-    if isinstance(coder, GPT2Tokenizer):
-        coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
-    elif coder and coder.end is None:
-        raise UserError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
-    if own_splits and has_own_splits(source):
-        tell_files_of(source, SPLIT_NAMES)
-        splits = {part: load_documents(source, text_column, limit, name, **how)
-                  for part, name in (('train', 'train'), ('test', 'validation'))}
+def check_replacing(folder, text, overwrite):
+    """UserError if a folder has a dataset of another text, unless it is to be replaced. text:
+    what tells it from others, as dataset.json has it."""
+    if not any(Path(folder).glob('*.bin')):
+        return
+    info = info_of(folder)
+    if info.get('text') == text:
+        print(f'{folder} has this text already; its files are written again')
+    elif info.get('unfinished') or overwrite:
+        print(f'replacing the data set in {folder}{of_source(info)}')
     else:
-        tell_files_of(source, [None])
-        documents = load_documents(source, text_column, limit, **how)
-        splits = split_documents(documents, source, val_fraction, seed)
-    # parts of another text, or of another size, go to another folder
-    key = json.dumps([[split._fingerprint for split in splits.values()], text_column, PART,
-                      coder.to_dict() if coder else [vocab_size, SAMPLE]])
-    parts = Path(folder, f'parts-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
-    coder = coder or trained_tokenizer(parts, splits['train'], text_column, vocab_size)
-
-    def encode(name, part):
-        threads = num_proc or os.cpu_count()
-        paths = encode_documents(splits[part], text_column, coder, parts, name, threads)
-        return (np.memmap(path, np.uint16, 'r') for path in paths)
-
-    chunks = {'train': encode('train', 'train'), 'val': encode('val', 'test')}
-    write_dataset(folder, chunks, coder, source)
-    shutil.rmtree(parts)
+        raise UserError(f'{folder} has another data set{of_source(info)}: choose another --name, '
+                        'or replace it with --overwrite=True')
 
 
-def split_documents(documents, source, val_fraction, seed):
-    """{'train': documents, 'test': documents}, shuffled, val_fraction of them in the second."""
-    if len(documents) < 2:
-        raise UserError(f'{source} has {len(documents)} documents, too few to split; for one long text '
-                         'use data/text/prepare.py --tokenizer=gpt2')
-    return documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+def info_of(folder):
+    """dataset.json as a dict; {} if there is none, or it is damaged."""
+    path = Path(folder, 'dataset.json')
+    with contextlib.suppress(UserError):
+        return parse_info(path) if path.is_file() else {}
+    return {}
 
 
-def trained_tokenizer(parts, documents, text_column, vocab_size):
-    """A BPETokenizer of documents spread over all of them; that of parts/tokenizer.json if an interrupted run
-    left it."""
-    path, n = parts / 'tokenizer.json', len(documents)
-    if not path.is_file():
-        some = documents.select(np.linspace(0, n - 1, min(n, PART), dtype=np.int64))
-        mean = sum(map(len, some[text_column])) / len(some)
-        count = max(1, min(n, int(SAMPLE / max(1, mean))))
-        print(f'the tokenizer is trained on {count:,} of {n:,} documents')
-        some = documents.select(np.linspace(0, n - 1, count, dtype=np.int64))
-        trained = train_bpe((t for batch in some.iter(PART) for t in batch[text_column]), vocab_size)
-        with replacing(path) as temporary:
-            temporary.write_bytes(trained.json.encode())
-    return BPETokenizer(path.read_text(encoding='utf-8'))
+def of_source(info):
+    return f', of {info["source"][:200]}' if info.get('source') else ''
 
 
-def encode_documents(documents, text_column, tokenizer, folder, name, n_threads):
-    """Encode documents into files of PART documents, except files that exist already; returns all paths."""
-    n, end = len(documents), np.array([tokenizer.end], dtype=np.uint32)
+# ---------------------------------------------------------------------------- folders
 
-    def encode(first, path):
-        texts = documents[first:first + PART][text_column]
-        ids = np.concatenate([part for text in texts for part in (tokenizer.encode_array(text), end)])
-        return len(texts), write_tokens(path, [ids])['tokens']
+def dataset_folder(script, name, source=None):
+    """data/<name> beside the folder of a prepare.py, or that folder for an empty name. UserError
+    if a folder that was named holds a dataset of another source than this one."""
+    if name and (Path(name).name != name or name == '..'):
+        raise UserError(f'name={name} must be a plain folder name: the dataset goes to data/<name>')
+    own = Path(script).parent
+    folder = own.parent / name if name else own
+    if name and source and any(folder.glob('*.bin')):
+        info = info_of(folder)
+        if info.get('source') != str(source) and not info.get('unfinished'):
+            raise UserError(f'{folder} has another data set{of_source(info)}: choose another '
+                            '--name, or remove its files first')
+    return folder
 
-    paths = {first: Path(folder, f'{name}-{first:09}.bin') for first in range(0, n, PART)}
-    missing = {first: path for first, path in paths.items() if not path.exists()}
-    finished = n - sum(min(PART, n - first) for first in missing)
-    n_tokens, begin = 0, time.perf_counter()
-    with ThreadPoolExecutor(n_threads) as pool, \
-            tqdm(total=n, initial=finished, unit=' documents', desc=name) as bar:
-        try:
-            for done in as_completed([pool.submit(encode, *job) for job in missing.items()]):
-                more_documents, more_tokens = done.result()
-                n_tokens += more_tokens
-                bar.set_postfix_str(f'{n_tokens / (time.perf_counter() - begin):,.0f} tokens/s')
-                bar.update(more_documents)
-        finally:
-            pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C doesn't wait for the rest
-    return list(paths.values())
+
+def name_after(source):
+    """A dataset's name for a corpus: that of its file, its folder or its repository on the hub."""
+    path = Path(source).resolve()
+    is_file = path.suffix.lower() in FORMATS
+    return re.sub(r'[^\w.-]', '_', path.stem if is_file else path.name) or 'corpus'

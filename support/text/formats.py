@@ -1,0 +1,289 @@
+"""
+Files of text as they lie on disks: compressed or not, in any encoding, rows of tables.
+
+    with open('posts.jsonl.gz', 'rb') as raw:
+        for piece in pieces_of(raw, 'posts.jsonl.gz', Reading(text_column='text')):
+            ...
+
+A piece has some megabytes at most, so memory doesn't grow with the file.
+"""
+
+import codecs
+import csv
+import json
+import lzma
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.errors import UserError
+
+PIECE = 1 << 22  # bytes that are read at a time
+LONGEST_ROW = 1 << 26  # characters
+COMPRESSED = ('.gz', '.xz', '.bz2', '.zst')
+LINES, TABLES = ('.jsonl', '.ndjson', '.json'), ('.csv', '.tsv')
+ROWS = (*LINES, *TABLES, '.parquet')  # with rows, of which text_column names the text
+EXPORT_FIRST = ('.pdf', '.docx', '.doc', '.odt', '.rtf', '.epub')
+MARKS = {codecs.BOM_UTF8: 'utf-8',
+         codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',  # they begin with:
+         codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
+DAMAGED = (zlib.error, lzma.LZMAError, csv.Error)  # what they raise besides Python's usual errors
+
+
+class NotText(UserError):
+    """A file that isn't text. A folder's other files are read without it."""
+
+
+@dataclass
+class Reading:
+    """How files are read: the column of their rows with the text ('' reads them as plain text), the
+    encoding of files without a byte-order mark, and whether a row without text is an error.
+
+    bad: {reason: number of rows that are left out}, and first: {reason: the first}.
+    """
+    text_column: str = ''
+    encoding: str = 'utf-8'
+    strict: bool = False
+    bad: Counter = field(default_factory=Counter)
+    first: dict = field(default_factory=dict)
+
+    def check(self):
+        """UserError for an encoding that Python doesn't know."""
+        try:
+            is_text = codecs.lookup(self.encoding)._is_text_encoding
+        except LookupError:
+            is_text = False
+        if not is_text:
+            raise UserError(f'encoding={self.encoding} is no encoding that Python knows: utf-8, '
+                            'utf-16, latin-1, cp1252, cp949, gb18030, shift_jis, ...')
+
+    def report(self):
+        """Print how many rows were left out, and why."""
+        if self.bad:
+            print(f'left out {sum(self.bad.values()):,} rows: ' + ', '.join(
+                f'{count:,} {reason} (the first: {self.first[reason]})'
+                for reason, count in self.bad.most_common()) + '. --strict=True refuses them')
+
+    def leave_out(self, where, reason):
+        """Count a row without text. UserError if `strict`."""
+        if self.strict:
+            raise UserError(f'{where} is a row {reason}; without --strict=True it is left out')
+        self.bad[reason] += 1
+        self.first.setdefault(reason, where)
+
+
+def suffixes(path):
+    """A file's suffix in lower case, and that of its compression or '': ('.jsonl', '.gz')."""
+    path = Path(path)
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, '')
+
+
+def pieces_of(raw, path, how):
+    """Yield a file's text. raw: the file, opened in binary. Raises NotText, or UserError if its
+    rows have no such column."""
+    suffix, compression = suffixes(path)
+    if suffix in EXPORT_FIRST:
+        raise NotText(f'{path} is not plain text: export its text first')
+    if suffix == '.parquet':
+        if compression:
+            raise UserError(f'{path} is a compressed table: decompress it first')
+        texts = rows_of_parquet(raw, path, how)
+    else:
+        pieces = decoded(decompressed(raw, path, compression), path, how.encoding)
+        if suffix in LINES and how.text_column:
+            texts = rows_of_json(pieces, path, how)
+        elif suffix in TABLES and how.text_column:
+            texts = rows_of_csv(pieces, path, how)
+        else:
+            texts = pieces
+    return ended_lines(texts, path, how)
+
+
+def ended_lines(texts, path, how):
+    """The texts of a file, which ends its line; so does each row."""
+    is_rows, last = bool(how.text_column) and suffixes(path)[0] in ROWS, ''
+    for text in texts:
+        if is_rows and not text.endswith('\n'):
+            text += '\n'
+        last = text[-1:] or last
+        yield text
+    if not is_rows and last != '\n':
+        yield '\n'
+
+
+# ---------------------------------------------------------------------------- bytes
+
+def decompressed(raw, path, compression):
+    """A binary stream of what a compressed file holds."""
+    if compression == '.gz':
+        import gzip
+        return gzip.GzipFile(fileobj=raw)
+    if compression == '.xz':
+        return lzma.open(raw)
+    if compression == '.bz2':
+        import bz2
+        return bz2.open(raw)
+    if compression == '.zst':
+        try:
+            import pyarrow
+        except ImportError:
+            raise UserError(f'{path} needs a library: pip install pyarrow, or decompress it '
+                            'first') from None
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), 'zstd')
+    return raw
+
+
+def decoded(stream, path, encoding):
+    """Yield a binary stream's text, without its byte-order mark and with Unix's line ends. The
+    mark, if there is one, says which encoding it is. Raises NotText."""
+    start = b''
+    while len(start) < 4 and (data := stream.read(4 - len(start))):
+        start += data
+    mark = next((mark for mark in MARKS if start.startswith(mark)), b'')
+    encoding = MARKS.get(mark, encoding)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    at, held, data, is_last = len(mark), '', start[len(mark):], False
+    while not is_last:
+        is_last = not data
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began
+        try:
+            text = held + decoder.decode(data, is_last)
+        except UnicodeDecodeError as error:
+            raise NotText(f'{path} is not {encoding.upper()} text ({error.reason} at byte '
+                          f'{at - waiting + error.start:,}): {how_to_read(start)}') from None
+        at, data = at + len(data), stream.read(PIECE)
+        held = '\r' if text.endswith('\r') and not is_last else ''  # the line end may go on
+        text = text[:len(text) - len(held)]
+        if '\0' in text:
+            raise NotText(f'{path} is not text: it has zero bytes. {how_to_read(start)}')
+        if text:
+            yield text.replace('\r\n', '\n') if '\r' in text else text
+
+
+def how_to_read(start):
+    """What to do about a file that can't be decoded. start: its first bytes."""
+    if start.startswith(b'%PDF'):
+        return 'it is a PDF, export its text first'
+    if start.startswith(b'PK\3\4'):
+        return 'it is a Word, Excel or zip file, export its text first'
+    return 'save it as UTF-8, or name its encoding with --encoding'
+
+
+# ---------------------------------------------------------------------------- rows
+
+def rows_of_json(pieces, path, how):
+    """Yield the texts of a file's JSON lines."""
+    n_good, names = 0, {}
+    for number, line in enumerate(lines(pieces, path), 1):
+        if not line.strip():
+            continue
+        if number == 1 and line.lstrip().startswith('['):
+            raise UserError(f'{path} is a JSON list, which can\'t be read in pieces: make a row of '
+                            f'each item, as `jq -c ".[]" {Path(path).name}` does')
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            how.leave_out(f'{path}, line {number}', 'that is no JSON')
+            continue
+        text = row.get(how.text_column) if isinstance(row, dict) else None
+        if is_good(text):
+            n_good += 1
+            yield clean(text)
+        else:
+            names |= dict.fromkeys(row) if isinstance(row, dict) and not names else {}
+            how.leave_out(f'{path}, line {number}', f'without text in {how.text_column}')
+    check_column(n_good, names, path, how)
+
+
+def rows_of_csv(pieces, path, how):
+    """Yield the texts of a table's rows. Fields are separated by what the first line has most
+    of."""
+    csv.field_size_limit(LONGEST_ROW)
+    whole = (line + '\n' for line in lines(pieces, path))
+    header = next(whole, '')
+    separator = max(',;\t', key=header.count)
+    names = next(csv.reader([header], delimiter=separator), [])
+    if how.text_column not in names:
+        check_column(0, names, path, how)
+    column, n_good = names.index(how.text_column), 0
+    table = csv.reader(whole, delimiter=separator)
+    for row in table:
+        text = row[column] if column < len(row) else None
+        if is_good(text):
+            n_good += 1
+            yield clean(text)
+        elif row:
+            how.leave_out(f'{path}, line {table.line_num + 1}',
+                          f'without text in {how.text_column}')
+    check_column(n_good, names, path, how)
+
+
+def rows_of_parquet(raw, path, how):
+    """Yield the texts of a Parquet file's rows."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f'{path} needs a library: pip install pyarrow') from None
+    try:
+        table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
+        names = table.schema_arrow.names
+        if how.text_column not in names:
+            check_column(0, names, path, how)
+        kind = table.schema_arrow.field(how.text_column).type
+        if 'string' not in str(kind):
+            raise UserError(f'{path} has {kind} in column {how.text_column}, not text: name '
+                            'another with --text_column')
+        batches = table.iter_batches(64, columns=[how.text_column], use_threads=False)
+        texts, n_good = (text for batch in batches for text in batch.column(0).to_pylist()), 0
+        for number, text in enumerate(texts, 1):
+            if is_good(text):
+                n_good += 1
+                yield clean(text)
+            else:
+                how.leave_out(f'{path}, row {number}', f'without text in {how.text_column}')
+    except pyarrow.ArrowException as error:
+        raise UserError(f'{path} can\'t be read ({str(error).splitlines()[0][:200]})') from None
+    check_column(n_good, names, path, how)
+
+
+def is_good(text):
+    return isinstance(text, str) and bool(text.strip())
+
+
+def clean(text):
+    """A row's text with Unix's line ends, and without halves of surrogate pairs, which no UTF-8
+    has."""
+    text = text.replace('\r\n', '\n')
+    if text.isascii():
+        return text
+    return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+
+
+def check_column(n_good, names, path, how):
+    """UserError if no row of a file has text. names: of its columns."""
+    if n_good:
+        return
+    found = ', '.join(map(str, [*names][:20])) or 'none'
+    if not how.text_column:
+        raise UserError(f'{path} has the columns {found}: name that of the text with --text_column')
+    if how.text_column not in names:
+        raise UserError(f'{path} has no column {how.text_column}, only {found}: name one with '
+                        '--text_column')
+    raise UserError(f'{path} has no row with text in column {how.text_column}: name another with '
+                    '--text_column')
+
+
+def lines(pieces, path):
+    """Yield the lines of a text in pieces, without their ends."""
+    held = ''
+    for piece in pieces:
+        *whole, held = (held + piece).split('\n')
+        yield from whole
+        if len(held) > LONGEST_ROW:
+            raise UserError(f'{path} has a row of more than {LONGEST_ROW:,} characters: damaged, '
+                            'or not a file of rows')
+    if held:
+        yield held
