@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def settings(script):
     fields if it passes that."""
     names = settings('train.py') if script == 'scripts/plan.py' else set()  # which executes its settings
     for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
-        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure']
+        calls = [n for n in ast.walk(node) if getattr(getattr(n, 'func', None), 'id', '') == 'configure']
         if calls:
             has_model = 'GPTConfig' in ast.unparse(calls[0])
             return names | {f.name for f in dataclasses.fields(GPTConfig) if has_model}
@@ -226,6 +227,18 @@ def test_demo_of_the_makefile_ends_with_how_to_go_on():
     assert [command[1] for command in commands] == ['sample.py', 'data/text/prepare.py', 'train.py']
     for _, script, *args in commands:
         assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not shutil.which('make'), reason='needs make on Linux')
+@pytest.mark.parametrize('gpu', ['', 'yes'])
+def test_makefile_takes_pytorch_s_cpu_build_where_there_is_no_gpu(gpu, tmp_path):
+    for name in ('Makefile', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    plan = subprocess.run(['make', '-n', 'demo', f'GPU={gpu}'], cwd=tmp_path, capture_output=True, text=True,
+                          check=True).stdout
+    installs = re.findall(r'-m pip install (.*)', plan)
+    assert installs[-1] == '-r requirements.txt'
+    assert ['whl/cpu torch==' in line for line in installs[:-1]] == ([] if gpu else [True])
 
 
 def test_links_lead_somewhere():
