@@ -13,6 +13,11 @@ PYTHON := .venv/bin/python
 ACTIVATE := source .venv/bin/activate
 endif
 
+# Linux without a GPU takes PyTorch's CPU build, which is gigabytes smaller. GPU=yes takes the default build.
+GPU ?= $(shell command -v nvidia-smi || ls -d /proc/driver/nvidia /dev/kfd 2>/dev/null)
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' requirements.txt)
+
 .PHONY: demo test lint gpu clean
 
 demo: .venv/installed
@@ -41,5 +46,9 @@ clean:
 
 .venv/installed: requirements.txt
 	$(BASE_PYTHON) -m venv .venv
+ifeq ($(shell uname -s)$(GPU),Linux)
+	@echo 'No GPU found: installing the CPU build of PyTorch. "make GPU=yes ..." installs the default build.'
+	$(PYTHON) -m pip install --no-deps --retries=1 --timeout=15 --extra-index-url=$(CPU_BUILDS) $(TORCH) || true
+endif
 	$(PYTHON) -m pip install -r requirements.txt
 	touch .venv/installed

@@ -1,19 +1,25 @@
 """README.md and docs/: notebooks and quick starts run; links, files, commands and settings exist."""
 
 import ast
+import dataclasses
+import functools
 import json
 import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import runner
 from conftest import ROOT, TINY_ARGS
 
-SHAKESPEARE = Path(os.environ.get('TINY_SHAKESPEARE', ROOT / 'data/shakespeare_char/input.txt'))
+from model import GPTConfig
+
+SHAKESPEARE = Path(os.environ.get('SHAKESPEARE', ROOT / 'data/shakespeare_char/input.txt'))
 NOTEBOOKS = [ROOT / 'docs/build_gpt.ipynb', ROOT / 'docs/sizing.ipynb']
 QUICK_STARTS = [ROOT / f'docs/quickstart.{language}.md' for language in ('ko', 'pt', 'zh')]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -32,6 +38,7 @@ def copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'repository')
     monkeypatch.setattr(sys, 'path', list(sys.path))
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setattr(sys, 'argv', sys.argv)
     return tmp_path / 'repository'
 
 
@@ -42,10 +49,10 @@ def cells(notebook, kind):
             if cell['cell_type'] == kind]
 
 
-def execute(notebook):
-    """Run the code cells and the solutions folded between them, in order; gives their globals."""
+def execute(notebook, n_cells=None):
+    """Run the (first) code cells and the solutions folded between them, in order; gives their globals."""
     space = {'__name__': '__main__'}
-    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells'][:n_cells]:
         source = ''.join(cell['source'])
         solutions = re.findall(r'^```python\n(.*?)^```', source, re.M | re.S)
         for code in [source] if cell['cell_type'] == 'code' else solutions:
@@ -54,12 +61,20 @@ def execute(notebook):
 
 
 @pytest.mark.filterwarnings('ignore:__array__:DeprecationWarning')  # Matplotlib given tensors
-@pytest.mark.parametrize('text', ['standard library', 'Shakespeare'])
+def use_shakespeare(folder, how):
+    """Give the repository in `folder` Shakespeare's plays, prepared from somebody's copy or as input.txt."""
+    if not SHAKESPEARE.exists():
+        pytest.skip(f'{SHAKESPEARE} is not there')
+    if how == 'prepared':
+        runner.execute(folder / 'data/shakespeare_char/prepare.py', [f'--input={SHAKESPEARE}'])
+    else:
+        shutil.copy(SHAKESPEARE, folder / 'data/shakespeare_char/input.txt')
+
+
+@pytest.mark.parametrize('text', ['standard library', 'prepared'])
 def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypatch):
-    if text == 'Shakespeare':
-        if not SHAKESPEARE.exists():
-            pytest.skip(f'{SHAKESPEARE} is not there')
-        shutil.copy(SHAKESPEARE, copy / 'data/shakespeare_char/input.txt')
+    if text != 'standard library':
+        use_shakespeare(copy, text)
     monkeypatch.setenv('MAX_ITERS', '2')
     pyplot = pytest.importorskip('matplotlib.pyplot')
     pyplot.switch_backend('agg')
@@ -73,9 +88,16 @@ def test_build_gpt_runs_on_either_text_and_ends_in_model_py(text, copy, monkeypa
     assert all(loss < 10 for _, loss in results.values())
     assert (space['theirs'] - space['ours']).abs().max() < 1e-4
     assert space['gpt'].get_num_params(non_embedding=False) == space['results']['GPT'][0]
-    if text == 'Shakespeare':
+    if text != 'standard library':
         assert space['vocab_size'] == 65 and space['chars'] == space['shakespeare_chars']
         assert space['encode']('hi there') == [46, 47, 1, 58, 46, 43, 56, 43]
+
+
+@pytest.mark.parametrize('how', ['prepared', 'input.txt'])
+def test_build_gpt_reads_the_same_plays_prepared_or_downloaded(how, copy):
+    use_shakespeare(copy, how)
+    text = execute(copy / 'docs/build_gpt.ipynb', n_cells=4)['text']
+    assert text == SHAKESPEARE.read_text(encoding='utf-8')
 
 
 def test_each_chapter_of_build_gpt_has_an_exercise_with_a_folded_solution():
@@ -102,7 +124,7 @@ def test_greeting_of_build_gpt_is_the_known_eight_numbers():
 
 
 def test_sizing_s_formulas_hold_for_the_real_model(copy, monkeypatch):
-    monkeypatch.setenv('BUDGET', '1e7')
+    monkeypatch.setenv('MAX_ITERS', '2')
     space = execute(copy / 'docs/sizing.ipynb')  # it asserts them itself
     assert space['count'](12, 768, 1024, 50257, bias=True)['MLP'] == 12 * 8 * 768**2
 
@@ -169,12 +191,16 @@ def anchors(page):
     return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
+@functools.cache
 def settings(script):
-    """The names that a script binds before it calls configure, as its source states them."""
-    names = set()
+    """The names that a script binds before it calls configure, as its source states them, and GPTConfig's
+    fields if it passes that."""
+    names = settings('train.py') if script == 'scripts/plan.py' else set()  # which executes its settings
     for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
-        if any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)):
-            return names
+        calls = [n for n in ast.walk(node) if getattr(getattr(n, 'func', None), 'id', '') == 'configure']
+        if calls:
+            has_model = 'GPTConfig' in ast.unparse(calls[0])
+            return names | {f.name for f in dataclasses.fields(GPTConfig) if has_model}
         for target in getattr(node, 'targets', [getattr(node, 'target', None)]):
             names |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)} if target else set()
     raise AssertionError(f'{script} calls no configure')
@@ -203,6 +229,18 @@ def test_demo_of_the_makefile_ends_with_how_to_go_on():
         assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
 
 
+@pytest.mark.skipif(sys.platform != 'linux' or not shutil.which('make'), reason='needs make on Linux')
+@pytest.mark.parametrize('gpu', ['', 'yes'])
+def test_makefile_takes_pytorch_s_cpu_build_where_there_is_no_gpu(gpu, tmp_path):
+    for name in ('Makefile', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    plan = subprocess.run(['make', '-n', 'demo', f'GPU={gpu}'], cwd=tmp_path, capture_output=True, text=True,
+                          check=True).stdout
+    installs = re.findall(r'-m pip install (.*)', plan)
+    assert installs[-1] == '-r requirements.txt'
+    assert ['whl/cpu torch==' in line for line in installs[:-1]] == ([] if gpu else [True])
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r'\]\((?!http)([^)]+)\)', page.read_text(encoding='utf-8')):
@@ -214,21 +252,16 @@ def test_links_lead_somewhere():
 
 def test_readme_is_short_and_links_to_everything_in_docs():
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert len(readme.splitlines()) <= 260
+    assert len(readme.splitlines()) <= 280
     for page in [*PAGES[1:], *NOTEBOOKS]:
         assert f'(docs/{page.name})' in readme, page.name
 
 
-def test_file_map_of_the_readme_is_the_tree():
+def test_file_map_of_the_readme_has_each_script_and_each_folder():
     files = (ROOT / 'README.md').read_text(encoding='utf-8').split('## The files')[1]
-    scripts, rooms = files.split('What the scripts share')
-    assert set(re.findall(r'`(\w+\.py)`', scripts)) >= {path.name for path in ROOT.glob('*.py')}
-    named = set()
-    for row in re.findall(r'^\| (`.*?) \|', rooms, re.M):
-        wing, *_ = row.strip('`').split('/')
-        named |= {f'{wing}/{Path(name).name}' for name in re.findall(r'`([^`]+)`', row)}
-    assert named == {path.relative_to(ROOT / 'support').as_posix()
-                     for path in ROOT.glob('support/*/*.py')}
+    assert set(re.findall(r'`(\w+\.py)`', files)) >= {path.name for path in ROOT.glob('*.py')}
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob('support/*/*.py')}
+    assert set(re.findall(r'`(support/\w+)/`', files)) == folders
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
@@ -257,7 +290,7 @@ def test_scripts_configs_and_settings_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
 def test_flags_that_a_page_names_are_some_script_s_or_torchrun_s(page):
-    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py',
+    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'scripts/plan.py',
                *(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))]
     known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
     placeholders = {'key', '이름', 'nome', '名称'}
