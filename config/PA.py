@@ -1,12 +1,12 @@
 """
-GPT-2 (124M) converted to pointwise attention: gelu(q.k) / length in the place of the softmax.
+GPT-2 (124M) converted to pointwise attention: gelu(q.k) / length instead of the softmax.
 
     python data/openwebtext/prepare.py
     python train.py config/PA.py
     python train.py config/PA.py --attn_type=PA_relu --out_dir=out-PA-relu
 
-The weights are GPT-2's, the attention isn't what they were trained for, so the loss starts high and the run
-brings it down. Written for a GPU; not yet timed there.
+GPT-2's weights were trained with another attention, so the loss starts high and the run brings it down.
+Written for a GPU; not yet timed there.
 """
 
 out_dir = 'out-PA'

@@ -5,7 +5,7 @@ One type of attention on Shakespeare's characters; scripts/attention_study.py co
     python train.py config/attention_study.py --attn_type=GK
     python scripts/attention_study.py                # every type, three seeds: a table and a picture
 
-Rotary positions and Muon, so that a short run tells something; docs/ablations.md has the results.
+With rotary positions and Muon even a short run shows differences. docs/ablations.md has the results.
 """
 
 out_dir = 'out-attention-study'

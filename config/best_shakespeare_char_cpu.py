@@ -1,5 +1,5 @@
 """
-Shakespeare character by character, as well as two CPU cores learn it in two minutes.
+Shakespeare character by character, for two CPU cores and two minutes.
 
     python data/shakespeare_char/prepare.py
     python train.py config/best_shakespeare_char_cpu.py

@@ -5,10 +5,10 @@ Fine-tune GPT-2 on Shakespeare.
     python train.py config/finetune_shakespeare.py
     python sample.py --out_dir=out-shakespeare
 
-Starts from GPT-2 XL (1558M); a GPU that runs out of memory takes --init_from=gpt2-medium, or a smaller
---block_size. What it takes and reaches with GPT-2's weights hasn't been measured. The batch was chosen on a
-CPU, with 5M parameters trained on documentation: after an epoch of Shakespeare the validation loss was 3.88
-with 8,192 tokens an iteration and 4.52 with 32,768 (docs/ablations.md).
+Starts from GPT-2 XL (1558M). If the GPU runs out of memory, use --init_from=gpt2-medium or a smaller
+--block_size. Time and loss with GPT-2's weights have not been measured. The batch was chosen on a CPU, with a
+model of 5M parameters trained on documentation. After an epoch of Shakespeare its validation loss was 3.88 with
+8,192 tokens an iteration and 4.52 with 32,768 (docs/ablations.md).
 """
 
 import time
@@ -22,7 +22,7 @@ batch_size = 1
 gradient_accumulation_steps = 8
 max_iters = 80
 
-learning_rate = 3e-5  # low and constant: what GPT-2 knows shall stay
+learning_rate = 3e-5  # low and constant: keep what GPT-2 knows
 decay_lr = False
 
 eval_interval = 10

@@ -5,8 +5,8 @@ A small GPT that writes Shakespeare character by character.
     python train.py config/train_shakespeare_char.py
     python sample.py --out_dir=out-shakespeare-char
 
-For a GPU; the run it repeats came to a validation loss of 1.4697 in about 3 minutes on an A100.
-Without a GPU take train_shakespeare_char_cpu.
+For a GPU. An H200 came to a validation loss of 1.461 at iteration 1750, 28 seconds after the first evaluation.
+nanoGPT reports 1.4697 in about 3 minutes on an A100. Without a GPU use train_shakespeare_char_cpu.
 """
 
 out_dir = 'out-shakespeare-char'
@@ -23,7 +23,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2  # 5000 iterations see the text 80 times
 
-learning_rate = 1e-3  # a small model bears more than GPT-2's 6e-4
+learning_rate = 1e-3  # a small model trains stably with more than GPT-2's 6e-4
 min_lr = 1e-4
 warmup_iters = 100
 max_iters = 5000

@@ -5,8 +5,8 @@ A small GPT that writes Python character by character, on text that every machin
     python train.py config/train_stdlib_char.py
     python sample.py --out_dir=out-stdlib-char
 
-On two cores of an AMD EPYC (Zen 5) a minute, to a validation loss of 1.24. Where there is a CUDA GPU, a
-larger model is trained instead, which we haven't timed.
+On two cores of an AMD EPYC one minute (Zen 5) to two (Zen 4), to a validation loss of 1.24. On a CUDA GPU the
+config trains a larger model, which we haven't timed.
 """
 
 import torch

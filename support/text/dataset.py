@@ -34,13 +34,17 @@ say_once = functools.cache(print0)
 
 
 def find_dataset(data_dir, dataset):
-    """A dataset's folder: data_dir if given, else data/<dataset>; where there is none, the
-    repository's."""
+    """A dataset's folder: data_dir if given, else data/<dataset>, else a folder with the path
+    `dataset`, else the repository's data/<dataset>."""
     here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
-    if data_dir or not dataset or os.path.isdir(here) or not there.is_dir():
+    if data_dir or not dataset or os.path.isdir(here):
         return data_dir or here
-    say_once(f'there is no {here} here: using {there}')
-    return str(there)
+    if os.path.dirname(dataset) and os.path.isdir(dataset):
+        return dataset
+    if there.is_dir():
+        say_once(f'there is no {here} here: using {there}')
+        return str(there)
+    return here
 
 
 class Dataset:
