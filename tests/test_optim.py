@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import scrambled, tiny, tokens
+from wild.models.mixture import SignMomentum
 
 from model import GPT, GPTConfig
 from support.errors import NotFinite
@@ -163,23 +164,6 @@ def test_processes_that_share_the_work_of_muon_get_the_same_weights(tmp_path):
 
 
 # ---------------------------------------------------------------------------- any optimizer
-
-class SignMomentum(torch.optim.Optimizer):
-    """Moves each weight by a sign of its momentum; keeps that, the signs in 8 bits, and a number of steps."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {'lr': lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group['params']:
-                s = self.state[p]
-                s['slow'] = 0.9 * s.get('slow', 0.0) + p.grad
-                s['signs'] = (s.get('signs', 0) + s['slow'].sign()).clamp(-9, 9).to(torch.int8)
-                s['n'] = s.get('n', 0) + 1
-                p -= group['lr'] / s['n'] * s['signs'].float()
-
 
 class WithOwn(GPT):
     """A GPT whose configure_optimizers is edited."""

@@ -1,5 +1,5 @@
 """An architecture of somebody's own: fading memories of the past instead of attention, a mixture of two MLPs,
-settings and a parameter that nobody else knows, other names."""
+settings and a parameter that nobody else knows, other names, and an optimizer with buffers of its own."""
 
 from dataclasses import dataclass
 
@@ -19,6 +19,23 @@ class GPTConfig:
     bias: bool = True
     n_wide: int = 48  # width of the wider MLP
     slowest: float = 0.98  # share of the memory that stays from one token to the next
+
+
+class SignMomentum(torch.optim.Optimizer):
+    """Moves each weight by a sign of its momentum; keeps that, the signs in 8 bits, and a number of steps."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {'lr': lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                s = self.state[p]
+                s['slow'] = 0.9 * s.get('slow', 0.0) + p.grad
+                s['signs'] = (s.get('signs', 0) + s['slow'].sign()).clamp(-9, 9).to(torch.int8)
+                s['n'] = s.get('n', 0) + 1
+                p -= group['lr'] / s['n'] * s['signs'].float()
 
 
 class Layer(nn.Module):
@@ -69,8 +86,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         slow = [p for name, p in self.named_parameters() if 'fade' in name or 'temper' in name]
         others = [p for name, p in self.named_parameters() if not ('fade' in name or 'temper' in name)]
-        return torch.optim.NAdam([{'params': others}, {'params': slow, 'lr': learning_rate / 10}],
-                                 learning_rate)
+        return SignMomentum([{'params': others}, {'params': slow, 'lr': learning_rate / 10}], learning_rate)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
