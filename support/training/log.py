@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class RunLog:
         self.write(entry)
 
     def evaluation(self, entry):
+        self.lines.keep()
         self.write(entry)
         if entry['iter'] > self.first_iter:
             self.drawing.start()
@@ -159,20 +161,20 @@ class Progress:
 
     def show(self, entry):
         """entry: the log's. The time left is estimated from the pace since the first call, evaluations
-        included."""
+        included. A narrow terminal shows the parts with the largest numbers."""
         i, now = entry['iter'], time.perf_counter()
-        parts = [f'iter {i}: loss {entry["loss"]:.4f}', f'time {entry["ms"]:.2f}ms',
-                 f'mfu {entry["mfu"]:.2f}%', f'lr {entry["lr"]:.2e}', f'norm {entry["grad_norm"]:.2f}',
-                 f'{entry["tokens_per_s"]:.0f} tokens/s']
+        parts = [(f'iter {i}: loss {entry["loss"]:.4f}', 9), (f'time {entry["ms"]:.2f}ms', 6),
+                 (f'mfu {entry["mfu"]:.2f}%', 4), (f'lr {entry["lr"]:.2e}', 2),
+                 (f'norm {entry["grad_norm"]:.2f}', 1), (f'{entry["tokens_per_s"]:.0f} tokens/s', 3)]
         if entry.get('slowest_ms', 0) - entry.get('median_ms', 0) > 0.1 * entry['ms']:
-            parts.append(f'rank {entry["slowest_rank"]} holds up the others: {entry["slowest_ms"]:.2f}ms by '
-                         f'itself, median {entry["median_ms"]:.2f}ms')
+            parts.append((f'rank {entry["slowest_rank"]} holds up the others: '
+                          f'{entry["slowest_ms"]:.2f}ms by itself, median {entry["median_ms"]:.2f}ms', 5))
         if self.begin is None:
             self.first_iter, self.begin = i, now
         else:
             pace = (now - self.begin) / (i - self.first_iter)
-            parts.append(f'{duration(pace * (self.last_iter - i))} left')
-        print0(', '.join(parts), live=True)
+            parts.append((f'{duration(pace * (self.last_iter - i))} left', 8))
+        print0(parts, live=True)
 
 
 def sample_text(model, tokenizer, prompt, run, seed, watch=iter):
@@ -212,7 +214,25 @@ class JsonLines:
                 temporary.write_bytes(b''.join(line + b'\n' for line in lines if is_before(line, first_iter)))
         except OSError as error:
             print0(f'{path} could not be written: {error}')
-        self.file = open(path, 'ab', buffering=0)  # noqa: SIM115, open till the end; a crash loses no line
+        self.open(path)
+
+    def open(self, path):
+        self.file = open(path, 'a+b', buffering=0)  # noqa: SIM115, till the end; a crash loses no line
+
+    def keep(self):
+        """Write the file again if its name is gone, as when the folder was removed under the run."""
+        if self.file is None:
+            return
+        path, held = Path(self.file.name), os.fstat(self.file.fileno())
+        with contextlib.suppress(OSError):
+            if path.exists() and os.path.samestat(path.stat(), held):
+                return
+            self.file.seek(0)
+            content = self.file.read()
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+            self.file.close()
+            self.open(path)
 
     def write(self, entry):
         if self.file is not None:
