@@ -23,8 +23,8 @@ from pathlib import Path
 
 from support.errors import UserError
 from support.hub.card import model_card
-from support.hub.exporting import (CODE, FILES, KINDS, OWN_CODE, add_chat_template, beyond, to_transformers,
-                                   with_pad_token, write_model, write_tokenizer)
+from support.hub.exporting import (CODE, FILES, KINDS, OWN_CODE, add_chat_template, beyond,
+                                   to_transformers, with_pad_token, write_model, write_tokenizer)
 from support.machine.files import own_name, reason_of
 from support.text.chat import ChatForm
 from support.training.models import config_from_args, model_args, tokenizer_of
@@ -58,13 +58,15 @@ def write_folder(folder, state, name):
     config.bos_token_id = tokenizer.end if tokenizer.end is None else tokenizer.first_token()
     if config.vocab_size > args['vocab_size']:
         config.unpadded_vocab_size = args['vocab_size']  # by which init_from reads the model back
-    names = write_model(folder, config, theirs, tokenizer.n_vocab, ends[0] if ends else tokenizer.n_vocab)
+    pad = ends[0] if ends else tokenizer.n_vocab
+    names = write_model(folder, config, theirs, tokenizer.n_vocab, pad)
     names += write_tokenizer(folder, tokenizer, args['block_size'])
     if form:
         add_chat_template(folder, state.chat)
     n_parameters = sum(v.numel() for k, v in weights.items()
                        if k != 'lm_head.weight' or not args.get('tie_weights', True))
-    card = model_card(name, state, config.model_type, n_parameters, tokenizer, Path(out_dir, 'log.jsonl'))
+    log = Path(out_dir, 'log.jsonl')
+    card = model_card(name, state, config.model_type, n_parameters, tokenizer, log)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     summary = f'{n_parameters:,} parameters, {KINDS[config.model_type]}'
     if config.model_type == OWN_CODE:

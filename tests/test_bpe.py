@@ -20,11 +20,13 @@ from support.text.tokenizer import (CharTokenizer, GPT2Tokenizer, is_same_tokeni
                                     tokenizer_from)
 
 SOURCE = Path(__file__).read_text(encoding='utf-8')
-# Latin, Hangul, Han, Kana, Cyrillic, Greek, Arabic, Hebrew, Devanagari, Thai, and what tokenizers stumble over
-ODD = '''  When spring comes, it's the year 1995 or 2026 – they'll say "so".\tTabs,  two  spaces,\r\nlines\n\n\n
-봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。春が来ると、野山に花が咲く。 Когда придёт весна, 7 раз;
-Όταν έρθει η άνοιξη· عندما يأتي الربيع، תבוא האביב, जब वसंत आता है, เมื่อฤดูใบไม้ผลิมาถึง cafe\u0301 ﬁn ①½ x²
-🙂👩\u200d👩\u200d👧 \u00a0\u3000\ufeff​ 𝔘𝔫𝔦 $100,000.50 a_b __init__(self): -> [x for x in y if x != 'z'] <b>&amp;</b> ½
+# Latin, Hangul, Han, Kana, Cyrillic, Greek, Arabic, Hebrew, Devanagari, Thai, and odd characters
+ODD = '''  When spring comes, it's the year 1995 or 2026 – they'll say "so".\tTabs,  two  spaces,\r\n
+lines\n\n\n봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。
+春が来ると、野山に花が咲く。 Когда придёт весна, 7 раз; Όταν έρθει η άνοιξη·
+عندما يأتي الربيع، תבוא האביב, जब वसंत आता है, เมื่อฤดูใบไม้ผลิมาถึง cafe\u0301 ﬁn ①½ x²
+🙂👩\u200d👩\u200d👧 \u00a0\u3000\ufeff​ 𝔘𝔫𝔦 $100,000.50 a_b
+__init__(self): -> [x for x in y if x != 'z'] <b>&amp;</b> ½
 '''
 TEXT = ODD * 20
 
@@ -94,14 +96,18 @@ def content_of(kind):
                                                                     '<|im_end|>')).json)
     vocab = content['model']['vocab']
     if kind == 'SmolLM2':  # 21 of the bytes have no entry
-        for name in [n for n in vocab if len(n) == 1 and not any(n in m for m in content['model']['merges'])][:21]:
+        for name in [n for n in vocab if len(n) == 1 and not any(n in m for m in content['model']['merges'])][
+            :21
+        ]:
             del vocab[name]
         content['pre_tokenizer'] = in_sequence('pretokenizers', {'type': 'Digits', 'individual_digits': True},
                                                byte_level(True))
     if kind == 'Llama 3':
         content['pre_tokenizer'] = in_sequence('pretokenizers', split(LLAMA3), byte_level(False))
         content['model']['ignore_merges'] = True
-        content['post_processor'] = in_sequence('processors', byte_level(True), begins_with('<|im_start|>', 1))
+        content['post_processor'] = in_sequence(
+            'processors', byte_level(True), begins_with('<|im_start|>', 1)
+        )
     if kind == 'Qwen':
         content |= {'normalizer': {'type': 'NFC'}, 'post_processor': byte_level(False) | {'use_regex': True},
                     'pre_tokenizer': in_sequence('pretokenizers', split(QWEN), byte_level(False))}
@@ -130,7 +136,9 @@ def sentencepiece_like(kind):
 
 
 KINDS = ['SmolLM2', 'Llama 3', 'Qwen', 'TinyLlama', 'Mistral', 'Unigram']
-published = pytest.fixture(scope='module', params=KINDS)(lambda request: json.dumps(content_of(request.param)))
+published = pytest.fixture(scope='module', params=KINDS)(
+    lambda request: json.dumps(content_of(request.param))
+)
 
 
 def in_folder(folder, text):
@@ -188,7 +196,9 @@ def test_a_long_document_is_encoded_in_pieces_that_change_nothing(published):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('text', ['abc' * 1000 + '\x07\x08', 'cafe\u0301 ' * 100, ODD], ids=['control', 'NFD', 'odd'])
+@pytest.mark.parametrize(
+    'text', ['abc' * 1000 + '\x07\x08', 'cafe\u0301 ' * 100, ODD], ids=['control', 'NFD', 'odd']
+)
 def test_text_that_a_tokenizer_drops_or_changes_is_said_once(kind, text, capsys):
     ours = BPETokenizer(json.dumps(content_of(kind)))
     try:
@@ -197,7 +207,9 @@ def test_text_that_a_tokenizer_drops_or_changes_is_said_once(kind, text, capsys)
         assert 'changes or drops' in str(error) and '\n' not in str(error)
         return
     as_it_was = kept[0] == text or kind == 'Qwen' and text != kept[0] and 'e\u0301' in text
-    assert capsys.readouterr().out.count('the tokenizer changes or drops some of the text: ') == (not as_it_was)
+    assert capsys.readouterr().out.count('the tokenizer changes or drops some of the text: ') == (
+        not as_it_was
+    )
 
 
 @pytest.mark.parametrize('change, text', [
@@ -216,8 +228,10 @@ def test_a_panic_of_the_library_is_one_line(own, tmp_path):
     pattern = in_sequence('pretokenizers', split('(a+)+$'), byte_level(False))
     in_folder(tmp_path, json.dumps(json.loads(own.json) | {'pre_tokenizer': pattern}))
     (tmp_path / 'text.txt').write_text('a' * 60 + 'b')
-    code = 'import sys\nsys.path.insert(0, sys.argv[1])\nfrom support.text.tokenizer import load_tokenizer\n' \
-           'try: load_tokenizer(sys.argv[2]).encode_array("a" * 60 + "b")\nexcept ValueError as e: print(e)'
+    code = (
+        'import sys\nsys.path.insert(0, sys.argv[1])\nfrom support.text.tokenizer import load_tokenizer\n'
+        'try: load_tokenizer(sys.argv[2]).encode_array("a" * 60 + "b")\nexcept ValueError as e: print(e)'
+    )
     done = subprocess.run([sys.executable, '-c', code, ROOT, tmp_path], capture_output=True, text=True)
     assert done.stdout.startswith('the tokenizer fails on the text that begins \'aaa')
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ''
@@ -233,19 +247,31 @@ def test_a_document_of_a_million_blanks_is_encoded(text, own, bpe):
 
 # ---------------------------------------------------------------------------- files
 
-@pytest.mark.parametrize('text, told', [
-    ('', 'JSONDecodeError'), ('{}', 'model'), ('[]', 'AttributeError|TypeError'), ('5', 'TypeError'),
-    ('[' * 10**5, 'RecursionError'), ('{"model": {}}', 'vocab'), ('{"model": {"vocab": []}}', 'no entries|unread'),
-    ({'model': None}, 'TypeError'), ({'added_tokens': 5}, 'TypeError'),
-    ({'model': {'type': 'BPE', 'vocab': {'a': 1 << 22}, 'merges': []}}, 'its ids'),
-    ({'model': {'type': 'BPE', 'vocab': {'a': -1}, 'merges': []}}, 'unreadable'),
-    ({'model': {'type': 'BPE', 'vocab': {'a': 1, 'b': 1}, 'merges': []}}, 'one id'),
-    ({'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [], 'dropout': 0.1}}, 'dropout'),
-    ({'model': {'type': 'Mine', 'vocab': {'a': 0}}}, 'unreadable'),
-], ids=str)
+@pytest.mark.parametrize(
+    'text, told',
+    [
+        ('', 'JSONDecodeError'),
+        ('{}', 'model'),
+        ('[]', 'AttributeError|TypeError'),
+        ('5', 'TypeError'),
+        ('[' * 10**5, 'RecursionError'),
+        ('{"model": {}}', 'vocab'),
+        ('{"model": {"vocab": []}}', 'no entries|unread'),
+        ({'model': None}, 'TypeError'),
+        ({'added_tokens': 5}, 'TypeError'),
+        ({'model': {'type': 'BPE', 'vocab': {'a': 1 << 22}, 'merges': []}}, 'its ids'),
+        ({'model': {'type': 'BPE', 'vocab': {'a': -1}, 'merges': []}}, 'unreadable'),
+        ({'model': {'type': 'BPE', 'vocab': {'a': 1, 'b': 1}, 'merges': []}}, 'one id'),
+        ({'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [], 'dropout': 0.1}}, 'dropout'),
+        ({'model': {'type': 'Mine', 'vocab': {'a': 0}}}, 'unreadable'),
+    ],
+    ids=str,
+)
 def test_a_file_that_is_no_tokenizer_is_one_line(text, told, own, tmp_path):
     content = text if isinstance(text, str) else json.dumps(json.loads(own.json) | text)
-    with pytest.raises(ValueError, match=f'tokenizer.json holds no tokenizer that can be used .*({told})') as error:
+    with pytest.raises(
+        ValueError, match=f'tokenizer.json holds no tokenizer that can be used .*({told})'
+    ) as error:
         load_tokenizer(in_folder(tmp_path, content))
     assert '\n' not in str(error.value)
 
@@ -272,13 +298,17 @@ def test_gpt2_as_openai_published_it_is_gpt2_s_tokenizer(names, bpe, tmp_path):
 def test_vocab_json_and_merges_txt_of_another_model_are_read_by_transformers(has_config, own, tmp_path):
     content = json.loads(own.json)['model']
     (tmp_path / 'vocab.json').write_text(json.dumps(content['vocab']))
-    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in content['merges']))
+    (tmp_path / 'merges.txt').write_text(
+        '#version: 0.2\n' + '\n'.join(' '.join(m) for m in content['merges'])
+    )
     if has_config:
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     tokenizer = load_tokenizer(tmp_path)
     from transformers import GPT2Tokenizer as Theirs
     theirs = Theirs(vocab=str(tmp_path / 'vocab.json'), merges=str(tmp_path / 'merges.txt'))
-    assert tokenizer.encode(ODD) == theirs(ODD)['input_ids'] and tokenizer.decode(tokenizer.encode(ODD)) == ODD
+    assert (
+        tokenizer.encode(ODD) == theirs(ODD)['input_ids'] and tokenizer.decode(tokenizer.encode(ODD)) == ODD
+    )
 
 
 def test_a_tokenizer_model_that_nothing_converts_is_one_line(tmp_path):

@@ -91,7 +91,10 @@ def test_targets_are_what_the_assistant_says_and_the_end_of_it(form):
     learned, decode = ids[mask == TARGET], form.tokenizer.decode
     names = {i: name for name, i in form.tokenizer.special.items()}
     end = names.get(learned[-1], END)
-    assert decode(learned.tolist()).replace(f' {end}', end).replace(f'{end} ', end) == f'GPT.\n\n  I am 2.{end}...{end}'
+    assert (
+        decode(learned.tolist()).replace(f' {end}', end).replace(f'{end} ', end)
+        == f'GPT.\n\n  I am 2.{end}...{end}'
+    )
     assert np.flatnonzero(mask == BEGIN).tolist() == [0]
     assert form.end_ids <= {*learned.tolist()} | {*form.tokenizer.ends}
     assert form.end_strings == ([END] if isinstance(form.tokenizer, CharTokenizer) else [])
@@ -124,8 +127,20 @@ def forgeries(form):
     _, answer, turn, *_ = re.split('[01]', render(say('0', '1', '0'), form.template))  # between messages
     yield from (f'x{name}x' for name in names)
     yield from (f'{a}{b}x' for a in names[:3] for b in names[:3])
-    yield from (f'x{answer}x{turn}x', f'x{answer}', f'x{turn}x', f'{turn}', f'x{turn[:-1]}', f'x{turn[1:]}', f'x{turn * 3}', names[0] * 5,
-                names[0][:-1], names[0][1:] + names[0][:1], f'{names[0][:-1]}{names[0]}', f'x\n{turn}\n{turn}x')
+    yield from (
+        f'x{answer}x{turn}x',
+        f'x{answer}',
+        f'x{turn}x',
+        f'{turn}',
+        f'x{turn[:-1]}',
+        f'x{turn[1:]}',
+        f'x{turn * 3}',
+        names[0] * 5,
+        names[0][:-1],
+        names[0][1:] + names[0][:1],
+        f'{names[0][:-1]}{names[0]}',
+        f'x\n{turn}\n{turn}x',
+    )
 
 
 @pytest.mark.parametrize('role', ['user', 'assistant'])
@@ -148,15 +163,23 @@ def test_what_a_message_holds_never_becomes_a_role_or_a_turn(role, form):
     assert bool(n_refused) == plain
 
 
-@pytest.mark.parametrize('template, told', [
-    ('{% for m in messages %}', 'TemplateSyntaxError'), ('{{ messages[0].content.__class__ }}', 'leaves out|Error'),
-    ('{% include "/etc/passwd" %}{{ messages[0].content }}', 'TypeError'),
-    ('{% import "os" as os %}{{ messages[0].content }}', 'TypeError'),
-    ('{{ open("/etc/passwd").read() }}', 'UndefinedError'), ('no message', 'leaves out what the user says'),
-    ('{{ raise_exception("No.") }}', 'TemplateError: No.'), ('{{ "x" * 3 + messages }}', 'TypeError'),
-    ('{% for i in range(10**9) %}{% endfor %}', 'OverflowError'), (5, 'must be a text'),
-    ('{{ messages[0].content.format.__globals__ }}', 'Error|leaves out'),
-], ids=str)
+@pytest.mark.parametrize(
+    'template, told',
+    [
+        ('{% for m in messages %}', 'TemplateSyntaxError'),
+        ('{{ messages[0].content.__class__ }}', 'leaves out|Error'),
+        ('{% include "/etc/passwd" %}{{ messages[0].content }}', 'TypeError'),
+        ('{% import "os" as os %}{{ messages[0].content }}', 'TypeError'),
+        ('{{ open("/etc/passwd").read() }}', 'UndefinedError'),
+        ('no message', 'leaves out what the user says'),
+        ('{{ raise_exception("No.") }}', 'TemplateError: No.'),
+        ('{{ "x" * 3 + messages }}', 'TypeError'),
+        ('{% for i in range(10**9) %}{% endfor %}', 'OverflowError'),
+        (5, 'must be a text'),
+        ('{{ messages[0].content.format.__globals__ }}', 'Error|leaves out'),
+    ],
+    ids=str,
+)
 def test_a_template_that_can_not_be_rendered_is_one_line(template, told, tmp_path):
     settings = {'chat_template': template, 'bos_token': {'content': '<s>'}}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
@@ -169,7 +192,9 @@ def test_a_folder_s_template_is_found_wherever_it_is_written(tmp_path):
     assert folder_template(tmp_path) is None
     path, found = tmp_path / 'tokenizer_config.json', '{{ bos_token }}{{ messages[0].content }}'
     for written in (found, [{'name': 'tool_use', 'template': 'x'}, {'name': 'default', 'template': found}]):
-        path.write_text(json.dumps({'chat_template': written, 'bos_token': {'content': '<s>'}, 'unk_token': None}))
+        path.write_text(
+            json.dumps({'chat_template': written, 'bos_token': {'content': '<s>'}, 'unk_token': None})
+        )
         assert folder_template(tmp_path) == {'jinja': found, 'tokens': {'bos_token': '<s>'}}
     (tmp_path / 'chat_template.jinja').write_text('{{ messages[0].content }}!')
     assert folder_template(tmp_path)['jinja'] == '{{ messages[0].content }}!'
@@ -200,14 +225,20 @@ def test_our_templates_render_the_same_in_transformers():
 HI = say('Hi', 'Hello')
 ROWS = {
     'messages': ({'messages': HI}, HI),
-    'ShareGPT': ({'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]}, HI),
+    'ShareGPT': (
+        {'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]},
+        HI,
+    ),
     'roles under conversations': ({'conversations': HI}, HI),
-    'developer': ({'messages': [{'role': 'developer', 'content': 'Be'}, *HI]},
-                  [{'role': 'system', 'content': 'Be'}, *HI]),
+    'developer': (
+        {'messages': [{'role': 'developer', 'content': 'Be'}, *HI]},
+        [{'role': 'system', 'content': 'Be'}, *HI],
+    ),
     'prompt': ({'prompt': 'Hi', 'completion': 'Hello'}, HI),
     'prompt of messages': ({'prompt': HI[:1], 'completion': HI[1:]}, HI),
     'Alpaca': ({'instruction': 'Add.', 'input': '1, 2', 'output': '3'}, say('Add.\n\n1, 2', '3')),
-    'Alpaca without input': ({'instruction': 'Add.', 'input': '', 'output': '3'}, say('Add.', '3'))}
+    'Alpaca without input': ({'instruction': 'Add.', 'input': '', 'output': '3'}, say('Add.', '3')),
+}
 
 
 @pytest.mark.parametrize('kind', ROWS)
@@ -221,14 +252,20 @@ def test_known_fields_become_messages(kind, form, tmp_path):
 
 
 BAD = {  # a line, why it is left out
-    '{"messages": ': 'no JSON', '[' * 100_000: 'no JSON', '[1]': '"messages"', '{"text": "hello"}': '"messages"',
-    '{"messages": []}': 'nothing that the assistant says', '{"messages": 5}': '"messages"',
+    '{"messages": ': 'no JSON',
+    '[' * 100_000: 'no JSON',
+    '[1]': '"messages"',
+    '{"text": "hello"}': '"messages"',
+    '{"messages": []}': 'nothing that the assistant says',
+    '{"messages": 5}': '"messages"',
     json.dumps({'messages': say('Hi')}): 'nothing that the assistant says',
     json.dumps({'messages': [{'role': 'robot', 'content': 'x'}]}): 'role is none of system, user, assistant',
     json.dumps({'messages': say('Hi', '  ')}): 'of the assistant\'s without text',
     json.dumps({'messages': say(None, 'Hi')}): 'of the user\'s without text',
-    '{"instruction": 3, "output": "x"}': 'without text', '{"conversations": [{"from": ["x"]}]}': 'role is none',
-    '{"prompt": null, "completion": "x"}': 'without text'}
+    '{"instruction": 3, "output": "x"}': 'without text',
+    '{"conversations": [{"from": ["x"]}]}': 'role is none',
+    '{"prompt": null, "completion": "x"}': 'without text',
+}
 
 
 @pytest.mark.parametrize('line', BAD, ids=lambda line: line[:40])
@@ -246,14 +283,20 @@ def test_rows_that_are_no_conversations_are_counted_and_left_out(line, tmp_path,
         assert '\n' not in str(error.value) and BAD[line] in str(error.value)
 
 
-@pytest.mark.parametrize('text, args, words', [
-    ('', [], ['has no conversations']), ('[{"messages"', [], ['no JSON list']),
-    (json.dumps({'messages': HI}), [], ['1 conversations, too few to split']),
-    (json.dumps({'messages': HI}) + '\n5', ['--strict'], ['line 2 is no conversation']),
-    (None, ['--tokenizer=words'], ['tokenizer=words', 'bpe, gpt2, char']), (None, ['--name=a/b'], ['name=a/b']),
-    (None, ['--vocab_size=259'], ['vocab_size=259', '260']), (None, ['--vocab_size=65537'], ['65536']),
-    (None, ['--val_fraction=1'], ['val_fraction=1']),
-])
+@pytest.mark.parametrize(
+    'text, args, words',
+    [
+        ('', [], ['has no conversations']),
+        ('[{"messages"', [], ['no JSON list']),
+        (json.dumps({'messages': HI}), [], ['1 conversations, too few to split']),
+        (json.dumps({'messages': HI}) + '\n5', ['--strict'], ['line 2 is no conversation']),
+        (None, ['--tokenizer=words'], ['tokenizer=words', 'bpe, gpt2, char']),
+        (None, ['--name=a/b'], ['name=a/b']),
+        (None, ['--vocab_size=259'], ['vocab_size=259', '260']),
+        (None, ['--vocab_size=65537'], ['65536']),
+        (None, ['--val_fraction=1'], ['val_fraction=1']),
+    ],
+)
 def test_what_can_not_be_prepared_is_one_line_and_nothing_is_written(text, args, words, prepare, tmp_path):
     if text is not None:
         (tmp_path / 'chats.jsonl').write_text(text, encoding='utf-8')
@@ -276,9 +319,15 @@ def test_prepared_conversations_are_those_of_the_file(tokenizer, prepare, bpe, t
     data, found = Dataset(folder), []
     for split in data.splits.values():
         begins = np.flatnonzero(split.mask[:] == BEGIN).tolist()
-        found += [data.tokenizer.decode(split[a:b].tolist()) for a, b in zip(begins, [*begins[1:], len(split)])]
-    assert data.template == (folder_template(tokenizer) if 'model' in str(tokenizer) else template_for(data.tokenizer))
-    assert sorted(found) == sorted(render(messages, data.template) for messages in read_conversations(EXAMPLE))
+        found += [
+            data.tokenizer.decode(split[a:b].tolist()) for a, b in zip(begins, [*begins[1:], len(split)])
+        ]
+    assert data.template == (
+        folder_template(tokenizer) if 'model' in str(tokenizer) else template_for(data.tokenizer)
+    )
+    assert sorted(found) == sorted(
+        render(messages, data.template) for messages in read_conversations(EXAMPLE)
+    )
     assert (data['val'].mask[:] == BEGIN).sum() == 24
     assert '117 conversations' in capsys.readouterr().out
 

@@ -20,7 +20,13 @@ from support.training.models import model_args
 from support.training.state import State
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'bias': False, 'n_kv_head': 1}
-WIDE = {'head_size': 12, 'n_inner': 40, 'norm_eps': 1e-6, 'rope_theta': 500.0, 'rope_scaling': (8., 1., 4., 16.)}
+WIDE = {
+    'head_size': 12,
+    'n_inner': 40,
+    'norm_eps': 1e-6,
+    'rope_theta': 500.0,
+    'rope_scaling': (8.0, 1.0, 4.0, 16.0),
+}
 RECIPE = {'pos_emb': 'rope', 'activation': 'swiglu', 'qk_norm': True, 'value_residual': True, 'ngram': 4,
           'ngram_rows': 512, 'n_kv_head': 1, 'bias': False}  # as config/best_shakespeare_char_cpu.py
 CHARS = CharTokenizer.of_text('abcdefghijk .,\n')
@@ -71,8 +77,14 @@ def modules_cache(tmp_path_factory):
 
 
 BOTH = [{'bias': True}, {'bias': False, 'tie_weights': False}, LLAMA | WIDE]
-ONLY_CHARS = [FULL, LLAMA | FULL, LLAMA | {'qkv_bias': True}, RECIPE | FULL, {'attn_type': 'GK', 'tie_weights': False},
-              {'pos_emb': 'alibi', 'activation': 'relu2'}]
+ONLY_CHARS = [
+    FULL,
+    LLAMA | FULL,
+    LLAMA | {'qkv_bias': True},
+    RECIPE | FULL,
+    {'attn_type': 'GK', 'tie_weights': False},
+    {'pos_emb': 'alibi', 'activation': 'relu2'},
+]
 
 
 @pytest.mark.parametrize('ours, changes', [*itertools.product([CHARS, GPT2Tokenizer()], BOTH),
@@ -125,9 +137,23 @@ def test_our_own_code_gives_padded_rows_the_logits_and_the_loss_of_whole_ones(sa
     assert theirs.generate(torch.zeros(1, 47, dtype=torch.long), max_new_tokens=4).shape == (1, 51)
 
 
-@pytest.mark.parametrize('changes', [
-    {'bias': True}, {'bias': False}, {'tie_weights': False, 'dropout': 0.25}, {'activation': 'gelu_tanh'},
-    FULL, LLAMA | WIDE, LLAMA | {'qkv_bias': True}, {'norm_eps': 1e-6, 'n_inner': 40}, LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25}, RECIPE, RECIPE | FULL], ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'bias': True},
+        {'bias': False},
+        {'tie_weights': False, 'dropout': 0.25},
+        {'activation': 'gelu_tanh'},
+        FULL,
+        LLAMA | WIDE,
+        LLAMA | {'qkv_bias': True},
+        {'norm_eps': 1e-6, 'n_inner': 40},
+        LLAMA | FULL | {'tie_weights': False, 'dropout': 0.25},
+        RECIPE,
+        RECIPE | FULL,
+    ],
+    ids=str,
+)
 def test_round_trip_through_init_from_is_exact(save, export, changes):
     model = save(**changes)
     again = load_pretrained(str(export()))
@@ -173,27 +199,51 @@ def test_the_folder_is_what_the_hub_expects(save, export, tmp_path):
         assert told in card, card
 
 
-@pytest.mark.parametrize('log', [
-    b'{"iter": 250, "val_loss": "x"}', b'{"iter": 250, "val_loss": {"a": 1}, "train_loss": null}', b'\xff\xfe val_loss',
-    b'["val_loss"]', b'{"val_loss"' + b'[' * 100_000, b'{"iter": 1e400, "val_loss": NaN}', b'\0' * 1000, b'',
-], ids=lambda log: str(log[:20]))
+@pytest.mark.parametrize(
+    'log',
+    [
+        b'{"iter": 250, "val_loss": "x"}',
+        b'{"iter": 250, "val_loss": {"a": 1}, "train_loss": null}',
+        b'\xff\xfe val_loss',
+        b'["val_loss"]',
+        b'{"val_loss"' + b'[' * 100_000,
+        b'{"iter": 1e400, "val_loss": NaN}',
+        b'\0' * 1000,
+        b'',
+    ],
+    ids=lambda log: str(log[:20]),
+)
 def test_nothing_in_a_log_stops_an_export(log, save, export, tmp_path):
     save()
-    (tmp_path / 'run/log.jsonl').write_bytes(log + b'\n{"iter": 250, "train_loss": 1.25, "val_loss": 1.625}\n' + log)
+    (tmp_path / 'run/log.jsonl').write_bytes(
+        log + b'\n{"iter": 250, "train_loss": 1.25, "val_loss": 1.625}\n' + log
+    )
     assert '| nats per token |' in (export() / 'README.md').read_text(encoding='utf-8')
 
 
 def test_an_export_publishes_no_path_and_nothing_that_is_not_listed(save, export, tmp_path):
-    paths = {'out_dir': '/home/me/out', 'data_dir': '/home/me/verses', 'finetune_from': '/home/me/x', 'device': 'cpu',
-             'init_from': '/home/me/SmolLM', 'optimizer': '/home/me/opt', 'wandb_project': 'secret', 'mine': '/home/me'}
+    paths = {
+        'out_dir': '/home/me/out',
+        'data_dir': '/home/me/verses',
+        'finetune_from': '/home/me/x',
+        'device': 'cpu',
+        'init_from': '/home/me/SmolLM',
+        'optimizer': '/home/me/opt',
+        'wandb_project': 'secret',
+        'mine': '/home/me',
+    }
     (tmp_path / 'verses').mkdir()
-    (tmp_path / 'verses/dataset.json').write_text(json.dumps({'source': 'C:\\home\\me\\a.txt, /home/me/b.txt'}))
+    (tmp_path / 'verses/dataset.json').write_text(
+        json.dumps({'source': 'C:\\home\\me\\a.txt, /home/me/b.txt'})
+    )
     save(config=paths | {'data_dir': str(tmp_path / 'verses')})
     text = ''.join(p.read_text(encoding='utf-8') for p in export().iterdir() if p.suffix in ('.json', '.md'))
     assert 'home' not in text and str(tmp_path) not in text and 'secret' not in text
     assert '| source | a.txt, b.txt |' in text
     save(config={'init_from': 'HuggingFaceTB/SmolLM2-135M'})
-    assert '\nbase_model: HuggingFaceTB/SmolLM2-135M\n' in (export() / 'README.md').read_text(encoding='utf-8')
+    assert '\nbase_model: HuggingFaceTB/SmolLM2-135M\n' in (export() / 'README.md').read_text(
+        encoding='utf-8'
+    )
 
 
 def test_an_export_that_fails_leaves_the_folder_as_it_was(save, export, tmp_path):
@@ -216,7 +266,9 @@ def test_an_exported_chat_model_is_chatted_with_here_by_the_ids_of_its_training(
     save(form.tokenizer, chat=form.template, **LLAMA)
     folder, talk = str(export()), say('x', 'xx', 'x')
     again = ChatForm(chat_template(folder), folder_tokenizer(folder))
-    assert again.ask(talk) == form.ask(talk) and again.encode(talk)[0].tolist() == form.encode(talk)[0].tolist()
+    assert (
+        again.ask(talk) == form.ask(talk) and again.encode(talk)[0].tolist() == form.encode(talk)[0].tolist()
+    )
     assert again.end_ids == form.end_ids and again.end_strings == form.end_strings
     ends = json.loads((export() / 'generation_config.json').read_text()).get('eos_token_id')
     assert sorted(form.end_ids) == (ends if isinstance(ends, list) else [ends] if ends is not None else [])

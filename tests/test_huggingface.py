@@ -470,9 +470,16 @@ for name in ('me/model', 'me/other', 'gated/model', 'private/model', 'me/none'):
     assert found[0] == "48 ['config.json', 'generation_config.json', 'model.safetensors']"
     assert sorted(server.asked) == ['config.json', 'config.json', 'generation_config.json',
                                     'generation_config.json', 'model.safetensors']
-    for line, told in zip(found[1:], ['UserError me/other .*hidden_act=', 'UserError gated/model is gated: .*login',
-                                      'MissingFile private/model is no folder .* hf auth login',
-                                      'MissingFile me/none has no config.json'], strict=True):
+    for line, told in zip(
+        found[1:],
+        [
+            'UserError me/other .*hidden_act=',
+            'UserError gated/model is gated: .*login',
+            'MissingFile private/model is no folder .* hf auth login',
+            'MissingFile me/none has no config.json',
+        ],
+        strict=True,
+    ):
         assert re.match(told, line), line
 
 

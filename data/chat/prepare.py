@@ -5,7 +5,7 @@ docs/chat.md lists.
 
     python data/chat/prepare.py                                     # example.jsonl, about this repository
     python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=gpt2     # to fine-tune GPT-2
-    python data/chat/prepare.py my_chats.jsonl --name=my_chats --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
+    python data/chat/prepare.py my_chats.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     python train.py config/train_chat_cpu.py
     python sample.py --out_dir=out-chat --interactive=True --chat=True
 
@@ -25,14 +25,14 @@ import numpy as np
 from support.errors import UserError
 from support.hub.names import tokenizer_path
 from support.text.bpe import END, check_vocab_size, train_bpe
-from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render, report_bad_rows,
-                               template_for)
+from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render,
+                               report_bad_rows, template_for)
 from support.text.prepare import cut_of, dataset_folder, resolve_tokenizer
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
 name = 'chat'  # the dataset's folder in data/
-tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, a name of the hub, a folder, a tokenizer.json
+tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, a name of the hub, or a folder
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
 strict = False  # refuse a file with rows that are no conversations, instead of leaving them out

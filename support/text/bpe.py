@@ -38,7 +38,7 @@ PARTS = '|'.join((r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
                   r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+',  # a word, with the space before it
                   r'\p{N}',  # each digit by itself
                   r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',  # punctuation, with the line ends after it
-                  r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+'))  # white space, the last of it to the next word
+                  r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+'))  # white space, its last to the next word
 
 # GPT-2's characters for bytes, in tokenizer.json
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -58,7 +58,7 @@ class BPETokenizer:
 
     def __init__(self, text, ends=()):
         self.json = text
-        with explain_failure('unreadable', Exception, passing=ValueError):  # the library raises this type
+        with explain_failure('unreadable', Exception, passing=ValueError):  # of the library
             content = json.loads(text)
             self.added = {t['content']: t for t in content.get('added_tokens') or ()}
             ids = build(text).get_vocab() if isinstance(content['model'], dict) else {}
@@ -66,7 +66,9 @@ class BPETokenizer:
             self.n_vocab = max(ids.values()) + 1
             self.special = {name: t['id'] for name, t in self.added.items() if t.get('special')}
             named = next((self.special[name] for name in ENDS if name in self.special), None)
-            self.ends = tuple(i for i in ends if 0 <= i < self.n_vocab) or (() if named is None else (named,))
+            self.ends = tuple(i for i in ends if 0 <= i < self.n_vocab)
+            if not self.ends and named is not None:
+                self.ends = (named,)
             self.end = self.ends[0] if named is None and self.ends else named
             self.is_nfc = '"NFC"' in json.dumps(content.get('normalizer'))
             self.texts = [b''] * self.n_vocab
@@ -74,7 +76,7 @@ class BPETokenizer:
                 self.texts[i] = name.encode() if name in self.added else name
             self.texts = bytes_of_tokens(self.texts, content.get('decoder'), self.of_prompts)
             self.begin = self.ids_before_text()
-            self.strips = self.join(self.encode('a')) == b' a'  # the space before a text is the tokenizer's
+            self.strips = self.join(self.encode('a')) == b' a'  # it puts a space before each text
         self.n_seen, self.n_changed, self.has_said = 0, 0, set()
 
     @functools.cached_property
@@ -106,7 +108,8 @@ class BPETokenizer:
         content = json.loads(self.json)
         if content.get('pre_tokenizer') != json.loads(untrained().to_str())['pre_tokenizer']:
             return None
-        joined = [''.join(m.split(' ') if isinstance(m, str) else m) for m in content['model']['merges']]
+        joined = [''.join(m.split(' ') if isinstance(m, str) else m)
+                  for m in content['model']['merges']]
         vocab, special = content['model']['vocab'], {*self.special}
         made = sorted((t for t in vocab if len(t) > 1 and t not in special), key=vocab.get)
         has_bytes = {bytes([b]) for b in range(256)} <= {*self.texts}
@@ -128,7 +131,8 @@ class BPETokenizer:
         say_of_end(self, text)
         if self.quick:
             with contextlib.suppress(ValueError):  # a million blanks exceed its stack
-                return self.quick.encode_to_numpy(mended(text), disallowed_special=()).astype(np.uint32)
+                ids = self.quick.encode_to_numpy(mended(text), disallowed_special=())
+                return ids.astype(np.uint32)
         ids = self.encode_with(self.of_documents, text)
         self.check_kept(mended(text), ids)
         return ids
@@ -154,7 +158,8 @@ class BPETokenizer:
         ids, spans = np.array(found.ids, np.int64), np.array(found.offsets, np.int64).reshape(-1, 2)
         markers = {self.added[name]['id'] for name in names}
         if [i for i in found.ids if i in markers] != [i for i in expected if i in markers]:
-            raise UserError('a message becomes a token of the chat template when it is encoded; reword it')
+            raise UserError('a message becomes a token of the chat template when it is encoded; '
+                            'reword it')
         ends = np.cumsum([*map(len, texts)])
         keep = ids != self.of_messages.token_to_id(NO_TEXT)
         first, last = (np.searchsorted(ends, at, side='right')[keep]
@@ -170,11 +175,13 @@ class BPETokenizer:
         lost = Counter(text)
         lost.subtract(Counter(found))
         self.n_changed += sum(n for n in lost.values() if n > 0)
-        at = next((i for i, (a, b) in enumerate(zip(text, found)) if a != b), min(len(text), len(found)))
-        place = f'{text[max(0, at - 10):at + 10]!r} came back as {found[max(0, at - 10):at + 10]!r}'
+        differing = (i for i, (a, b) in enumerate(zip(text, found)) if a != b)
+        at = next(differing, min(len(text), len(found)))
+        near = slice(max(0, at - 10), at + 10)
+        place = f'{text[near]!r} came back as {found[near]!r}'
         if self.n_changed > max(100, self.n_seen / 100):
-            raise UserError(f'the tokenizer changes or drops {self.n_changed:,} of {self.n_seen:,} characters: '
-                            f'{place}. Take another --tokenizer')
+            raise UserError(f'the tokenizer changes or drops {self.n_changed:,} of {self.n_seen:,} '
+                            f'characters: {place}. Take another --tokenizer')
         say_once(self, 'changes', f'the tokenizer changes or drops some of the text: {place}')
 
     def ids_before_text(self):
@@ -235,8 +242,8 @@ def say_of_end(tokenizer, text):
     """Print, once, that a document holds the name of the token that ends documents."""
     name = next((name for name, i in tokenizer.special.items() if i == tokenizer.end), None)
     if name and name in text:
-        say_once(tokenizer, 'end', f'{name} in the data is encoded as the text that it is; in a prompt it is the '
-                                   'token that ends a document')
+        say_once(tokenizer, 'end', f'{name} in the data is encoded as the text that it is; in a '
+                                   'prompt it is the token that ends a document')
 
 
 def check_content(content, ids):
@@ -259,10 +266,11 @@ def bytes_of_tokens(names, decoder, library):
     if '"ByteLevel"' in how:
         return [t if isinstance(t, bytes) else bytes_of(t) for t in names]
     if '\u2581' in json.dumps(decoder, ensure_ascii=False):  # SentencePiece's mark of a space
-        byte = re.compile('<0x([0-9A-F]{2})>') if '"ByteFallback"' in how else re.compile('(?!)')
-        return [t if isinstance(t, bytes) else bytes([int(found[1], 16)]) if (found := byte.fullmatch(t))
-                else t.replace('\u2581', ' ').encode() for t in names]
-    first = next(i for i, t in enumerate(names) if isinstance(t, str))  # what an id adds to the text before it
+        single = {f'<0x{b:02X}>': bytes([b]) for b in range(256) if '"ByteFallback"' in how}
+        return [t if isinstance(t, bytes) else single.get(t, t.replace('\u2581', ' ').encode())
+                for t in names]
+    # what an id adds to the text of the one before it
+    first = next(i for i, t in enumerate(names) if isinstance(t, str))
     before = library.decode([first], skip_special_tokens=False)
     return [t if isinstance(t, bytes) else
             library.decode([first, i], skip_special_tokens=False)[len(before):].encode()
@@ -303,22 +311,23 @@ def build(text):
 def ids_of(library, texts):
     """Each text's ids, (N,) uint32."""
     with explain_panic(texts):
-        return [np.array(e.ids, np.uint32) for e in library.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(e.ids, np.uint32) for e in encoded]
 
 
 @contextlib.contextmanager
 def explain_panic(texts):
     """A ValueError of one line in place of a panic of Rust, which is a BaseException and prints its
     stack."""
-    is_main = threading.current_thread() is threading.main_thread()  # only there others don't print meanwhile
+    is_main = threading.current_thread() is threading.main_thread()  # others may print meanwhile
     try:
         with quiet_stderr() if is_main else contextlib.nullcontext():
             yield
     except BaseException as error:
         if type(error).__name__ != 'PanicException':
             raise
-        raise UserError(f'the tokenizer fails on the text that begins {texts[0][:40]!r} ({error}): take another '
-                        '--tokenizer, or leave that text out') from None
+        raise UserError(f'the tokenizer fails on the text that begins {texts[0][:40]!r} ({error}): '
+                        'take another --tokenizer, or leave that text out') from None
 
 
 @contextlib.contextmanager
@@ -367,7 +376,8 @@ def train_bpe(texts, vocab_size, special_tokens=(END,)):
     library = untrained()
     pieces = (text[i:i + PIECE] for text in texts for i in range(0, len(text), PIECE))
     library.train_from_iterator(pieces, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[*special_tokens],
+        vocab_size=vocab_size, min_frequency=2, show_progress=False,
+        special_tokens=[*special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return BPETokenizer(library.to_str())
 

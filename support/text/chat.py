@@ -31,8 +31,9 @@ ROLES = ('system', 'user', 'assistant')
 MARKERS = {role: f'<|{role}|>' for role in ROLES}  # tokens
 PLAIN = {role: f'{role.capitalize()}:\n' for role in ROLES}  # text
 SAME_ROLES = {'human': 'user', 'gpt': 'assistant', 'developer': 'system'}  # ShareGPT's, OpenAI's
-SHAPES = '{"messages": [{"role": "user", "content": "..."}, ...]}, or the fields that docs/chat.md lists'
-SPLIT = '\ufdd1'  # around a message's number while a template is rendered; Unicode has no character there
+SHAPES = ('{"messages": [{"role": "user", "content": "..."}, ...]}, or the fields that docs/chat.md '
+          'lists')
+SPLIT = '\ufdd1'  # around a message's number while a template is rendered; no character of Unicode
 ANSWER_END = 'end of the answer'  # the kind of a text after the assistant's
 
 
@@ -57,7 +58,8 @@ def folder_template(folder):
                  for k, v in settings.items() if k.endswith('_token')}
     if not text:
         return None
-    return check_template({'jinja': text, 'tokens': {k: v for k, v in names.items() if isinstance(v, str)}})
+    tokens = {k: v for k, v in names.items() if isinstance(v, str)}
+    return check_template({'jinja': text, 'tokens': tokens})
 
 
 def check_template(template):
@@ -104,7 +106,8 @@ def parts_of(messages, template, names, is_question=False):
             if i % 2:
                 parts.append((contents[int(piece)], messages[int(piece)]['role']))
             elif i and messages[int(pieces[i - 1])]['role'] == 'assistant':
-                n = end_of_answer(piece, names, last_end(template['jinja'], tuple(template['tokens'].items())))
+                last = last_end(template['jinja'], tuple(template['tokens'].items()))
+                n = end_of_answer(piece, names, last)
                 parts += [(piece[:n], ANSWER_END), (piece[n:], None)]
             else:
                 parts.append((piece, None))
@@ -129,7 +132,8 @@ def end_of_answer(text, names, last):
 def last_end(text, tokens):
     """What a chat_template puts after the answer that ends a conversation."""
     said = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': SPLIT}]
-    return rendered({'jinja': text, 'tokens': dict(tokens)}, said, is_question=False).rpartition(SPLIT)[2]
+    template = {'jinja': text, 'tokens': dict(tokens)}
+    return rendered(template, said, is_question=False).rpartition(SPLIT)[2]
 
 
 def jinja(template):
@@ -139,7 +143,8 @@ def jinja(template):
     quoted = {name: json.dumps(text) for name, text in template.items()}
     markers = ', '.join(f'{json.dumps(role)}: {quoted[role]}' for role in ROLES)
     return (f'{{% set markers = {{{markers}}} %}}{{% for message in messages %}}'
-            f'{{{{ markers[message["role"]] + message["content"] | trim + {quoted["end"]} }}}}{{% endfor %}}'
+            f'{{{{ markers[message["role"]] + message["content"] | trim + {quoted["end"]} }}}}'
+            '{% endfor %}'
             f'{{% if add_generation_prompt %}}{{{{ markers["assistant"] }}}}{{% endif %}}')
 
 
@@ -155,7 +160,8 @@ class ChatForm:
         said = [{'role': role, 'content': 'x'} for role in ('user', 'assistant', 'user')]
         parts = parts_of(said, template, tokenizer.special)
         ends = {text.strip() for text, kind in parts if kind == ANSWER_END}
-        self.end_ids = {*tokenizer.ends, *(tokenizer.special[e] for e in ends if e in tokenizer.special)}
+        special = tokenizer.special
+        self.end_ids = {*tokenizer.ends, *(special[end] for end in ends if end in special)}
         self.end_strings = [end for end in ends if end not in tokenizer.special]
 
     def encode(self, messages, is_question=False):
@@ -165,8 +171,10 @@ class ChatForm:
         parts = parts_of(messages, self.template, self.tokenizer.special, is_question)
         for text, kind in parts:
             if kind in ROLES and (found := [mark for mark in self.plain_marks if mark in text]):
-                raise UserError(f'a message holds {found[0]!r}, by which this template parts messages')
-        ids, first, last = encode_parts(self.tokenizer, [(text, kind not in ROLES) for text, kind in parts])
+                raise UserError(f'a message holds {found[0]!r}, by which this template parts '
+                                'messages')
+        ids, first, last = encode_parts(self.tokenizer,
+                                        [(text, kind not in ROLES) for text, kind in parts])
         is_target = np.array([kind in ('assistant', ANSWER_END) for _, kind in parts])
         mask = np.where(is_target[first] | is_target[last], TARGET, READ).astype(np.uint8)
         mask[:1] = BEGIN
@@ -186,7 +194,8 @@ class ChatForm:
             return [self.template['end']] if self.template['end'] not in names else []
         text = ''.join(SPLIT if kind in ROLES else text
                        for text, kind in parts_of(said, self.template, names))
-        between = [part for part in text.split(SPLIT)[1:-1] if not any(name in part for name in names)]
+        between = [part for part in text.split(SPLIT)[1:-1]
+                   if not any(name in part for name in names)]
         return [line.strip() for part in between for line in part.split('\n') if line.strip()]
 
 
@@ -196,7 +205,8 @@ def encode_parts(tokenizer, parts):
     if hasattr(tokenizer, 'encode_parts'):
         return tokenizer.encode_parts(parts)
     as_text = getattr(tokenizer, 'encode_array', tokenizer.encode)
-    encoded = [tokenizer.encode(text) if is_template else as_text(text) for text, is_template in parts]
+    encoded = [tokenizer.encode(text) if is_template else as_text(text)
+               for text, is_template in parts]
     of_part = np.repeat(np.arange(len(parts)), [len(ids) for ids in encoded])
     return np.concatenate(encoded).astype(np.uint32), of_part, of_part
 
@@ -240,7 +250,8 @@ def report_bad_rows(path, n_good, bad, strict):
         first = {reason: where for where, reason in reversed(bad.items())}
         print0(f'{path}: left out {len(bad):,} of {n_good + len(bad):,} rows: ' + '; '.join(
             f'{count:,} with {reason} (first {first[reason]})'
-            for reason, count in Counter(bad.values()).most_common(5)) + '. --strict=True refuses them')
+            for reason, count in Counter(bad.values()).most_common(5))
+            + '. --strict=True refuses them')
 
 
 def messages_of(row):
@@ -280,4 +291,5 @@ def why_not(messages):
             return f'a message whose role is none of {", ".join(ROLES)}'
         if not isinstance(m.get('content'), str) or not m['content'].strip():
             return f'a message of the {m["role"]}\'s without text'
-    return None if any(m['role'] == 'assistant' for m in messages) else 'nothing that the assistant says'
+    has_answer = any(m['role'] == 'assistant' for m in messages)
+    return None if has_answer else 'nothing that the assistant says'

@@ -40,7 +40,8 @@ class CharTokenizer:
         self.stoi = {c: i for i, c in itos.items()}
         self.n_vocab = max(itos) + 1
         self.has_words = any(len(c) > 1 for c in self.stoi)
-        self.space = ' ' if self.has_words and not any(re.search(r'\s', c) for c in self.stoi) else ''
+        has_space = any(re.search(r'\s', c) for c in self.stoi)
+        self.space = ' ' * (self.has_words and not has_space)
 
     @classmethod
     def of_text(cls, text):
@@ -77,7 +78,8 @@ class CharTokenizer:
         return self.space.join(self.itos[i] for i in ids)
 
     def decode_bytes(self, ids):
-        return ''.join(self.itos[i] + self.space for i in ids).encode('utf-8', errors='surrogatepass')
+        text = ''.join(self.itos[i] + self.space for i in ids)
+        return text.encode('utf-8', errors='surrogatepass')
 
     def knows_text(self):
         return True
@@ -253,7 +255,8 @@ def essence(text):
     return dict(vocab) | added, merges, content['pre_tokenizer'], content['normalizer']
 
 
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'encoder.json', 'vocab.txt', 'tokenizer.model', 'spiece.model')
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'encoder.json', 'vocab.txt', 'tokenizer.model',
+                   'spiece.model')
 # of a JSON list of GPT-2's tokens but <|endoftext|>, in the order of their ids
 GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
 
@@ -299,7 +302,8 @@ def converted(path):
     logging.set_verbosity_error()
     merges = path.with_name('merges.txt')
     with explain_failure('transformers makes no tokenizer.json of it', Exception):
-        if path.name == 'vocab.json' and merges.is_file() and not path.with_name('config.json').is_file():
+        has_config = path.with_name('config.json').is_file()
+        if path.name == 'vocab.json' and merges.is_file() and not has_config:
             theirs = ByteLevel(vocab=str(path), merges=str(merges))
         else:
             theirs = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
