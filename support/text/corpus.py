@@ -26,7 +26,6 @@ from support.text.bpe import END, BPETokenizer, train_bpe
 from support.text.documents import SPLIT_NAMES, has_own_splits, load_documents, report_files_of
 from support.text.prepare import SAMPLE, check_fraction, resolve_tokenizer
 from support.text.stream import Encoded, dtype_for, n_cores
-from support.text.tokenizer import GPT2Tokenizer
 from support.text.writing import write_dataset, write_tokens
 
 PART = 2048  # documents
@@ -45,9 +44,7 @@ def prepare_corpus(folder, corpus, tokenizer='gpt2', vocab_size=4096, val_fracti
     check_fraction(val_fraction)
     corpus = replace(corpus, source=os.path.expanduser(corpus.source))
     coder = resolve_tokenizer(tokenizer, vocab_size, ('gpt2', 'bpe'))
-    if isinstance(coder, GPT2Tokenizer):
-        coder.bpe  # noqa: B018, fails before the long download if the BPE files are missing
-    elif coder and coder.end is None:
+    if coder and coder.end is None:
         raise UserError(f'tokenizer={tokenizer} has no special token {END} to end documents with')
     splits = load_splits(corpus, val_fraction)
     # parts of another text, or of another size, go to another folder

@@ -1,9 +1,9 @@
 """
 Files of text as they lie on disks: compressed or not, in any encoding, rows of tables.
 
+    how = Reading(text_column='text')
     with open('posts.jsonl.gz', 'rb') as raw:
-        for piece in pieces_of(raw, 'posts.jsonl.gz', Reading(text_column='text')):
-            ...
+        for piece in pieces_of(raw, 'posts.jsonl.gz', how, leave_out=print): ...
 
 A piece has some megabytes at most, so memory doesn't grow with the file.
 """
@@ -12,9 +12,9 @@ import codecs
 import csv
 import json
 import lzma
+import os
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.errors import UserError
@@ -28,25 +28,19 @@ EXPORT_FIRST = ('.pdf', '.docx', '.doc', '.odt', '.rtf', '.epub')
 MARKS = {codecs.BOM_UTF8: 'utf-8',
          codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',  # they begin with:
          codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
-DAMAGED = (zlib.error, lzma.LZMAError, csv.Error)  # what they raise besides Python's usual errors
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)  # of what can't be read
 
 
 class NotText(UserError):
     """A file that isn't text. A folder's other files are read without it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
-    """How files are read: the column of their rows with the text ('' reads them as plain text), the
-    encoding of files without a byte-order mark, and whether a row without text is an error.
-
-    bad: {reason: number of rows that are left out}, and first: {reason: the first}.
-    """
-    text_column: str = ''
-    encoding: str = 'utf-8'
-    strict: bool = False
-    bad: Counter = field(default_factory=Counter)
-    first: dict = field(default_factory=dict)
+    """How files are read."""
+    text_column: str = ''  # of the files with rows; '' reads them as plain text
+    encoding: str = 'utf-8'  # of files without a byte-order mark
+    strict: bool = False  # whether a row without text is an error
 
     def check(self):
         """UserError for an encoding that Python doesn't know."""
@@ -58,20 +52,6 @@ class Reading:
             raise UserError(f'encoding={self.encoding} is no encoding that Python knows: utf-8, '
                             'utf-16, latin-1, cp1252, cp949, gb18030, shift_jis, ...')
 
-    def report(self):
-        """Print how many rows were left out, and why."""
-        if self.bad:
-            print(f'left out {sum(self.bad.values()):,} rows: ' + ', '.join(
-                f'{count:,} {reason} (the first: {self.first[reason]})'
-                for reason, count in self.bad.most_common()) + '. --strict=True refuses them')
-
-    def leave_out(self, where, reason):
-        """Count a row without text. UserError if `strict`."""
-        if self.strict:
-            raise UserError(f'{where} is a row {reason}; without --strict=True it is left out')
-        self.bad[reason] += 1
-        self.first.setdefault(reason, where)
-
 
 def suffixes(path):
     """A file's suffix in lower case, and that of its compression or '': ('.jsonl', '.gz')."""
@@ -80,22 +60,23 @@ def suffixes(path):
     return (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, '')
 
 
-def pieces_of(raw, path, how):
-    """Yield a file's text. raw: the file, opened in binary. Raises NotText, or UserError if its
-    rows have no such column."""
+def pieces_of(raw, path, how, leave_out):
+    """Yield a file's text. raw: the file, opened in binary. how: a Reading. leave_out: called with
+    the place of each row without text, and the reason. Raises NotText, or UserError if no row has
+    text."""
     suffix, compression = suffixes(path)
     if suffix in EXPORT_FIRST:
         raise NotText(f'{path} is not plain text: export its text first')
     if suffix == '.parquet':
         if compression:
             raise UserError(f'{path} is a compressed table: decompress it first')
-        texts = rows_of_parquet(raw, path, how)
+        texts = rows_of_parquet(raw, path, how.text_column, leave_out)
     else:
         pieces = decoded(decompressed(raw, path, compression), path, how.encoding)
         if suffix in LINES and how.text_column:
-            texts = rows_of_json(pieces, path, how)
+            texts = rows_of_json(pieces, path, how.text_column, leave_out)
         elif suffix in TABLES and how.text_column:
-            texts = rows_of_csv(pieces, path, how)
+            texts = rows_of_csv(pieces, path, how.text_column, leave_out)
         else:
             texts = pieces
     return ended_lines(texts, path, how)
@@ -131,7 +112,8 @@ def decompressed(raw, path, compression):
         except ImportError:
             raise UserError(f'{path} needs a library: pip install pyarrow, or decompress it '
                             'first') from None
-        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), 'zstd')
+        again = open(os.dup(raw.fileno()), 'rb')  # noqa: SIM115, the library closes it
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(again), 'zstd')
     return raw
 
 
@@ -173,7 +155,7 @@ def how_to_read(start):
 
 # ---------------------------------------------------------------------------- rows
 
-def rows_of_json(pieces, path, how):
+def rows_of_json(pieces, path, column, leave_out):
     """Yield the texts of a file's JSON lines."""
     n_good, names = 0, {}
     for number, line in enumerate(lines(pieces, path), 1):
@@ -185,19 +167,19 @@ def rows_of_json(pieces, path, how):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            how.leave_out(f'{path}, line {number}', 'that is no JSON')
+            leave_out(f'{path}, line {number}', 'that is no JSON')
             continue
-        text = row.get(how.text_column) if isinstance(row, dict) else None
+        text = row.get(column) if isinstance(row, dict) else None
         if is_good(text):
             n_good += 1
             yield clean(text)
         else:
             names |= dict.fromkeys(row) if isinstance(row, dict) and not names else {}
-            how.leave_out(f'{path}, line {number}', f'without text in {how.text_column}')
-    check_column(n_good, names, path, how)
+            leave_out(f'{path}, line {number}', f'without text in column {column}')
+    check_column(n_good, names, path, column)
 
 
-def rows_of_csv(pieces, path, how):
+def rows_of_csv(pieces, path, column, leave_out):
     """Yield the texts of a table's rows. Fields are separated by what the first line has most
     of."""
     csv.field_size_limit(LONGEST_ROW)
@@ -205,22 +187,22 @@ def rows_of_csv(pieces, path, how):
     header = next(whole, '')
     separator = max(',;\t', key=header.count)
     names = next(csv.reader([header], delimiter=separator), [])
-    if how.text_column not in names:
-        check_column(0, names, path, how)
-    column, n_good = names.index(how.text_column), 0
+    if column not in names:
+        check_column(0, names, path, column)
+    at, n_good = names.index(column), 0
     table = csv.reader(whole, delimiter=separator)
     for row in table:
-        text = row[column] if column < len(row) else None
+        text = row[at] if at < len(row) else None
         if is_good(text):
             n_good += 1
             yield clean(text)
         elif row:
-            how.leave_out(f'{path}, line {table.line_num + 1}',
-                          f'without text in {how.text_column}')
-    check_column(n_good, names, path, how)
+            leave_out(f'{path}, line {table.line_num + 1}',
+                          f'without text in column {column}')
+    check_column(n_good, names, path, column)
 
 
-def rows_of_parquet(raw, path, how):
+def rows_of_parquet(raw, path, column, leave_out):
     """Yield the texts of a Parquet file's rows."""
     try:
         import pyarrow
@@ -230,23 +212,23 @@ def rows_of_parquet(raw, path, how):
     try:
         table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
         names = table.schema_arrow.names
-        if how.text_column not in names:
-            check_column(0, names, path, how)
-        kind = table.schema_arrow.field(how.text_column).type
+        if column not in names:
+            check_column(0, names, path, column)
+        kind = table.schema_arrow.field(column).type
         if 'string' not in str(kind):
-            raise UserError(f'{path} has {kind} in column {how.text_column}, not text: name '
+            raise UserError(f'{path} has {kind} in column {column}, not text: name '
                             'another with --text_column')
-        batches = table.iter_batches(64, columns=[how.text_column], use_threads=False)
+        batches = table.iter_batches(64, columns=[column], use_threads=False)
         texts, n_good = (text for batch in batches for text in batch.column(0).to_pylist()), 0
         for number, text in enumerate(texts, 1):
             if is_good(text):
                 n_good += 1
                 yield clean(text)
             else:
-                how.leave_out(f'{path}, row {number}', f'without text in {how.text_column}')
+                leave_out(f'{path}, row {number}', f'without text in column {column}')
     except pyarrow.ArrowException as error:
         raise UserError(f'{path} can\'t be read ({str(error).splitlines()[0][:200]})') from None
-    check_column(n_good, names, path, how)
+    check_column(n_good, names, path, column)
 
 
 def is_good(text):
@@ -262,17 +244,17 @@ def clean(text):
     return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
-def check_column(n_good, names, path, how):
+def check_column(n_good, names, path, column):
     """UserError if no row of a file has text. names: of its columns."""
     if n_good:
         return
     found = ', '.join(map(str, [*names][:20])) or 'none'
-    if not how.text_column:
+    if not column:
         raise UserError(f'{path} has the columns {found}: name that of the text with --text_column')
-    if how.text_column not in names:
-        raise UserError(f'{path} has no column {how.text_column}, only {found}: name one with '
+    if column not in names:
+        raise UserError(f'{path} has no column {column}, only {found}: name one with '
                         '--text_column')
-    raise UserError(f'{path} has no row with text in column {how.text_column}: name another with '
+    raise UserError(f'{path} has no row with text in column {column}: name another with '
                     '--text_column')
 
 

@@ -24,7 +24,7 @@ from support.text.writing import write_dataset
 
 # ---------------------------------------------------------------------------- tokenizers
 
-SAMPLE = 1 << 26  # characters that a tokenizer is trained on at most
+SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
 SMALL_SAMPLE = 1 << 22  # characters of any text that it can be trained on
 PROBE = 1 << 20  # characters of which the words are counted
 WORD_BYTES = 8e6  # of different words; in training each takes 90 bytes
@@ -34,10 +34,14 @@ def resolve_tokenizer(name, vocab_size, known):
     """The tokenizer that a setting names if it exists already, None for those that are made of
     the text: char and bpe. known: the names that the caller takes besides paths, of a
     tokenizer.json or of a folder with a tokenizer or a dataset. Raises UserError for any other."""
+    if name == 'gpt2':
+        coder = GPT2Tokenizer()
+        coder.bpe  # noqa: B018, fails here, not after a long read, if its files are missing
+        return coder
     if name in known:
         if name == 'bpe':
             check_vocab_size(vocab_size)
-        return GPT2Tokenizer() if name == 'gpt2' else None
+        return None
     path = Path(name).expanduser()
     if not path.exists():
         raise UserError(f'tokenizer={name} is not one of {", ".join(known)}, nor the path of a '
@@ -94,7 +98,8 @@ def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, voca
     n, characters = sum(one.n_characters for one in found), set()
     characters.update(*(one.characters for one in found))
     cut = cut_of(n, val_fraction, source) if val is None else cut_between(found, source)
-    print(f'{source}: {n:,} characters')
+    print(f'{source}: {n:,} characters' if val is None else
+          f'{source}: {cut:,} characters, and {n - cut:,} for validation')
     more = {'text': '+'.join(f'{one.n_characters}-{one.crc32:08x}' for one in found)}
     check_replacing(data_dir, more['text'], overwrite)
     if tokenizer == 'char':

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.errors import MissingFile, UserError
-from support.machine.files import download, explain_failure
+from support.machine.files import download, reason_of
 from support.text.formats import (DAMAGED, EXPORT_FIRST, PIECE, ROWS, NotText, Reading, pieces_of,
                                   suffixes)
 from support.text.tokens import identity_of
@@ -33,11 +33,11 @@ def tiny_shakespeare(folder):
 # of text, markup and programs; a file without a suffix may be text, too
 SUFFIXES = frozenset((
     '', '.txt', '.text', '.md', '.markdown', '.rst', '.adoc', '.org', '.tex', '.bib', '.srt',
-    '.vtt', '.html', '.htm', '.xml', '.css', '.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.yaml', '.yml',
-    '.toml', '.ini', '.cfg', '.conf', '.log', '.py', '.pyi', '.pyx', '.c', '.h', '.cc', '.cpp',
-    '.hpp', '.cu', '.java', '.kt', '.scala', '.js', '.ts', '.jsx', '.tsx', '.go', '.rs', '.rb', '.php',
-    '.swift', '.m', '.cs', '.hs', '.ml', '.el', '.lisp', '.clj', '.scm', '.lua', '.pl', '.r', '.jl',
-    '.f90', '.sh', '.sql', '.proto', '.cmake', '.vim', '.asm'))
+    '.vtt', '.html', '.htm', '.xml', '.css', '.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.yaml',
+    '.yml', '.toml', '.ini', '.cfg', '.conf', '.log', '.py', '.pyi', '.pyx', '.c', '.h', '.cc',
+    '.cpp', '.hpp', '.cu', '.java', '.kt', '.scala', '.js', '.ts', '.jsx', '.tsx', '.go', '.rs', '.rb',
+    '.php', '.swift', '.m', '.cs', '.hs', '.ml', '.el', '.lisp', '.clj', '.scm', '.lua', '.pl', '.r',
+    '.jl', '.f90', '.sh', '.sql', '.proto', '.cmake', '.vim', '.asm'))
 MARKUP = ('.html', '.htm', '.xml')
 
 
@@ -55,6 +55,7 @@ class TextFiles:
         self.how = how or Reading()
         self.how.check()
         self.files, self.left_out = [], []  # (path, identity, is_named); (path, reason)
+        self.bad_rows = {}  # {reason: (number of rows, the first)}
         self.is_first = True
         for path in (Path(path).expanduser() for path in paths):
             if path.is_dir():
@@ -84,7 +85,7 @@ class TextFiles:
             yield from merged(self.texts(is_first, bar))
         if is_first:
             report_files(len(self.files), self.left_out, self.hints())
-            self.how.report()
+            self.report_rows()
 
     def texts(self, is_first, bar):
         """Yield the texts of all files. The first time, files that turn out to be none are
@@ -103,22 +104,42 @@ class TextFiles:
                     continue
                 pieces = start if len(start) < 2 else self.read(file)
             kept.append(file)
-            yield from pieces
+            try:
+                yield from pieces
+            except NotText as error:
+                raise UserError(str(error)) from None
         self.files = kept
 
     def read(self, file, bar=None):
         """Yield the text of a file."""
         path, identity, _ = file
-        with explain_failure(f'{path} can\'t be read', *DAMAGED, passing=UserError), \
-                open(path, 'rb') as raw:
-            check_unchanged(path, identity, raw)
-            at = 0
-            for piece in pieces_of(raw, path, self.how):
-                yield piece
-                if bar is not None:
-                    bar.update(raw.tell() - at)
-                    at = raw.tell()
-            check_unchanged(path, identity, raw)
+        try:
+            with open(path, 'rb') as raw:
+                check_unchanged(path, identity, raw)
+                at = 0
+                for piece in pieces_of(raw, path, self.how, self.leave_out):
+                    yield piece
+                    if bar is not None:
+                        bar.update(raw.tell() - at)
+                        at = raw.tell()
+                check_unchanged(path, identity, raw)
+        except DAMAGED as error:
+            raise UserError(f'{path} can\'t be read ({reason_of(error)})') from None
+
+    def leave_out(self, where, reason):
+        """Count a row without text. UserError if `strict`."""
+        if self.how.strict:
+            raise UserError(f'{where} is a row {reason}; without --strict=True it is left out')
+        count, first = self.bad_rows.get(reason, (0, where))
+        self.bad_rows[reason] = count + 1, first
+
+    def report_rows(self):
+        """Print how many rows were left out, and why."""
+        if self.bad_rows:
+            n_rows = sum(count for count, _ in self.bad_rows.values())
+            print(f'left out {n_rows:,} row{"s" * (n_rows != 1)}: ' + ', '.join(
+                f'{count:,} {reason} (the first: {where})'
+                for reason, (count, where) in self.bad_rows.items()) + '. --strict=True refuses them')
 
     def has_rows(self, path):
         return bool(self.how.text_column) and suffixes(path)[0] in ROWS

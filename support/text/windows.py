@@ -120,18 +120,22 @@ class Split:
         """x, y: (B, T) int64, y one token ahead of x, -1 past the end of the split and at what is
         no target. Raises UserError for an id beyond the vocabulary, in a place that `check` didn't
         read."""
-        at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+        at = self.places(starts, block_size)  # (B, T + 1)
         ids = self.tokens[np.minimum(at, len(self) - 1)].astype(np.int64)
         if self.vocab_size and ids.max(initial=0) >= self.vocab_size:
             raise UserError(f'{self.path} holds token id {ids.max()}, but the model\'s vocab_size '
                             f'is {self.vocab_size}: damaged in places that weren\'t read at the '
                             'start, or written to since. Prepare it again')
-        return ids[:, :-1], np.where(self.is_target(at[:, 1:]), ids[:, 1:], -1)
+        return ids[:, :-1], np.where(self.is_target(at), ids[:, 1:], -1)
+
+    def places(self, starts, block_size):
+        """The places in the split of each window's tokens, (B, T + 1); len(self) or more for
+        none."""
+        return starts[:, None] + np.arange(block_size + 1)
 
     def is_target(self, at):
-        """Whether the tokens at these positions are targets of their windows, (B, T) bool: row b
-        holds the positions after its window's first."""
-        return at < len(self)
+        """Whether the tokens at each window's places but the first are targets, (B, T) bool."""
+        return at[:, 1:] < len(self)
 
     def target_share(self, starts, first, batch_size, block_size):
         """What a micro-batch weighs in the mean of the micro-batches' losses, if that is to be the
@@ -141,6 +145,10 @@ class Split:
     def epoch_length(self, block_size):
         """Positions in an epoch."""
         return len(self)
+
+    def padding(self, block_size):
+        """The share of the training windows that holds no tokens of theirs."""
+        return 0.0
 
     def check_length(self, block_size):
         """UserError if there is no room for a window."""
