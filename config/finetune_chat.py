@@ -6,8 +6,8 @@ Fine-tune a GPT-2 to answer, on conversations of your own.
     python train.py config/finetune_chat.py --dataset=my_chats --lora_rank=8 --learning_rate=2e-4
     python sample.py --out_dir=out-finetune-chat --interactive=True --chat=True
 
-Lower block_size to the longest conversation, which prepare.py prints. Set max_iters to a few epochs; the run's
-first lines say how many epochs it makes. We have not timed it.
+Lower block_size to the longest conversation, which prepare.py prints. Set max_iters to a few
+epochs; the run's first lines say how many epochs it makes. We have not timed it.
 """
 
 out_dir = 'out-finetune-chat'

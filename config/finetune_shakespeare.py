@@ -5,10 +5,11 @@ Fine-tune GPT-2 on Shakespeare.
     python train.py config/finetune_shakespeare.py
     python sample.py --out_dir=out-shakespeare
 
-Starts from GPT-2 XL (1558M). If the GPU runs out of memory, use --init_from=gpt2-medium or a smaller
---block_size. Time and loss with GPT-2's weights have not been measured. The batch was chosen on a CPU, with a
-model of 5M parameters trained on documentation. After an epoch of Shakespeare its validation loss was 3.88 with
-8,192 tokens an iteration and 4.52 with 32,768 (docs/ablations.md).
+Starts from GPT-2 XL (1558M). If the GPU runs out of memory, use --init_from=gpt2-medium or a
+smaller --block_size. Time and loss with GPT-2's weights have not been measured. The batch was
+chosen on a CPU, with a model of 5M parameters trained on documentation. After an epoch of
+Shakespeare its validation loss was 3.88 with 8,192 tokens an iteration and 4.52 with 32,768
+(docs/ablations.md).
 """
 
 import time

@@ -6,9 +6,9 @@ Fine-tune SmolLM2 (135M, Apache-2.0) on your own text or on conversations, all w
     python train.py config/finetune_smollm2.py --dataset=my_text --init_from=HuggingFaceTB/SmolLM2-360M
     python sample.py --out_dir=out-smollm2
 
-init_from: any Llama, Mistral, Qwen 2 or GPT-2 of the hub, or a folder (docs/open-models.md). Weights,
-gradients and AdamW's moments take 16 bytes a parameter: 2.2 GB for 135M, 5.8 GB for 360M, 27 GB for
-1.7B, activations not counted. We have not timed it: no GPU was at hand. On a CPU:
+init_from: any Llama, Mistral, Qwen 2 or GPT-2 of the hub, or a folder (docs/open-models.md).
+Weights, gradients and AdamW's moments take 16 bytes a parameter: 2.2 GB for 135M, 5.8 GB for 360M,
+27 GB for 1.7B, activations not counted. We have not timed it: no GPU was at hand. On a CPU:
 config/finetune_lora_smollm2_cpu.py.
 """
 

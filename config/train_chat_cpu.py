@@ -5,8 +5,9 @@ Train a small GPT from nothing that answers questions, on a CPU.
     python train.py config/train_chat_cpu.py         # half a minute on two cores
     python sample.py --out_dir=out-chat --interactive=True --chat=True
 
-With the example it memorises a hundred conversations about this repository and answers their questions.
-docs/chat.md says what to expect of others. The architecture is Llama's, which export.py writes for transformers.
+With the example it memorises a hundred conversations about this repository and answers their
+questions. docs/chat.md says what to expect of others. The architecture is Llama's, which export.py
+writes for transformers.
 """
 
 out_dir = 'out-chat'

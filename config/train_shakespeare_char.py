@@ -5,8 +5,9 @@ A small GPT that writes Shakespeare character by character.
     python train.py config/train_shakespeare_char.py
     python sample.py --out_dir=out-shakespeare-char
 
-For a GPU. An H200 came to a validation loss of 1.461 at iteration 1750, 28 seconds after the first evaluation.
-nanoGPT reports 1.4697 in about 3 minutes on an A100. Without a GPU use train_shakespeare_char_cpu.
+For a GPU. An H200 came to a validation loss of 1.461 at iteration 1750, 28 seconds after the first
+evaluation. nanoGPT reports 1.4697 in about 3 minutes on an A100. Without a GPU use
+train_shakespeare_char_cpu.
 """
 
 out_dir = 'out-shakespeare-char'

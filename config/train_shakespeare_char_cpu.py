@@ -5,8 +5,9 @@ A smaller GPT that writes Shakespeare character by character, for two CPU cores.
     python train.py config/train_shakespeare_char_cpu.py
     python sample.py --out_dir=out-shakespeare-char
 
-On two cores of an AMD EPYC 45 to 53 seconds (Zen 5) or 95 seconds (Zen 4). The last evaluation in the log is
-1.88, over 240 windows. Over the whole validation split the loss is 1.90 (eval.py); seeds differ by about 0.01.
+On two cores of an AMD EPYC 45 to 53 seconds (Zen 5) or 95 seconds (Zen 4). The last evaluation in
+the log is 1.88, over 240 windows. Over the whole validation split the loss is 1.90 (eval.py); seeds
+differ by about 0.01.
 """
 
 out_dir = 'out-shakespeare-char'
