@@ -2,25 +2,26 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, save_model, tiny
 from test_scoring import ENDINGS, HELLASWAG, QUESTIONS, write_hellaswag
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
-from support.hub.huggingface import write_tokenizer
+from model import GPT
+from support.evaluating.scoring import Scorer
+from support.hub.exporting import write_tokenizer
 from support.machine.runtime import Runtime
-from support.training import checkpoint
-from support.training.state import model_args
+from support.text.dataset import Dataset
 from support.text.prepare import write_dataset, write_text_dataset
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
-from support.text.tokens import open_split
+from support.text.tokenizer import GPT2Tokenizer
 
 PASSAGES = ['the old man walked down to the sea and looked at the', 'she said that she would', 'it was a',
             'Yes. "No," he', 'one two three four five six seven eight nine ten ' * 8 + 'and', 'they ate the']
@@ -68,28 +69,23 @@ def lambada_file(tmp_path, gpt2):
 
 
 @pytest.fixture
-def hellaswag_file(tmp_path):
-    return write_hellaswag(tmp_path / 'hellaswag.jsonl')
+def evaluate(run_here):
+    """A function that runs eval.py on a CPU, and gives its results."""
+    def run(*args):
+        return json.loads(run_here('eval.py', '--device=cpu', *args)['log'].splitlines()[-1])['results']
+    return run
 
 
-def report(script):
-    """The results of a run of eval.py."""
-    return json.loads(script['log'].splitlines()[-1])['results']
-
-
-def test_lambada_equals_a_plain_computation(run_here, gpt2, lambada_file):
+def test_lambada_and_hellaswag_equal_a_plain_computation(evaluate, gpt2, lambada_file, tmp_path):
     scores = [plain_score(gpt2[1], before, f' {word}') for before, _, word in
               (json.loads(line)['text'].rpartition(' ') for line in lambada_file.open())]
-    acc = sum(greedy for _, greedy in scores) / len(scores)
-    assert 0 < acc < 1
+    right = sum(greedy for _, greedy in scores) / len(scores)
+    assert 0 < right < 1
     for batch_size in (1, 5):
-        found = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--task=lambada', '--device=cpu',
-                                f'--source={lambada_file}', f'--batch_size={batch_size}'))['lambada']
-        assert found['acc'] == acc and found['n'] == 24
+        found = evaluate(f'--init_from={gpt2[0]}', '--task=lambada', f'--source={lambada_file}',
+                         f'--batch_size={batch_size}')['lambada']
+        assert found['acc'] == right and found['n'] == 24
         assert math.isclose(math.log(found['perplexity']), -np.mean([p for p, _ in scores]), rel_tol=1e-5)
-
-
-def test_hellaswag_equals_a_plain_computation(run_here, gpt2, hellaswag_file):
     hits = []
     for (*_, endings, label), question in zip(HELLASWAG, QUESTIONS):
         endings = [ENDINGS.get(ending, ending) for ending in endings]
@@ -98,32 +94,24 @@ def test_hellaswag_equals_a_plain_computation(run_here, gpt2, hellaswag_file):
         hits.append([np.argmax(p) == label for p in (log_p, by_length)])
     acc, acc_norm = np.mean(hits, axis=0)
     assert 0 < acc < 1 and 0 < acc_norm < 1 and acc != acc_norm
-    found = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--task=hellaswag', '--device=cpu',
-                            f'--source={hellaswag_file}', '--batch_size=3'))['hellaswag']
-    assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 4}
+    found = evaluate(f'--init_from={gpt2[0]}', '--task=hellaswag', '--batch_size=3',
+                     f'--source={write_hellaswag(tmp_path / "hellaswag.jsonl")}')
+    assert found['hellaswag'] == {'acc': acc, 'acc_norm': acc_norm, 'n': 4}
 
 
-@pytest.fixture
-def byte_pairs(tmp_path, bpe):
-    """A dataset of three documents in GPT-2's encoding, and its text."""
+def test_loss_of_gpt2_equals_a_plain_computation(evaluate, gpt2, tmp_path):
     documents = ['Now is the winter of our discontent. ' * 9, 'Größe: 5 €, 😀!\n' * 12, 'The end.']
     ids = [i for text in documents for i in (*GPT2Tokenizer().encode(text), 50256)]
-    write_dataset(tmp_path / 'byte_pairs', {'train': [ids], 'val': [ids]}, GPT2Tokenizer(), 'a test')
-    return tmp_path / 'byte_pairs', ids, ''.join(documents)
-
-
-def test_loss_of_gpt2_equals_a_plain_computation(run_here, gpt2, byte_pairs):
-    folder, ids, text = byte_pairs
+    write_dataset(tmp_path / 'data', {'train': [ids], 'val': [ids]}, GPT2Tokenizer(), 'a test')
     nats = 0.0
     for start in range(0, len(ids) - 1, 64):
         window = torch.tensor([ids[start:start + 65]])
         with torch.no_grad():
             logits = gpt2[1](window[:, :-1]).logits
         nats += F.cross_entropy(logits[0], window[0, 1:], reduction='sum').item()
-    found = report(run_here('eval.py', f'--init_from={gpt2[0]}', f'--data_dir={folder}', '--batch_size=3',
-                            '--device=cpu'))['loss']
+    found = evaluate(f'--init_from={gpt2[0]}', f'--data_dir={tmp_path / "data"}', '--batch_size=3')['loss']
     n = len(ids) - 1
-    n_bytes = len(text.encode()) - len('Now')  # the first token is no target
+    n_bytes = len(''.join(documents).encode()) - len('Now')  # the first token is no target
     assert found['n'] == n and math.isclose(found['loss'], nats / n, rel_tol=1e-5)
     assert math.isclose(math.log(found['perplexity']), nats / n, rel_tol=1e-5)
     assert math.isclose(found['bits_per_byte'], nats / math.log(2) / n_bytes, rel_tol=1e-5)
@@ -132,73 +120,131 @@ def test_loss_of_gpt2_equals_a_plain_computation(run_here, gpt2, byte_pairs):
 @pytest.fixture
 def char_run(tmp_path):
     """A run's folder, its model random, its data text in which characters take one to four bytes."""
-    text = 'aé€😀 b\n' * 150
-    write_text_dataset(tmp_path / 'data', text, 'char', 'a test')
-    tokenizer = CharTokenizer.of_text(text)
-    model = GPT(GPTConfig(**(TINY | {'vocab_size': tokenizer.n_vocab}))).eval()
-    checkpoint.save(tmp_path / 'run/ckpt.pt', {
-        'model': model.state_dict(), 'model_args': model_args(model.config), 'iter_num': 7,
-        'tokenizer': tokenizer.to_dict(), 'config': {'data_dir': str(tmp_path / 'data')}})
-    return tmp_path / 'run', model
+    write_text_dataset(tmp_path / 'data', 'aé€😀 b\n' * 150, 'char', 'a test')
+    model = tiny(vocab_size=7)
+    return save_model(tmp_path / 'run', model, tmp_path / 'data'), model.eval()
 
 
-def test_loss_of_a_checkpoint_is_over_all_of_its_data(run_script, char_run, tmp_path):
-    run_script('eval.py', f'--out_dir={char_run[0]}', f'--json={tmp_path}/found.json', '--device=cpu')
-    found = json.loads((tmp_path / 'found.json').read_text())
-    ids = torch.from_numpy(open_split(tmp_path / 'data', 'val').astype(np.int64))
+@torch.no_grad()
+def plain_nats(model, ids):
+    """Of the ids after the first, in windows side by side."""
     nats = 0.0
     for start in range(0, len(ids) - 1, 32):
         x, y = ids[None, start:start + 32], ids[None, start + 1:start + 33]
-        with torch.no_grad():
-            nats += char_run[1](x[:, :y.shape[1]], y)[1].item() * y.shape[1]
-    n_bytes = len(read_tokenizer(tmp_path / 'data').decode(ids[1:].tolist()).encode())
-    assert found['results']['loss']['n'] == len(ids) - 1 and found['iter'] == 7
-    assert math.isclose(found['results']['loss']['loss'], nats / (len(ids) - 1), rel_tol=1e-5)
-    assert math.isclose(found['results']['loss']['bits_per_byte'], nats / math.log(2) / n_bytes, rel_tol=1e-5)
+        nats += model(x[:, :y.shape[1]], y)[1].item() * y.shape[1]
+    return nats
+
+
+def test_loss_of_a_checkpoint_is_over_all_of_its_data_and_limit_takes_less(evaluate, char_run, tmp_path):
+    evaluate_to = tmp_path / 'found.json'
+    assert evaluate(f'--out_dir={char_run[0]}', '--limit=2')['loss']['n'] < 200
+    with pytest.raises(ValueError):  # the last line of the log is no JSON
+        evaluate(f'--out_dir={char_run[0]}', f'--json={evaluate_to}')
+    found = json.loads(evaluate_to.read_text())['results']['loss']
+    data = Dataset(tmp_path / 'data')
+    ids = torch.from_numpy(data['val'][:].astype(np.int64))
+    nats, n_bytes = plain_nats(char_run[1], ids), len(data.tokenizer.decode(ids[1:].tolist()).encode())
+    assert found['n'] == len(ids) - 1 and math.isclose(found['loss'], nats / found['n'], rel_tol=1e-5)
+    assert math.isclose(found['bits_per_byte'], nats / math.log(2) / n_bytes, rel_tol=1e-5)
+
+
+def test_text_is_scored_in_nats_and_bits_a_byte_and_token_by_token(run_here, char_run, tmp_path):
+    text = 'é€ ab\n' * 5  # of one window
+    (tmp_path / 'text.txt').write_text(text, encoding='utf-8')
+    run_here('eval.py', '--device=cpu', f'--out_dir={char_run[0]}', f'--text={tmp_path / "text.txt"}',
+             f'--json={tmp_path / "found.jsonl"}')
+    *tokens, report = map(json.loads, (tmp_path / 'found.jsonl').read_text().splitlines())
+    tokenizer = Dataset(tmp_path / 'data').tokenizer
+    ids = tokenizer.encode('\n' + text)
+    nats = plain_nats(char_run[1], torch.tensor(ids))
+    assert list(report['results']) == ['text']
+    found = report['results']['text']
+    assert found['n'] == len(text) == len(tokens) and math.isclose(found['nats'], nats, rel_tol=1e-5)
+    assert math.isclose(found['bits_per_byte'], nats / math.log(2) / len(text.encode()), rel_tol=1e-5)
+    assert math.isclose(found['perplexity'], math.exp(nats / len(text)), rel_tol=1e-5)
+    assert ''.join(t['text'] for t in tokens) == text and [t['id'] for t in tokens] == ids[1:]
+    assert math.isclose(-sum(t['log_p'] for t in tokens), nats, rel_tol=1e-5)
 
 
 def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
-    path = tmp_path / 'passages.json'
+    path, text = tmp_path / 'passages.json', tmp_path / 'text.txt'
     path.write_text(json.dumps([{'text': 'a b é'}, {'text': '€ a'}, {'text': 'unread'}]), encoding='utf-8')
-    done = run_here('eval.py', f'--out_dir={char_run[0]}', '--task=lambada,loss', f'--source={path}',
-                    '--limit=2', '--device=cpu')
-    found = report(done)
-    assert list(found) == ['lambada', 'loss'] and found['lambada']['n'] == 2
+    text.write_text('ab')
+    log = run_here('eval.py', f'--out_dir={char_run[0]}', '--task=lambada,loss,int8', f'--source={path}',
+                   f'--text={text}', '--limit=2', '--device=cpu')['log']
+    found = json.loads(log.splitlines()[-1])['results']
+    assert list(found) == ['text', 'lambada', 'loss', 'int8'] and found['lambada']['n'] == 2
+    assert found['int8']['loss_full'] == found['loss']['loss'] != found['int8']['loss_int8']
     for task, metrics in found.items():
         for metric in set(metrics) - {'n'}:
             row = rf'^{task} +{metric} +{metrics[metric]:.4f} +{metrics["n"]:,}$'
-            assert re.search(row, done['log'], re.M)
+            assert re.search(row, log, re.M)
 
 
 @pytest.mark.parametrize('args, reason', [
-    (['--task=lambda'], 'task=lambda is not one of loss, int8, lambada, hellaswag, lm_eval:NAME'),
-    (['--task=lambada', '--source=gone.jsonl'], 'gone.jsonl is missing'),
-    (['--task=lambada', '--source=gone.parquet'], 'gone.parquet is missing'),
-    (['--task=hellaswag', '--source={passages}'], 'not all with activity_label, ctx_a, ctx_b'),
-    (['--task=lambada', '--source={passages}'], "not in this model's vocabulary: 'T'"),
-    (['--task=lambada', '--source={long}'], 'block_size=32 is too short for an answer of 41 tokens'),
-    (['--data_dir={other}'], 'was prepared with another tokenizer'),
-    (['--task=lm_eval:piqa'], 'pip install "lm-eval'),
+    ('--task=lambda', 'task=lambda is not one of loss, int8, lambada, hellaswag, lm_eval:NAME, or --text'),
+    ('--task=text', 'or --text=FILE'), ('--text=gone.txt', 'gone.txt is missing'),
+    ('--text={empty}', 'there is no text to score'),
+    ('--task=lambada --source=gone.jsonl', 'gone.jsonl is missing'),
+    ('--task=lambada --source=gone.parquet', 'gone.parquet is missing'),
+    ('--task=hellaswag --source={passages}', 'item 1 of 1 lacks activity_label, ctx_a'),
+    ('--task=lambada --source={five}', 'item 1 of 1 lacks a text, a string'),
+    ('--task=lambada --source={passages}', "not in this model's vocabulary: 'T'"),
+    ('--task=lambada --source={long}', 'block_size=32 is too short for an answer of 41 tokens'),
+    ('--source={passages}', 'is for task=lambada or hellaswag, not loss'),
+    ('--text={passages} --split=train', 'split=train is for task=loss or int8, not text'),
+    ('--task=lambada --data_dir={other}', 'is for task=loss or int8, not lambada'),
+    ('--data_dir={other}', 'was prepared with another tokenizer'),
+    ('--data_dir=/not/there', '/not/there/val.bin is missing'), ('--dataset=none', 'val.bin is missing'),
+    ('--split=test', 'split=test is not one of train, val'),
+    ('--json=missing/x.json', 'json=missing/x.json can\'t be written'), ('--json=tests', 'be written'),
+    ('--limit=-1', 'limit=-1 must be at least 0'), ('--batch_size=0', 'batch_size=0 at least 1'),
+    ('--task=int8 --weights=int8', 'leave weights=int8 out'), ('--init_from=scratch', 'was never trained'),
+    ('--init_from=gone', 'gone is neither'), ('--task=lm_eval:piqa', 'pip install "lm-eval'),
 ])
-def test_a_mistake_is_one_line(run_here, char_run, char_data, tmp_path, monkeypatch, args, reason):
+def test_mistake_is_one_line_before_the_evaluation(args, reason, run_here, char_run, char_data, tmp_path,
+                                                   monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     monkeypatch.delitem(sys.modules, 'support.evaluating.lm_eval_adapter', raising=False)
-    paths = {'passages': tmp_path / 'passages.jsonl', 'long': tmp_path / 'long.jsonl', 'other': char_data}
-    paths['passages'].write_text('{"text": "The end"}\n')
-    paths['long'].write_text(json.dumps({'text': 'a ' + 'b' * 40}))
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)) as caught:
-        run_here('eval.py', f'--out_dir={char_run[0]}', *(arg.format(**paths) for arg in args))
-    assert len(str(caught.value).splitlines()) == 1
+    texts = {'passages': '{"text": "The end"}\n', 'long': json.dumps({'text': 'a ' + 'b' * 40}), 'empty': '',
+             'five': '{"text": 5}'}
+    for name, text in texts.items():
+        (tmp_path / f'{name}.jsonl').write_text(text)
+    paths = {name: tmp_path / f'{name}.jsonl' for name in texts} | {'other': char_data}
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run_here('eval.py', f'--out_dir={char_run[0]}', *args.format(**paths).split())
+    assert reason in str(caught.value) and '\n' not in str(caught.value)
+    assert 'metric' not in capsys.readouterr().out
+
+
+def test_export_asks_for_the_data_by_the_name_of_the_setting(evaluate, run_here, char_run, tmp_path):
+    run_here('export.py', f'--out_dir={char_run[0]}', f'--export_dir={tmp_path / "exported"}')
+    with pytest.raises(ValueError, match='exported doesn.t say what it was trained on: add --dataset=NAME'):
+        evaluate(f'--init_from={tmp_path / "exported"}')
+    found = evaluate(f'--init_from={tmp_path / "exported"}', f'--data_dir={tmp_path / "data"}')
+    assert found == evaluate(f'--out_dir={char_run[0]}')
+
+
+def test_evaluation_of_a_whole_split_shows_its_progress_on_a_terminal(char_run):
+    pty, termios = pytest.importorskip('pty'), pytest.importorskip('termios')
+    main, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    done = subprocess.run([sys.executable, 'eval.py', f'--out_dir={char_run[0]}', '--device=cpu'], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=100)
+    shown = os.read(main, 1 << 16).decode()
+    assert 'val.bin: 100%' in shown and 'val.bin' not in done.stdout and not done.returncode
 
 
 @pytest.fixture
-def lm_eval_offline(monkeypatch, tmp_path, lambada_file, hellaswag_file):
+def lm_eval_offline(monkeypatch, tmp_path, lambada_file):
     """lm-eval's own LAMBADA and HellaSwag, on the local items."""
     pytest.importorskip('lm_eval', reason='lm-eval is not installed')
+    pytest.importorskip('accelerate', reason='lm-eval needs accelerate for transformers models')
     import datasets
     from lm_eval import tasks
+    hellaswag = str(write_hellaswag(tmp_path / 'hellaswag.jsonl'))
     files = {'EleutherAI/lambada_openai': {'test': str(lambada_file)},
-             'Rowan/hellaswag': {'train': str(hellaswag_file), 'validation': str(hellaswag_file)}}
+             'Rowan/hellaswag': {'train': hellaswag, 'validation': hellaswag}}
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, 'load_dataset', lambda path, *_, **__: load(
         'json', data_files=files[path], cache_dir=str(tmp_path / 'cache')))
@@ -210,19 +256,16 @@ def lm_eval_offline(monkeypatch, tmp_path, lambada_file, hellaswag_file):
     return manager
 
 
-def test_our_figures_equal_lm_eval_s_own(run_here, gpt2, lm_eval_offline, lambada_file, hellaswag_file):
-    pytest.importorskip('accelerate', reason='lm-eval needs accelerate for transformers models')
+def test_our_figures_equal_lm_eval_s_own(evaluate, gpt2, lm_eval_offline, lambada_file, tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     names = ['lambada_openai', 'hellaswag']
     theirs = simple_evaluate(HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=4),
                              tasks=names, task_manager=lm_eval_offline, bootstrap_iters=0)['results']
     ours = {}
-    for task, source in (('lambada', lambada_file), ('hellaswag', hellaswag_file)):
-        ours |= report(run_here('eval.py', f'--init_from={gpt2[0]}', f'--task={task}', f'--source={source}',
-                                '--device=cpu'))
-    adapted = report(run_here('eval.py', f'--init_from={gpt2[0]}', '--device=cpu',
-                              '--task=lm_eval:lambada_openai,lm_eval:hellaswag'))
+    for task, source in (('lambada', lambada_file), ('hellaswag', tmp_path / 'hellaswag.jsonl')):
+        ours |= evaluate(f'--init_from={gpt2[0]}', f'--task={task}', f'--source={source}')
+    adapted = evaluate(f'--init_from={gpt2[0]}', '--task=lm_eval:lambada_openai,lm_eval:hellaswag')
     for found in ({'lambada_openai': ours['lambada'], 'hellaswag': ours['hellaswag']}, adapted):
         assert found['lambada_openai']['acc'] == theirs['lambada_openai']['acc,none']
         assert math.isclose(math.log(found['lambada_openai']['perplexity']),
@@ -232,18 +275,19 @@ def test_our_figures_equal_lm_eval_s_own(run_here, gpt2, lm_eval_offline, lambad
 
 
 def test_rolling_scores_and_generated_text_equal_lm_eval_s_own(gpt2, lm_eval_offline):
-    pytest.importorskip('accelerate', reason='lm-eval needs accelerate for transformers models')
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from support.evaluating.lm_eval_adapter import LMEvalModel
     theirs = HFLM(pretrained=str(gpt2[0]), device='cpu', dtype='float32', batch_size=1)
-    model = GPT.from_pretrained(str(gpt2[0])).eval()
-    ours = LMEvalModel(model, GPT2Tokenizer(), Runtime('cpu', 'float32', False, 'gloo'), 4)
+    model, run = GPT.from_pretrained(str(gpt2[0])).eval(), Runtime('cpu', 'float32', False, 'gloo')
+    scorer = Scorer(model, GPT2Tokenizer(), run, 4)
+    ours = LMEvalModel(scorer)
     texts = [QUESTIONS[2] * 2, 'Hello', PASSAGES[4]]
     requests = [Instance('loglikelihood_rolling', {}, (text,), 0) for text in texts]
-    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests),
-                               rtol=1e-5)
+    expected = theirs.loglikelihood_rolling(requests)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), expected, rtol=1e-5)
+    np.testing.assert_allclose([scorer.whole_text(t)[1].sum() for t in texts], expected, rtol=1e-5)
     first = theirs.generate_until([Instance('generate_until', {}, ('Two cats', {'max_gen_toks': 40}), 0)])[0]
     stop = first[len(first) // 2:][:5]
     later = first[first.index(stop) + 5:][:5]

@@ -2,22 +2,22 @@
 
 import json
 import math
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from support.evaluating.scoring import (TASKS, BitsPerByte, Scorer, Windows, count_targets, encode_pair,
+                                        mean_loss, measure_hellaswag, measure_lambada)
 from support.machine.runtime import Runtime
-from support.training.loss import lean_loss
-from support.evaluating.scoring import (TASKS, BitsPerByte, count_targets, encode_pair, mean_loss,
-                                     measure_hellaswag, read_items, score_ids)
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer
-from support.text.tokens import eval_windows, read_windows
+from support.text.windows import Split
+from support.training.loss import lean_loss
 
+CPU = Runtime('cpu', 'float32', False, 'gloo')
 KEYS = ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')
 HELLASWAG = [  # as in the published files; and the questions that they become
     ('Roof shingle removal', 'A man is sitting on a roof.', 'he',
@@ -52,98 +52,106 @@ def hellaswag_file(tmp_path):
     return write_hellaswag(tmp_path / 'hellaswag.jsonl')
 
 
-@pytest.mark.parametrize('attached', [lambda _: nullcontext(), lean_loss], ids=['plain', 'lean'])
-def test_mean_loss_counts_every_target_once_whatever_the_batch(attached):
-    model, run = GPT(GPTConfig(**TINY)).double(), Runtime('cpu', 'float32', False, 'gloo')
-    tokens = torch.randint(64, (32 * 5 + 7,)).to(torch.uint16).numpy()
-    ids, nats = torch.from_numpy(tokens.astype(np.int64))[None], 0.0
+def random_split(n, size, name='val'):
+    return Split(name, torch.randint(size, (n,)).to(torch.uint16).numpy())
+
+
+# ---------------------------------------------------------------------------- the loss of a split
+
+@pytest.mark.parametrize('loss', [lambda *_: {}, lean_loss], ids=['plain', 'lean'])
+def test_mean_loss_counts_each_target_once_whatever_the_batch(loss):
+    model, split, nats = tiny().double(), random_split(32 * 5 + 7, 64), 0.0
+    ids = torch.from_numpy(split[:].astype(np.int64))[None]
     for start in range(0, 32 * 5 + 6, 32):
         window = ids[:, start:start + 33]
         with torch.no_grad():
             nats += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
     for batch_size in (1, 4):
-        with attached(model):
-            found = mean_loss(model, run, tokens, 32, batch_size)
+        found = mean_loss(model, CPU, split, Windows(32, batch_size), loss(model, CPU))
         assert found == pytest.approx(nats / (32 * 5 + 6)) and model.training
 
 
 def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
-    model, run = GPT(GPTConfig(**TINY)).double(), Runtime('cpu', 'float32', False, 'gloo')
+    model = tiny().double()
     tokenizer = CharTokenizer({i: chr(64 * (i + 1)) for i in range(60)})  # 1 to 3 bytes; others have none
-    data = {split: torch.randint(n, (32 * 9 + 7,)).to(torch.uint16).numpy() for split, n in
-            (('train', 60), ('val', 64))}
+    splits = {name: random_split(32 * 9 + 7, n, name) for name, n in (('train', 60), ('val', 64))}
+    data = SimpleNamespace(splits=splits, tokenizer=tokenizer)
     for n_batches in (0, 2):
-        windows = 32, 2, n_batches
-        losses = {split: mean_loss(model, run, tokens, *windows) for split, tokens in data.items()}
-        found, nats, n_bytes = BitsPerByte(run, tokenizer, data, *windows)(losses), 0, 0
-        for starts in eval_windows(data['val'], *windows):
-            for x, y in zip(*read_windows(data['val'], starts, 32)):
-                x, y = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
-                with torch.no_grad():
-                    logits, _ = model(x, y)
-                nats += torch.nn.functional.cross_entropy(logits[0], y[0], ignore_index=-1,
-                                                          reduction='sum').item()
-                n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y[0].tolist() if 0 <= i < 60)
+        windows, nats, n_bytes = Windows(32, 2, n_batches), 0, 0
+        losses = {name: mean_loss(model, CPU, split, windows) for name, split in splits.items()}
+        found = BitsPerByte(CPU, data, windows)(losses)
+        for starts in splits['val'].eval_windows(*windows):
+            x, y = map(torch.from_numpy, splits['val'].read(starts, 32))
+            with torch.no_grad():
+                logits, _ = model(x, y)
+            nats += F.cross_entropy(logits.mT, y, ignore_index=-1, reduction='sum').item()
+            n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y.flatten().tolist() if 0 <= i < 60)
         assert found['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes)
         assert {*found} == {'train_bits_per_byte', 'val_bits_per_byte'}
 
 
 def test_processes_count_each_target_once_together():
-    tokens, lengths = np.random.default_rng(0).integers(64, size=1000).astype(np.uint16), np.arange(60)
+    split, lengths = random_split(1000, 64), np.arange(60)
     counts = {}
     for world_size in (1, 2, 3):
-        parts = [count_targets(SimpleNamespace(rank=rank, world_size=world_size, sum=lambda *values: values),
-                               tokens, lengths, 32, 4, 5) for rank in range(world_size)]
+        runs = [SimpleNamespace(rank=rank, world_size=world_size, sum=lambda *values: values)
+                for rank in range(world_size)]
+        parts = [count_targets(run, split, lengths, Windows(32, 4, 5)) for run in runs]
         counts[world_size] = np.sum(parts, axis=0).tolist()
     assert counts[1] == counts[2] == counts[3] and counts[1][0] == 5 * 4 * 32
 
 
 def test_bits_per_byte_are_left_out_where_the_text_is_unknown(monkeypatch, tmp_path):
-    run, data = Runtime('cpu', 'float32', False, 'gloo'), {'val': np.arange(100, dtype=np.uint16)}
+    """Or would have to be downloaded."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(GPT2Tokenizer, 'token_bytes', None)  # nothing is downloaded
     for tokenizer in (NoTokenizer(64), GPT2Tokenizer()):
-        in_bits = BitsPerByte(run, tokenizer, data, 8, 2, 0)
-        assert in_bits({'val': 1.0}) == {} and in_bits.told({'val': 1.0}) == ''
+        data = SimpleNamespace(splits={'val': random_split(100, 64)}, tokenizer=tokenizer)
+        in_bits = BitsPerByte(CPU, data, Windows(8, 2))
+        assert in_bits({'val': 1.0}) == {} and in_bits.in_words({'val': 1.0}) == ''
 
 
-def test_gpt2_s_files_are_found_where_tiktoken_keeps_them(bpe):
-    assert GPT2Tokenizer().knows_text()
+# ---------------------------------------------------------------------------- log-probabilities
+
+@torch.no_grad()
+def plain_log_p(model, context, continuation):
+    """Of each token of the continuation, and whether it is the likeliest."""
+    ids = torch.tensor([(context + continuation)[-TINY['block_size'] - 1:]])
+    log_p = model(ids[:, :-1], ids[:, 1:])[0][0].log_softmax(-1)[len(ids[0]) - 1 - len(continuation):]
+    return log_p[range(len(continuation)), continuation], log_p.argmax(-1) == torch.tensor(continuation)
 
 
-def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):
-    asked = []
-
-    def score(pairs, _):
-        asked.extend(pairs)
-        return [(-1.0, False)] * len(pairs)
-
-    measure_hellaswag(read_items(str(hellaswag_file), '', ()), score)
-    assert asked == [(question, f' {ENDINGS.get(ending, ending)}')
-                     for (*_, endings, _), question in zip(HELLASWAG, QUESTIONS) for ending in endings]
-
-
-def test_items_come_from_the_hub_by_default(monkeypatch):
-    import datasets
-    asked, item = [], dict.fromkeys(('text', 'activity_label', 'ctx_a', 'ctx_b', 'endings', 'label'), '')
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: (
-        asked.append((name, split)), datasets.Dataset.from_list([item] * 3))[1])
-    for task in TASKS.values():
-        assert read_items(task.hub_name, task.split, task.needed, limit=2) == [item] * 2
-    assert asked == [('EleutherAI/lambada_openai', 'test'), ('Rowan/hellaswag', 'validation')]
+def test_scores_are_those_of_a_plain_computation_and_do_not_depend_on_the_batch():
+    model, rng = tiny().double().eval(), np.random.default_rng(0)
+    pairs = [(rng.integers(64, size=n).tolist(), rng.integers(64, size=m).tolist())
+             for n, m in rng.integers(1, 33, (20, 2))]
+    with torch.no_grad():  # one that greedy decoding gives
+        best = model(torch.tensor([pairs[0][0]]))[0].argmax().item()
+    pairs += [(pairs[0][0], [best]), (pairs[0][0], [])]
+    for batch_size in (1, 7):
+        scorer = Scorer(model, None, CPU, batch_size)
+        for pair, (log_p, is_greedy), (total, greedy) in zip(
+                pairs[:-1], scorer.tokens(pairs), scorer.ids(pairs)):
+            expected, likeliest = plain_log_p(model, *pair)
+            assert torch.allclose(log_p, expected, atol=1e-5) and torch.equal(is_greedy, likeliest)
+            assert total == pytest.approx(expected.sum().item(), abs=1e-4) and greedy == likeliest.all()
+        assert scorer.ids(pairs)[-2][1] is True and scorer.ids(pairs)[-1] == (0.0, True)
+    with pytest.raises(ValueError, match='block_size=32 is too short for an answer of 33 tokens'):
+        scorer.ids([([1], [1] * 33)])
 
 
-def test_scores_do_not_depend_on_the_batch():
-    model, run = GPT(GPTConfig(**TINY)).double().eval(), Runtime('cpu', 'float32', False, 'gloo')
-    generator = np.random.default_rng(0)
-    pairs = [(generator.integers(64, size=n).tolist(), generator.integers(64, size=m).tolist())
-             for n, m in generator.integers(1, 33, (20, 2))]
-    pairs += [(pairs[0][0], []), ([1], pairs[0][1][:1])]
-    alone = [score_ids(model, run, 1, [pair])[0] for pair in pairs]
-    for (log_p, greedy), (others, likewise) in zip(alone, score_ids(model, run, 7, pairs), strict=True):
-        assert abs(log_p - others) < 1e-5 and greedy == likewise
-    assert alone[-2] == (0.0, True) and alone[-1][0] < 0
+@pytest.mark.parametrize('n', [1, 31, 32, 33, 64, 75])
+def test_whole_text_is_predicted_token_by_token_from_as_much_as_fits(n):
+    """Piece after piece of a window's length, the last one with a whole window before it."""
+    model, tokenizer = tiny().double().eval(), CharTokenizer({i: chr(97 + i) for i in range(60)} | {60: '\n'})
+    text = tokenizer.decode(torch.randint(60, (n,)).tolist())
+    ids, log_p = Scorer(model, tokenizer, CPU, 3).whole_text(text)
+    assert ids == tokenizer.encode(text) and len(log_p) == n
+    before = [60, *ids]  # after a line end
+    whole, left = n // 32 * 32, n % 32
+    expected = [plain_log_p(model, before[i:i + 1], ids[i:i + 32])[0] for i in range(0, whole, 32)]
+    if left:
+        expected.append(plain_log_p(model, before[:whole + 1], ids[whole:])[0])
+    assert torch.allclose(log_p, torch.cat(expected), atol=1e-5)
 
 
 def test_white_space_belongs_to_the_word_after_it(bpe):
@@ -153,11 +161,71 @@ def test_white_space_belongs_to_the_word_after_it(bpe):
     assert encode_pair(tokenizer, '', 'man') == ([50256], tokenizer.encode('man'))
 
 
+def test_gpt2_s_files_are_found_and_only_lower_case_contractions_are_its_tokens(bpe):
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.knows_text()
+    for text, ids in (("don't", [9099, 470]), ("DON'T", [41173, 6, 51]), ("we'll", [732, 1183]),
+                      ("WE'LL", [8845, 6, 3069]), ("I'M", [40, 6, 44])):
+        assert tokenizer.encode(text) == tokenizer.encode_array(text).tolist() == ids
+
+
+# ---------------------------------------------------------------------------- tasks
+
+def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):
+    asked = []
+
+    def score(pairs, _):
+        asked.extend(pairs)
+        return [(-1.0, False)] * len(pairs)
+
+    measure_hellaswag(TASKS['hellaswag'].read(str(hellaswag_file)), score)
+    assert asked == [(question, f' {ENDINGS.get(ending, ending)}')
+                     for (*_, endings, _), question in zip(HELLASWAG, QUESTIONS) for ending in endings]
+
+
+@pytest.mark.parametrize('log_p, label, acc, acc_norm', [
+    ([-1.0, -2.9], 1, 0, 1),  # 'a' and 'bcd': 2.9 / 3 is less than 1 / 1, but 2.9 / 4 more than 1 / 2
+    ([-1.0, -3.1], 0, 1, 1), ([-1.0, -2.0], 0, 1, 0),
+])
+def test_hellaswag_s_lengths_are_those_of_the_endings_without_the_blank_before(log_p, label, acc, acc_norm):
+    item = dict(zip(KEYS, ('a', 'b', 'c', ['a', 'bcd'], label)))
+    found = measure_hellaswag([item], lambda pairs, _: [(p, False) for p in log_p])
+    assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 1}
+
+
+def test_lambada_asks_for_the_last_word_with_the_blank_before():
+    def score(pairs, _):
+        assert pairs == [('He saw the', ' sea'), ('', ' one')]
+        return [(-1.0, True), (-3.0, False)]
+    found = measure_lambada([{'text': 'He saw the sea'}, {'text': 'one'}], score)
+    assert found == {'acc': 0.5, 'perplexity': pytest.approx(math.e ** 2), 'n': 2}
+
+
 def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
     import datasets
-    items = read_items(str(hellaswag_file), 'validation', KEYS)
+    task = TASKS['hellaswag']
+    items = task.read(str(hellaswag_file))
     (tmp_path / 'x.json').write_text(json.dumps(items), encoding='utf-8')
     datasets.Dataset.from_list(items).to_parquet(tmp_path / 'x.parquet')
     for name in ('x.json', 'x.parquet'):
-        assert read_items(str(tmp_path / name), 'validation', KEYS) == items
-    assert len(items) == 4 and read_items(str(hellaswag_file), 'validation', KEYS, limit=2) == items[:2]
+        assert task.read(str(tmp_path / name)) == items
+    assert len(items) == 4 and task.read(str(hellaswag_file), limit=2) == items[:2]
+
+
+@pytest.mark.parametrize('task, content, reason', [
+    ('lambada', '{"text": 5}', 'item 1 of 1 lacks a text, a string'), ('lambada', '[]', 'has no items'),
+    ('lambada', '', 'has no items'), ('lambada', '{"text": "a"}\n["text"]', 'item 2 of 2 lacks'),
+    ('lambada', '[3]', 'item 1 of 1 lacks'), ('lambada', '{"text": ', 'is neither JSON nor JSON lines'),
+    ('lambada', '[' * 100_000, 'is neither JSON nor JSON lines'), ('lambada', None, 'is missing'),
+    *(('hellaswag', json.dumps(dict(zip(KEYS, ('a', 'b', 'c', ['d', 'e'], 1))) | changed),
+       'item 1 of 1 lacks activity_label, ctx_a, ctx_b, strings, endings, a list of strings, or label, ')
+      for changed in ({'endings': 'de'}, {'endings': []}, {'endings': [1, 2]}, {'label': 2}, {'label': ''},
+                      {'label': None}, {'ctx_b': None})),
+])
+def test_items_that_are_none_are_one_line(task, content, reason, tmp_path):
+    path = tmp_path / 'items.jsonl'
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+        TASKS[task].read(str(path))
+    assert '\n' not in str(error.value)
