@@ -422,6 +422,8 @@ if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state
     raise OSError(f'the state of iteration {iter_num} is lost. {last_state()}')
 if stopped:
     print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto')
+elif os.path.isfile(os.path.join(out_dir, 'ckpt.pt')):
+    print0(f'to read what it writes: python sample.py --out_dir={out_dir}')
 log.close(patience=meter.seconds / 100)
 print0(log.summary({'iterations': iter_num, 'seconds': meter.seconds, 'tokens': meter.tokens,
                     'peak_memory_bytes': hardware.peak_memory(run.device)}))
