@@ -101,7 +101,7 @@ LACKS = {  # arguments: what plain.py and mixture.py say to them, '' where they 
 @each_model
 def test_what_ours_offers_beside_it_works_or_is_refused_in_one_line(name, visit):
     run, folder = visit(name)
-    args = ('--max_iters=4', '--eval_interval=2', '--sample_interval=2')
+    args = ('--max_iters=4', '--eval_interval=2', '--sample_interval=2', '--gradient_accumulation_steps=2')
     expected = losses(works(run('train.py', *args, '--out_dir=base')))
     for more, answers in LACKS.items():
         answer, reply = answers[name == 'mixture'], run('train.py', *args, '--out_dir=run', *more)
@@ -114,6 +114,8 @@ def test_what_ours_offers_beside_it_works_or_is_refused_in_one_line(name, visit)
             assert found == pytest.approx(expected, abs=1e-3)
             one, other = numbers(folder / 'base'), numbers(folder / 'run')
             assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one | other)
+            assert one['lm_head.weight'].data_ptr() == one['transformer.wte.weight'].data_ptr()
+            assert other['lm_head.weight'].data_ptr() == other['transformer.wte.weight'].data_ptr()
     if name == 'plain':
         out = works(run('eval.py', '--out_dir=base', '--weights=int8', '--device=cpu')).splitlines()[-1]
         assert json.loads(out)['results']['loss']['loss'] == pytest.approx(expected[4], abs=0.1)
