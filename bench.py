@@ -19,11 +19,10 @@ import platform
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
@@ -32,6 +31,7 @@ from support.sampling.quantize import build_int8, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 from support.text.windows import Split, prefetch
+from support.training import models
 from support.training.diagnostics import Guard
 from support.training.loss import lean_loss
 from support.training.optim import make_optimizer
@@ -96,9 +96,8 @@ def load_tokens():
 
 run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 tokens, vocab_size = load_tokens()
-config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings},
-                   vocab_size=vocab_size)
-model = GPT(config).to(run.device)
+config = models.config_from_settings(settings, vocab_size)
+model = models.make_model(config).to(run.device)
 model.activation_checkpointing = activation_checkpointing
 if weights == 'int8':
     model = build_int8(config, model.state_dict().items())

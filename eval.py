@@ -121,7 +121,7 @@ def loss_of_split(model):
         raise UserError(f'{data.folder} was prepared with another tokenizer than the model\'s')
     data.check(model.config.block_size, model.config.vocab_size)
     windows = Windows(model.config.block_size, batch_size, -(-limit // batch_size))
-    bar = partial(tqdm, desc=data[split].path, disable=None)
+    bar = partial(tqdm, desc=f'{split}.bin', disable=None)
     loss = mean_loss(model, run, data[split], windows, lean_loss(model, run), watch=bar)
     n_targets, n_bytes = count_targets(run, data[split], tokenizer.token_bytes(), windows)
     found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}

@@ -16,6 +16,7 @@ from test_scoring import ENDINGS, HELLASWAG, QUESTIONS, write_hellaswag
 from torch.nn import functional as F
 
 from model import GPT
+from support.errors import USER_ERRORS
 from support.evaluating.scoring import Scorer
 from support.hub.exporting import write_tokenizer
 from support.machine.runtime import Runtime
@@ -211,7 +212,7 @@ def test_mistake_is_one_line_before_the_evaluation(args, reason, run_here, char_
     for name, text in texts.items():
         (tmp_path / f'{name}.jsonl').write_text(text)
     paths = {name: tmp_path / f'{name}.jsonl' for name in texts} | {'other': char_data}
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+    with pytest.raises(USER_ERRORS) as caught:
         run_here('eval.py', f'--out_dir={char_run[0]}', *args.format(**paths).split())
     assert reason in str(caught.value) and '\n' not in str(caught.value)
     assert 'metric' not in capsys.readouterr().out

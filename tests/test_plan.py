@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, losses, tiny
 
 from model import GPT, GPTConfig
+from support.errors import USER_ERRORS
 from support.machine.hardware import GPUS
 from support.machine.runtime import Runtime
 from support.text.windows import Split
@@ -283,6 +284,6 @@ def test_plan_says_what_does_not_fit_and_ends_soon_for_any_batch():
     ('--batch_size=0', 'batch_size=0 must be at least 1'), ('--n_head=7', 'must be a multiple of n_head'),
     ('--gpu=8', 'Unknown config key: gpu '), ('--norm=none', 'norm=none is not one of')])
 def test_plan_that_cannot_be_made_is_one_line(args, message, run_here):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(USER_ERRORS) as error:
         run_here('scripts/plan.py', args)
     assert message in str(error.value) and '\n' not in str(error.value)

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TINY_ARGS, losses
 from runs import at_line, differences, fault, free_port, logged, read_log
 
+from support.errors import USER_ERRORS
 from support.training.state import State
 
 resource = pytest.importorskip('resource', reason='POSIX signals and limits')
@@ -184,7 +185,7 @@ def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, c
     args, folder = whole('adamw')
     data = shutil.copytree(char_data, tmp_path / 'data')
     with at_line('^iter 3:', lambda: overwrite(data / f'{name}.bin', what)), \
-            pytest.raises((ValueError, FileNotFoundError), match=f'{name}.bin') as error:
+            pytest.raises(USER_ERRORS, match=f'{name}.bin') as error:
         train(*args, data_dir=data)
     assert '\n' not in str(error.value)
     saved = State.load(tmp_path / 'out/latest.pt').iter_num

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, tiny
 from torch.nn import functional as F
 
+from support.errors import USER_ERRORS
 from support.evaluating.scoring import (TASKS, BitsPerByte, Scorer, Windows, count_targets, encode_pair,
                                         mean_loss, measure_hellaswag, measure_lambada)
 from support.machine.runtime import Runtime
@@ -226,6 +227,6 @@ def test_items_that_are_none_are_one_line(task, content, reason, tmp_path):
     path = tmp_path / 'items.jsonl'
     if content is not None:
         path.write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
+    with pytest.raises(USER_ERRORS, match=reason) as error:
         TASKS[task].read(str(path))
     assert '\n' not in str(error.value)

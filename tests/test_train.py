@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from model import GPT, GPTConfig
+from support.errors import USER_ERRORS
 from support.machine import runtime
 from support.text.dataset import Dataset
 from support.training import models
@@ -534,7 +535,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize('args, reason', MISTAKES, ids=[args for args, _ in MISTAKES])
 def test_mistake_is_one_line(args, reason, train, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises(USER_ERRORS) as error:
         train(*args.replace('inf', '1e999').split())
     assert reason in str(error.value) and '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
