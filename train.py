@@ -223,6 +223,7 @@ def estimate_loss(watch=iter):
     return losses
 
 
+@plan.out_of_memory_advice(batch_size, gradient_accumulation_steps)
 def update(lr, vitals=None):
     """One iteration: forward, backward, clipping, the optimizer's step. Returns the loss of the whole batch
     and the norm of the gradient, on the device. vitals: a record of diagnostics to add to, or None."""

@@ -12,13 +12,14 @@ import math
 import re
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from model import GPT
-from support.errors import UserError
+from support.errors import OutOfMemory, UserError, amount_asked, is_out_of_memory
 from support.machine.console import print0
 from support.machine.files import free_disk
 from support.machine.hardware import DTYPES, GPUS, best_time, total_memory, training_flops
@@ -346,6 +347,28 @@ def rehearse(step, run, data, to_do, settings):
     return (f'time    {seconds * 1000:.2f}ms an iteration, {whole} in all, '
             f'of which evaluations {duration(evaluations)}')
 
+
+# ---------------------------------------------------------------------------- out of memory
+
+@contextmanager
+def out_of_memory_advice(batch_size, gradient_accumulation_steps):
+    """Turn an allocation that failed into an OutOfMemory that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = [b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0]
+        how = 'a shorter --block_size or a smaller model needs less'
+        if smaller:
+            steps = gradient_accumulation_steps * batch_size // smaller[-1]
+            how = (f'--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} trains on the same tokens '
+                   'an iteration')
+        raise OutOfMemory(f'out of memory at batch_size={batch_size}{amount_asked(error)}: {how}; '
+                          '--activation_checkpointing=True needs less too, and is slower') from None
+
+
+# ---------------------------------------------------------------------------- words
 
 def size(n_bytes):
     return f'{n_bytes / 1e9:,.1f} GB' if n_bytes >= 1e9 else f'{n_bytes / 1e6:,.1f} MB'
