@@ -251,6 +251,7 @@ def update(lr, vitals=None):
     return loss, grad_norm
 
 
+@plan.out_of_memory_advice(batch_size, gradient_accumulation_steps)
 def evaluate_and_save():
     """What is due before an iteration's update: evaluation, checkpoints, a sample. Returns vitals, to which
     the update adds, or None. The time doesn't count."""

@@ -362,8 +362,8 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
         how = 'a shorter --block_size or a smaller model needs less'
         if smaller:
             steps = gradient_accumulation_steps * batch_size // smaller[-1]
-            how = (f'--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} trains on the same tokens '
-                   'an iteration')
+            how = (f'--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} trains on the same '
+                   'tokens an iteration')
         raise OutOfMemory(f'out of memory at batch_size={batch_size}{amount_asked(error)}: {how}; '
                           '--activation_checkpointing=True needs less too, and is slower') from None
 
