@@ -1,194 +1,159 @@
-"""matmul.py: faster products compute the same, wherever they are used."""
+"""linear.py: layers that multiply faster on a CPU, and compute what the model's own do."""
 
-import os
-import subprocess
-import sys
+import copy
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import scrambled, tiny, tokens
+from torch import nn
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig, softmax_attention
-from support.machine import hardware
+from support.machine.linear import HAS_ONEDNN, CPULinear, OneDNNProduct, pack, product, use_cpu_linears
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
-from support.training.loss import checkpoint_activations, use_lean_loss
-from support.machine.linear import (OneDNNAttention, OneDNNLinear, attend_at_once, onednn_forward,
-                                    use_fast_products)
 
-FLOAT32, BFLOAT16 = (Runtime('cpu', dtype, False, 'gloo') for dtype in ('float32', 'bfloat16'))
+pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason='needs oneDNN')
+MODELS = [{}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'pos_emb': 'rope'}]
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """Chooses the library of float32 products."""
-    def choose(library):
-        monkeypatch.setenv('FLOAT32_PRODUCTS', library)
-        hardware.measure_onednn.cache_clear()
-    yield choose
-    monkeypatch.undo()
-    hardware.measure_onednn.cache_clear()
+def runtime(device='cpu', dtype='float32', compile=False):
+    return Runtime(device, dtype, compile, 'gloo')
 
 
-def is_attached(model):
-    return getattr(model.transformer.h[0].mlp.c_fc.__dict__.get('forward'), 'func', None) is onednn_forward
+def pair(**options):
+    """A model, and a copy with the faster layers."""
+    model = scrambled(tiny(**options))
+    faster = copy.deepcopy(model)
+    use_cpu_linears(faster, runtime(), quiet=True)
+    return model, faster
 
 
-@pytest.mark.parametrize('shape', [(5, 8, 16), (3, 7, 65), (1, 1, 33)])
+def linears(model):
+    return {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+# ---------------------------------------------------------------------------- products
+
+@pytest.mark.parametrize('multiply', [product, OneDNNProduct.apply], ids=['product', 'oneDNN'])
+@pytest.mark.parametrize('shape', [(33,), (1, 1, 33), (5, 8, 16), (3, 47, 65)], ids=str)
 @pytest.mark.parametrize('bias', [True, False])
-def test_gradients_equal_float64_within_rounding(shape, bias):
-    B, T, n_out = shape
-    x, w = torch.randn(B, T, 32, requires_grad=True), torch.randn(n_out, 32, requires_grad=True)
-    b = torch.randn(n_out, requires_grad=True) if bias else None
-    grad = torch.randn(B, T, n_out)
-    y = OneDNNLinear.apply(x, w, b)
-    found = [y, *torch.autograd.grad(y, [t for t in (x, w, b) if t is not None], grad)]
-    exact = [t.detach().double().requires_grad_() for t in (x, w, b) if t is not None]
-    y = torch.nn.functional.linear(*exact)
-    expected = [y, *torch.autograd.grad(y, exact, grad.double())]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
+def test_products_and_gradients_equal_float64_within_rounding(multiply, shape, bias):
+    *rows, n_out = shape
+    given = [torch.randn(*rows, 32), torch.randn(n_out, 32), torch.randn(n_out) if bias else None]
+    grad, found = torch.randn(n_out, *rows).movedim(0, -1), []  # not contiguous
+    for function, dtype in ((multiply, torch.float32), (F.linear, torch.float64)):
+        leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in given]
+        with torch.no_grad():
+            without = function(*leaves)
+        y = function(*leaves)
+        found.append([without, y, *torch.autograd.grad(y, leaves[:2 + bias], grad.to(dtype))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())
 
 
-@pytest.mark.skipif(not hardware.measure_onednn()[0], reason='oneDNN rounds float32 products here')
-@pytest.mark.parametrize('n_kv_head', [4, 2, 1])
-@pytest.mark.parametrize('T', [1, 2, 33])
-def test_attention_by_whole_products_equals_float64_within_rounding(n_kv_head, T):
-    q, k, v = (torch.randn(3, n, T, 8, requires_grad=True) for n in (4, n_kv_head, n_kv_head))
-    grad = torch.randn(3, T, 4, 8).transpose(1, 2)  # as attention's output is used
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    found, expected = OneDNNAttention.apply(q, k, v), softmax_attention(*exact)
-    found.backward(grad)
-    expected.backward(grad.double())
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    for ours, theirs in zip((q, k, v), exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+@pytest.mark.parametrize('multiply', [product, OneDNNProduct.apply], ids=['product', 'oneDNN'])
+def test_frozen_inputs_and_weights_get_no_gradient(multiply):
+    for trained in ((0,), (1,), (2,), (0, 2), (1, 2)):
+        leaves = [torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)]
+        for i in trained:
+            leaves[i].requires_grad_()
+        multiply(*leaves).sum().backward()
+        assert [t.grad is not None for t in leaves] == [i in trained for i in range(3)]
 
 
-def test_attention_is_left_to_pytorch_where_scores_are_many_masked_dropped_or_no_gradient_is_wanted():
-    q, calls = torch.randn(1, 1, 4, 8, requires_grad=True), []
+def test_other_types_and_autocast_are_computed_as_pytorch_does():
+    layer = CPULinear(32, 20)
+    plain = nn.Linear(32, 20)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 32)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16 and torch.equal(layer(x), plain(x))
+    for dtype in (torch.float64, torch.bfloat16):
+        assert torch.equal(layer.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
 
-    def attend(*args):
-        calls.append(args)
-        return args[0]
 
-    long, mask = torch.randn(1, 2, 1500, 1), torch.zeros(4, 4)
-    attend_at_once(attend, q, q, q)
-    assert not calls
+# ---------------------------------------------------------------------------- models
+
+@pytest.mark.parametrize('options', MODELS, ids=str)
+def test_model_keeps_its_tensors_and_computes_the_same(options, capsys):
+    model, faster = pair(**options)
+    assert {*linears(model).values()} == {nn.Linear} and {*linears(faster).values()} == {CPULinear}
+    assert linears(model).keys() == linears(faster).keys()
+    assert (faster.lm_head.weight is faster.transformer.wte.weight) == options.get('tie_weights', True)
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [
+        (n, p.shape) for n, p in faster.named_parameters()]
+    assert [*model.state_dict()] == [*faster.state_dict()]
+    assert all(torch.equal(t, faster.state_dict()[n]) for n, t in model.state_dict().items())
+    opts = [m.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu') for m in (model, faster)]
+    for _ in range(10):
+        idx, losses = tokens(3, 32), []
+        for m, opt in zip((model, faster), opts):
+            losses.append(m(idx, idx)[1])
+            opt.zero_grad()
+            losses[-1].backward()
+            opt.step()
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().out == ''
+    use_cpu_linears(copy.deepcopy(model), runtime())
+    use_cpu_linears(faster, runtime())  # a second time there is nothing to do
+    assert capsys.readouterr().out.startswith(f'linear layers: {len(linears(model))} of CPULinear')
+    assert faster.training and not use_cpu_linears(model.eval(), runtime()) and not model.lm_head.training
+
+
+class OwnLinear(nn.Linear):
+    """Somebody's, which computes something else."""
+
+
+def changed(layer):
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+
+
+def replaced(layer):
+    layer.__class__ = OwnLinear
+
+
+@pytest.mark.parametrize('touch', [
+    lambda layer: layer.register_forward_hook(lambda m, x, y: 2 * y),
+    lambda layer: layer.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
+    lambda layer: layer.register_full_backward_hook(lambda m, dx, dy: None), changed, replaced],
+    ids=['hook', 'pre-hook', 'backward hook', 'forward', 'class'])
+def test_layer_that_is_watched_or_changed_stays(touch):
+    model, idx = scrambled(tiny()), tokens(2, 8)
+    touch(model.transformer.h[1].mlp.c_fc)
+    before, expected = linears(model), model(idx)[0]
+    use_cpu_linears(model, runtime(), quiet=True)
+    stayed = [name for name, kind in linears(model).items() if kind is before[name]]
+    assert stayed == ['transformer.h.1.mlp.c_fc']
+    torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('run', [runtime('cuda'), runtime(dtype='bfloat16'), runtime(compile=True)], ids=str)
+def test_other_devices_types_and_compilers_keep_their_layers(run, capsys):
+    model = tiny()
+    use_cpu_linears(model, run)
+    assert {*linears(model).values()} == {nn.Linear} and capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('n_rows', [1, 4])
+def test_packed_layers_sample_the_same_and_train_on_their_weights(n_rows):
+    model, faster = (m.eval() for m in pair(block_size=12))
+    idx = tokens(n_rows, 3)
+    pack(faster, n_rows)
     with torch.no_grad():
-        attend_at_once(attend, q, q, q)
-    for args in ((q, q, q, 0.1), (q, q, q, 0.0, mask), (long, long, long)):
-        attend_at_once(attend, *args)
-    assert len(calls) == 4 and calls[2][4] is mask
+        torch.testing.assert_close(faster(idx)[0], model(idx)[0], rtol=0, atol=2e-5)
+    assert torch.equal(*(generate(m, idx, 30, seeds=range(n_rows)) for m in (model, faster)))
+    assert [*model.state_dict()] == [*faster.state_dict()]
+    for m in (model, faster):
+        with torch.no_grad():
+            m.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    torch.testing.assert_close(faster(idx)[0], model(idx)[0], rtol=0, atol=2e-5)  # with gradients
 
 
-def test_frozen_weights_and_inputs_get_no_gradient():
-    x, w, b = torch.randn(4, 8), torch.randn(3, 8, requires_grad=True), torch.randn(3, requires_grad=True)
-    OneDNNLinear.apply(x, w, b).sum().backward()
-    assert x.grad is None and w.grad is not None and b.grad is not None
-    x.requires_grad_()
-    OneDNNLinear.apply(x, w.detach(), b.detach()).sum().backward()
-    assert x.grad is not None
-
-
-def test_a_hundred_iterations_equal_the_plain_path(products, train):
-    """Both choices, forced; the losses that the log rounds are compared before they are rounded."""
-    found = {}
-    for library in ('default', 'onednn'):
-        products(library)
-        script = train('--max_iters=100', '--eval_interval=100', '--dropout=0.1', '--learning_rate=1e-2')
-        assert is_attached(script['model']) == (library == 'onednn' and torch.backends.mkldnn.is_available())
-        assert f'products: {"onednn" if is_attached(script["model"]) else "default"}' in script['log']
-        found[library] = [*script['losses'].values(), script['loss'].item()]
-    assert found['default'] == pytest.approx(found['onednn'], abs=1e-5)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs oneDNN')
-def test_resumed_run_multiplies_by_the_library_of_its_start(products, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, 'measure_onednn', lambda: (True, True))
-    monkeypatch.setenv('FLOAT32_PRODUCTS', 'default')
-    assert train('--max_iters=4')['config']['products'] == 'default'
-    monkeypatch.delenv('FLOAT32_PRODUCTS')
-    script = train('--max_iters=6', '--init_from=resume')
-    assert 'float32 products: default, as before the stop\n' in script['log']
-    assert not is_attached(script['model']) and script['config']['products'] == 'default'
-    assert is_attached(train('--max_iters=1', out_dir=tmp_path / 'new')['model'])
-
-
-@pytest.mark.parametrize('attach', [lambda model: None, use_lean_loss, checkpoint_activations])
-def test_they_go_with_either_loss_and_activation_checkpointing(products, attach):
-    products('onednn')
-    idx, grads = torch.randint(64, (3, 32)), []
-    for fast in (False, True):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**TINY, pos_emb='rope', activation='swiglu', n_kv_head=1))
-        attach(model)
-        if fast:
-            use_fast_products(model, FLOAT32)
-        model(idx, idx)[1].backward()
-        grads.append({n: p.grad for n, p in model.named_parameters()})
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-
-
-def test_attention_in_float32_under_bfloat16_computes_the_same():
-    idx, losses = torch.randint(64, (3, 32)), []
-    for fast in (False, True):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**TINY))
-        if fast:
-            use_fast_products(model, BFLOAT16)
-        with BFLOAT16.autocast():
-            loss = model(idx, idx)[1]
-        loss.backward()
-        losses.append(torch.cat([loss.detach()[None], model.transformer.h[0].attn.c_attn.weight.grad[0]]))
-    assert not torch.equal(*losses)  # attention was rounded less
-    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
-
-
-def test_sampling_uses_its_own_kernels_and_leaves_the_training_s(products):
-    products('onednn')
-    model, idx = GPT(GPTConfig(**TINY)).eval(), torch.randint(64, (2, 5))
-    expected = generate(model, idx, 20, temperature=0)
-    use_fast_products(model, FLOAT32)
-    assert torch.equal(generate(model, idx, 20, temperature=0), expected) and is_attached(model)
-    with torch.no_grad():
-        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
-
-
-@pytest.mark.parametrize('device, compile', [('cuda', False), ('cpu', True)])
-def test_other_devices_and_compilers_are_left_alone(products, device, compile):
-    products('onednn')
-    model = GPT(GPTConfig(**TINY))
-    use_fast_products(model, Runtime(device, 'float32', compile, 'gloo'))
-    assert not is_attached(model)
-
-
-@pytest.mark.parametrize('where, name', [(torch.Tensor, '__matmul__'), (torch, 'baddbmm')])
-def test_a_library_that_rounds_more_is_not_taken(where, name, monkeypatch):
-    exact = getattr(where, name)
-
-    class Rounding:
-        """What AMX does under the flag, with attention's products only on some machines."""
-        def __enter__(self):
-            monkeypatch.setattr(where, name, lambda *args: exact(*(t.bfloat16() for t in args)).float())
-
-        def __exit__(self, *_):
-            monkeypatch.undo()
-
-    for wanted in ('', 'onednn'):
-        monkeypatch.setenv('FLOAT32_PRODUCTS', wanted)
-        monkeypatch.setattr(hardware, 'OneDNN', Rounding)
-        hardware.measure_onednn.cache_clear()
-        assert not hardware.prefers_onednn()
-    hardware.measure_onednn.cache_clear()
-
-
-def test_flag_is_put_back_and_an_unknown_choice_is_refused():
+def test_products_of_others_stay_exact():
+    _, model = pair()
     before = torch.get_float32_matmul_precision()
-    with hardware.OneDNN():
-        pass
+    model(tokens(3, 32), tokens(3, 32))[1].backward()
+    with torch.no_grad():
+        model(tokens(3, 32))
     assert torch.get_float32_matmul_precision() == before
-    done = subprocess.run([sys.executable, 'bench.py', '--device=cpu'], cwd=ROOT, text=True,
-                          env=os.environ | {'FLOAT32_PRODUCTS': 'mkl'}, capture_output=True)
-    message = 'ValueError: FLOAT32_PRODUCTS=mkl is not one of onednn, default\n'
-    assert done.returncode and done.stderr == message
+    assert torch.backends.mkldnn.matmul.fp32_precision in ('none', 'ieee')
