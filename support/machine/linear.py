@@ -102,13 +102,13 @@ class OneDNNProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        rows = grad.flatten(0, -2)  # (N, outputs)
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, outputs)
         dx = dw = db = None
         with OneDNN():
             if ctx.needs_input_grad[0]:
                 dx = (rows @ w).view(x.shape)
             if ctx.needs_input_grad[1]:
-                dw = rows.T @ x.flatten(0, -2)
+                dw = rows.T @ x.reshape(-1, x.shape[-1])
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = rows.sum(dim=0)
         return dx, dw, db
