@@ -51,7 +51,7 @@ config = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=3, n_head
 theirs = GPT2LMHeadModel(config).eval()
 theirs.save_pretrained('gpt2')
 ours, idx = GPT.from_pretrained('gpt2').eval(), torch.randint(300, (3, 64))
-print('loaded', (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item() < 1e-4)
+print('loaded', ours.config.bias, (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item() < 1e-4)
 '''
 
 
@@ -66,7 +66,7 @@ def test_alone_it_trains_generates_and_loads_a_gpt2(tmp_path):
     shutil.copy(ROOT / 'model.py', tmp_path)
     assert run(tmp_path, ALONE).splitlines() == [
         'imported model', *['trained True True'] * 3,
-        'an attn_type other than SM needs support/attention.py', 'loaded True']
+        'an attn_type other than SM needs support/attention.py', 'loaded True True']
 
 
 def test_it_works_inside_a_package_whatever_else_has_its_names(tmp_path):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache
 from support.machine.runtime import Runtime
+from support.training.loss import ChunkedLoss
 from support.training.models import config_from_args, model_args
 
 OPTIONS = {
@@ -159,10 +160,11 @@ def test_parts_of_gpt2_by_hand_make_the_model():
 
 
 @pytest.mark.parametrize('options', [OPTIONS['all'] | {'n_layer': 2}, {'attn_type': 'GK', 'n_layer': 1}])
-def test_a_compiled_model_computes_the_same(options):
+def test_a_compiled_model_computes_the_same_in_one_piece_with_its_loss(options):
     model, idx = scrambled(tiny(**options)), tokens(2, 16)
-    compiled = torch.compile(model, backend='aot_eager')(idx, idx)[1]
-    torch.testing.assert_close(compiled, model(idx, idx)[1])
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    loss = compiled(idx, idx, loss=ChunkedLoss(model, 7 * 64))[1]
+    torch.testing.assert_close(loss, model(idx, idx)[1])
 
 
 # ---------------------------------------------------------------------------- golden numbers
