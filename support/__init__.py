@@ -2,8 +2,8 @@
 What the scripts share. Imports go down: a wing uses itself and those below it.
 
     training/    the loss, optimizers, adapters, sharding, checks, the log, state and checkpoints
+    evaluating/  the losses of a split, texts, tasks
     sampling/    decoding, int8 weights, the prompt, conversations
-    evaluating/  the losses of a split, tasks
     hub/         models and tokenizers of other programs
     text/        reading, tokenizers, token files, their preparation
     machine/     the device, processes, signals, files, the console

@@ -67,9 +67,10 @@ def memory_in_words(model, run, to_do, settings):
         return ''
     batch_size, n_iters = settings['batch_size'], max(1, to_do.end - to_do.first)
     micro_steps = -(-to_do.sequences // (n_iters * batch_size * run.world_size))
-    setup = Setup(run.world_size, batch_size, micro_steps, settings['parallel'] == 'fsdp',
-                  settings['activation_checkpointing'], DTYPES[run.dtype].itemsize,
-                  RESERVED if run.device_type == 'cuda' else 0, run.device_type)
+    setup = Setup(run.world_size, batch_size, micro_steps, sharded=settings['parallel'] == 'fsdp',
+                  checkpointing=settings['activation_checkpointing'],
+                  dtype_size=DTYPES[run.dtype].itemsize, device_type=run.device_type,
+                  reserved=RESERVED if run.device_type == 'cuda' else 0)
     needed, there = memory_needed(model, setup), total_memory(run.device)
     text = f'about {size(needed)}'
     if there:
@@ -156,7 +157,7 @@ class Setup:
 def memory_needed(model, setup):
     """Bytes that a device holds at the peak of an iteration."""
     activations = activation_memory(model, setup)
-    if setup.n_processes == setup.micro_steps == 1:
+    if setup.n_processes * setup.micro_steps == 1:
         # gradients come as activations go, but the output layer's comes with the loss
         later = 4 * n_trained(model) - head_gradient(model)
         block = setup.batch_size * model.config.block_size * block_activations(model, setup.dtype_size)
