@@ -61,8 +61,8 @@ def report_files_of(source, splits):
     aren't."""
     path = Path(source)
     if path.is_dir():
-        read = {str(file) for split in splits for file in files_of(source, split)}
-        others = [(file, found) for file, found in walk(path) if file not in read]
+        read = {file for split in splits for file in files_of(source, split)}
+        others = [(file, found) for file, found in walk(path) if Path(file) not in read]
         report_files(len(read), [(file, why_not(file, found)) for file, found in others])
 
 

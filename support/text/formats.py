@@ -19,7 +19,7 @@ from pathlib import Path
 
 from support.errors import UserError
 
-PIECE = 1 << 22  # bytes that are read at a time
+PIECE = 1 << 20  # bytes that are read at a time
 LONGEST_ROW = 1 << 26  # characters
 COMPRESSED = ('.gz', '.xz', '.bz2', '.zst')
 LINES, TABLES = ('.jsonl', '.ndjson', '.json'), ('.csv', '.tsv')
@@ -126,7 +126,8 @@ def decoded(stream, path, encoding):
     mark = next((mark for mark in MARKS if start.startswith(mark)), b'')
     encoding = MARKS.get(mark, encoding)
     decoder = codecs.getincrementaldecoder(encoding)()
-    at, held, data, is_last = len(mark), '', start[len(mark):], False
+    at, held, is_last = len(mark), '', False
+    data = start[len(mark):] or stream.read(PIECE)
     while not is_last:
         is_last = not data
         waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began

@@ -194,7 +194,7 @@ def walk(folder):
                 hidden = [e.path for e in entries if e.name.startswith('.')]
                 waiting += [(e.path, e.is_dir(follow_symlinks=False)) for e in entries
                             if not e.name.startswith('.')]
-                yield from ((path, 'hidden') for path in hidden)
+                yield from ((path, 'hidden') for path in reversed(hidden))
             elif os.path.isfile(path):
                 yield path, os.stat(path) if os.access(path, os.R_OK) else 'that can\'t be opened'
         except PermissionError:
@@ -215,9 +215,9 @@ def report_files(n_read, left_out, hints=()):
     print(f'read {n_read:,} file{"s" * (n_read != 1)}{", left out " * bool(counts)}'
           + ', '.join(f'{count:,} {reason}' for reason, count in sorted(counts.items())))
     if left_out:
-        names = [path for path, _ in left_out[:5]]
+        names = [path for path, _ in sorted(left_out, key=lambda one: one[1] == 'hidden')[:5]]
         more = f' and {len(left_out) - 5:,} more' if len(left_out) > 5 else ''
-        print(f'left out: {", ".join(names)}{more}. To read a file all the same, name it itself')
+        print(f'left out: {", ".join(names)}{more}. To read one of them, name it on the command line')
     for hint in hints:
         print(hint)
 

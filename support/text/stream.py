@@ -23,7 +23,7 @@ from support.text.bpe import BPETokenizer
 from support.text.tokenizer import CharTokenizer
 
 BLOCK = 1 << 20  # characters that are encoded at a time
-LONGEST = 1 << 22  # characters without a place to cut, which are then cut all the same
+LONGEST = 1 << 21  # characters without a place to cut, which are then cut all the same
 NEARBY = 200  # characters on both sides of a cut that show whether it changes the tokens
 # between a word and the space after it, a word and punctuation, a line end and what follows
 PLACES = re.compile(r'(?<=\S)(?= )|(?<=[^\W_])(?=[\n,.;:!?，。、；：！？])|(?<=\n)(?=\S)')
