@@ -166,10 +166,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.project(x)
         if self.config.qk_norm:  # Henry et al. 2020, "Query-Key Normalization for Transformers"
             q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
+            q, k = q.type_as(v), k.type_as(v)  # autocast on CUDA normalises in float32
         if self.config.pos_emb == 'rope':
-            cos, sin = rotary(positions_of(x.shape[1], cache, x.device), self.config)
+            cos, sin = angles(x.shape[1], cache, x.device, self.config)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q.type_as(v), k.type_as(v), v  # autocast on CUDA normalises in float32
+        return q, k, v
 
     def attend(self, q, k, v, cache=None):
         """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1).
@@ -188,15 +189,26 @@ class CausalSelfAttention(nn.Module):
                                               enable_gqa=self.n_kv_head < self.n_head)  # Ainslie et al. 2023
 
 
+def angles(T, cache, device, config):
+    """`rotary` of the next T positions; a cache keeps them for all layers."""
+    if cache is None:
+        return rotary(torch.arange(T, device=device), config)
+    if cache.angles is None:
+        cache.angles = rotary(cache.positions(T, device), config)
+    return cache.angles
+
+
 def rotary(positions, config):
-    """cos and sin of the angles of Su et al. 2021, "RoFormer", eq. 15: (T,) -> (T, hs / 2) each"""
+    """cos and sin of the angles of Su et al. 2021, "RoFormer", eq. 15, as `rotate` takes them: the sines of
+    the first half are negative. (T,) -> (T, hs) each"""
     hs = config.head_size
     frequency = config.rope_theta ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs / 2,)
     if config.rope_scaling:
         frequency = stretched(frequency, *config.rope_scaling)
     angle = positions[:, None] * frequency
     # as_strided: a compiler then makes the angles once, not within each layer's kernels
-    return [t.as_strided(t.shape, t.stride()) for t in (angle.cos(), angle.sin())]
+    cos, sin = torch.cat((angle.cos(),) * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
+    return [t.as_strided(t.shape, t.stride()) for t in (cos, sin)]
 
 
 def stretched(frequency, factor, low, high, original):
@@ -209,8 +221,7 @@ def stretched(frequency, factor, low, high, original):
 
 def rotate(x, cos, sin):
     """Turn channel i with channel i + hs / 2. x: (B, nh, T, hs) -> (B, nh, T, hs)"""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def alibi(positions, n_keys, n_head):
@@ -316,6 +327,7 @@ class KVCache:
         self.n_positions, self.length = n_positions, 0
         self.kv = {}  # {layer: (k, v)}, (B, n_kv_head, n_positions, hs) each
         self.last_ids = None  # (B, ngram - 1), for NgramEmbedding
+        self.angles = None  # of the positions that are being appended, for rotary embeddings
 
     def positions(self, T, device):
         """Positions of the next T tokens, (T,)."""
@@ -326,10 +338,10 @@ class KVCache:
         if layer not in self.kv:
             self.kv[layer] = [t.new_zeros(*t.shape[:2], self.n_positions, t.shape[3]) for t in (k, v)]
         keys, values = self.kv[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        T = k.shape[2]
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
+        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
     def mask(self, T, n_keys, device):
         """Which keys each of the last T positions sees, (T, n_keys) bool; None if no mask is needed: one
@@ -341,6 +353,7 @@ class KVCache:
     def advance(self, T):
         """Count the T positions that all layers have appended."""
         self.length += T
+        self.angles = None
 
 
 def positions_of(T, cache, device):

@@ -2,10 +2,10 @@
 Linear layers for a CPU, put in the place of a model's own: the same product, made by a faster library.
 
     use_cpu_linears(model, run)      # print(model) then shows CPULinear
+    keep_weights(model, n_rows=10)   # they no longer change: for sampling ten texts at a time
 
 PyTorch's default library, MKL, uses AVX-512 on Intel's processors only, and one core for the few rows of a
-decoding step. oneDNN uses both on any. For several samples at once `pack` keeps a copy of the weights in
-oneDNN's own layout; the weights must not change after it.
+decoding step. oneDNN uses both on any, but prepares each call for longer than a small product takes.
 """
 
 import torch
@@ -17,15 +17,16 @@ from support.machine.hardware import OneDNN, prefers_onednn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 FEW_ROWS = 64  # of an input
+SMALL = 1 << 18  # multiplications of a product that the default library finishes first
 MAX_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's layout
 
 
 class CPULinear(nn.Linear):
-    packed = None  # the weight in oneDNN's layout
+    kept = None  # the weight, perhaps in oneDNN's layout, after keep_weights
 
     def forward(self, x):
-        if self.packed is not None and not torch.is_grad_enabled():
-            return few_rows(x, self.packed, self.bias)
+        if self.kept is not None and not torch.is_grad_enabled():
+            return few_rows(x, self.kept, self.bias)
         return product(x, self.weight, self.bias)
 
 
@@ -62,22 +63,30 @@ def is_watched(module):
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def pack(model, n_rows):
-    """Keep copies of the weights for products of n_rows rows, if there is more than one and they fit."""
+def keep_weights(model, n_rows):
+    """Have oneDNN make the larger products of n_rows rows, from copies of the weights in its own layout if
+    there are several rows and the copies fit. The weights must not change after it."""
     layers = [m for m in model.modules() if isinstance(m, CPULinear)]
-    if n_rows > 1 and sum(m.weight.nbytes for m in layers) <= MAX_PACKED:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), n_rows)
+    has_copies = n_rows > 1 and sum(m.weight.nbytes for m in layers) <= MAX_PACKED
+    for layer in layers:
+        weight = layer.weight.detach()
+        if has_copies:
+            layer.kept = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+        elif n_rows * weight.numel() >= SMALL:
+            layer.kept = weight
 
 
 def product(x, w, b):
     """x w^T + b. x: (..., inputs), w: (outputs, inputs), b: (outputs,) or None -> (..., outputs)"""
     is_plain_float32 = x.dtype == w.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-    if not is_plain_float32 or x.device.type != 'cpu':
+    if not is_plain_float32 or not x.is_cpu:
         return F.linear(x, w, b)
     if torch.is_grad_enabled():
         return OneDNNProduct.apply(x, w, b) if prefers_onednn() else F.linear(x, w, b)
-    if x.numel() <= FEW_ROWS * x.shape[-1]:
+    n_rows = x.numel() // x.shape[-1]
+    if n_rows * w.numel() < SMALL:
+        return F.linear(x, w, b)
+    if n_rows <= FEW_ROWS:
         return few_rows(x, w, b)
     if not prefers_onednn():
         return F.linear(x, w, b)
@@ -86,7 +95,7 @@ def product(x, w, b):
 
 
 def few_rows(x, w, b):
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w, b, 'none', [], '')
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), w, b, 'none', [], '')
 
 
 class OneDNNProduct(torch.autograd.Function):

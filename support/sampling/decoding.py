@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from support.machine.hardware import DTYPES
-from support.machine.linear import pack
+from support.machine.linear import keep_weights
 
 
 def repeat_rows(cache, n):
@@ -85,7 +85,7 @@ def for_sampling(model, run, n_rows):
     layers keep their weights in that type, which autocast would convert at each token; on a CPU in float32
     several rows get weights in the layout of their product."""
     if run.dtype == 'float32':
-        pack(model, n_rows)
+        keep_weights(model, n_rows)
         return
     for layer in model.modules():
         if type(layer) is torch.nn.Linear:
