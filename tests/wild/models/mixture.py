@@ -32,9 +32,11 @@ class SignMomentum(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group['params']:
                 s = self.state[p]
-                s['slow'] = 0.9 * s.get('slow', 0.0) + p.grad
-                s['signs'] = (s.get('signs', 0) + s['slow'].sign()).clamp(-9, 9).to(torch.int8)
-                s['n'] = s.get('n', 0) + 1
+                if not s:
+                    s |= {'slow': torch.zeros_like(p), 'signs': torch.zeros_like(p, dtype=torch.int8), 'n': 0}
+                s['slow'].mul_(0.9).add_(p.grad)
+                s['signs'].add_(s['slow'].sign().to(torch.int8)).clamp_(-9, 9)
+                s['n'] += 1
                 p -= group['lr'] / s['n'] * s['signs'].float()
 
 
