@@ -4,191 +4,78 @@ import io
 import json
 import os
 import re
-import runpy
 import select
-import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_model, scrambled, tiny
 
-from model import GPT, GPTConfig
-from support.sampling.decoding import Text, generate
-from support.training import checkpoint
-from support.sampling.prompt import Sampling, interact, obey
-from support.training.state import config_from_args, model_args
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, read_tokenizer
+from support.sampling.decoding import generate
+from support.sampling.prompt import Sampling, obey
+from support.text.bpe import END, train_bpe
+from support.text.chat import MARKERS, ChatForm, template_for
+from support.text.dataset import Dataset
+from support.text.tokenizer import CharTokenizer
+from support.training.models import model_args
+from support.training.state import State
 
-LINE = '---------------\n'
+LINE = '\n---------------\n'
 
 
-def save(folder, model, tokenizer, **others):
-    checkpoint.save(folder / 'ckpt.pt', {
-        'model': model.state_dict(), 'model_args': model_args(model.config),
-        'tokenizer': tokenizer.to_dict(), **others})
+def save(folder, tokenizer, size=0.3, chat=None, **options):
+    """Write an untrained model whose context matters, its vocabulary padded. Returns it and its tokenizer."""
+    torch.manual_seed(1)
+    model = scrambled(tiny(vocab_size=tokenizer.n_vocab + 40, **options), size).eval()
+    State(model.state_dict(), model_args(model.config), tokenizer=tokenizer.to_dict(),
+          chat=chat).save(folder / 'ckpt.pt')
+    return model, tokenizer
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, char_data):
-    """A checkpoint of an untrained model on the characters of the small data, its vocabulary padded."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('trained')
-    tokenizer = read_tokenizer(char_data)
-    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.n_vocab + 40, n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5 if p.dim() == 2 else 1)  # for the context to matter
-    save(folder, model, tokenizer, iter_num=1, best_val_loss=3.0, config={'dataset': 'gone'})
-    return folder
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('trained')
+
+
+@pytest.fixture(scope='module')
+def trained(folder, char_data):
+    return save(folder, Dataset(char_data, splits=()).tokenizer, block_size=16)
 
 
 @pytest.fixture
-def sample(trained, monkeypatch, capsys):
-    """Runs sample.py in this process; gives what it printed."""
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--out_dir={trained}', '--device=cpu', *args])
-        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-        capsys.readouterr()
-        runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
-        return capsys.readouterr().out
-    return run
-
-
-def samples(out):
-    """The samples of a run's output, without the line that names the machine and the overrides."""
-    text = out.split('processes: 1\n', 1)[1]
-    assert text.endswith('\n' + LINE)
-    return [s.removesuffix('\n') for s in text.split(LINE)[:-1]]
-
-
-def test_each_sample_is_followed_by_a_line(run_script, trained):
-    found = samples(run_script('sample.py', f'--out_dir={trained}', '--num_samples=5', '--batch_size=2',
-                               '--max_new_tokens=30', '--start=king', '--device=cpu').stdout)
-    assert len(found) == 5 and len(set(found)) == 5
-    assert all(s.startswith('king') and len(s) == 34 for s in found)
-
-
-def test_temperature_0_is_greedy(sample):
-    found = samples(sample('--num_samples=3', '--max_new_tokens=30', '--temperature=0', '--top_k=None'))
-    assert len(found) == 3 and len(set(found)) == 1
-
-
-def test_prompt_from_a_file_is_utf8_whatever_the_locale(run_script, tmp_path):
-    tokenizer = CharTokenizer.of_text('äöü \n€')
-    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=8))
-    save(tmp_path, model, tokenizer)
-    prompt = tmp_path / 'prompt.txt'
-    prompt.write_text('ä €', encoding='utf-8')
-    env = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
-    found = samples(run_script('sample.py', f'--out_dir={tmp_path}', f'--start=FILE:{prompt}',
-                               '--num_samples=1', '--max_new_tokens=5', env=env).stdout)
-    assert found[0].startswith('ä €') and len(found[0]) == 8
-
-
-def test_files_without_a_tokenizer_use_their_dataset_s(sample, trained, tmp_path, char_data):
-    state = torch.load(trained / 'ckpt.pt')
-    del state['tokenizer']
-    state['config'] = {'dataset': 'x', 'data_dir': str(char_data)}
-    torch.save(state, tmp_path / 'ckpt.pt')
-    found = samples(sample(f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=5', '--start=queen'))
-    assert found[0].startswith('queen') and len(found[0]) == 10
-
-
-def test_samples_of_gpt2(sample, gpt2_folder, bpe):
-    found = samples(sample(f'--init_from={gpt2_folder}', '--num_samples=2', '--start=1+1=',
-                           '--max_new_tokens=10'))
-    assert len(found) == 2 and all(s.startswith('1+1=') for s in found)
-
-
-@pytest.mark.parametrize('args, reason', [
-    (['--start=Zeus'], "not in this model's vocabulary: 'Z'"),
-    (['--start=FILE:missing.txt'], 'missing.txt is missing'),
-    (['--start='], 'gives no tokens'),
-    (['--temperature=-1'], 'temperature must be at least 0'),
-    ([f'--seed={10**22}'], 'seed must fit into 64 bits'),
-    (['--out_dir=nowhere'], 'ckpt.pt is missing'),
-    (['--top_p=0'], 'top_p must lie in (0, 1]'),
-    (['--stop=["a", ""]'], 'neither a string nor a list of strings'),
-    (['--prompts=missing.txt'], 'missing.txt is missing'),
-    (['--interactive', '--json'], 'exclude each other'),
-    (['--top_q=3'], 'Unknown config key: top_q (did you mean top_p or top_k or stop?)'),
-])
-def test_a_mistake_is_refused_in_one_line(sample, args, reason):
-    with pytest.raises((ValueError, FileNotFoundError)) as refused:
-        sample('--max_new_tokens=5', *args)
-    assert reason in str(refused.value) and '\n' not in str(refused.value)
-
-
-def test_a_damaged_checkpoint_is_one_line(run_script, trained, tmp_path):
-    shutil.copy(trained / 'ckpt.pt', tmp_path)
-    path = tmp_path / 'ckpt.pt'
-    path.write_bytes(path.read_bytes()[:-1000])
-    done = run_script('sample.py', f'--out_dir={tmp_path}', ok=False)
-    assert 'not a checkpoint, or a damaged one' in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-# ---------------------------------------------------------------------------- streams, seeds, stop strings
-
-def loaded(folder):
-    state = torch.load(folder / 'ckpt.pt')
-    model = GPT(config_from_args(state['model_args'])).eval()
-    model.load_state_dict(state['model'])
-    return model, CharTokenizer(state['tokenizer']['itos'])
+def sample(folder, trained, run_here):
+    """Runs sample.py in this process; gives what it printed on stdout."""
+    return lambda *args: run_here('sample.py', f'--out_dir={folder}', '--device=cpu', *args)['log']
 
 
 def lines_of(out):
-    """What --json=True printed."""
-    return [json.loads(line) for line in out.splitlines()]
+    """What --json=True printed, without the rate."""
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert all(line.pop('tokens_per_s') > 0 for line in lines)
+    return lines
 
 
-def test_streamed_text_equals_unstreamed(sample, trained):
-    model, tokenizer = loaded(trained)
-    idx = torch.tensor([tokenizer.encode('king')])
-    expected = generate(model, idx, 60, 0.8, 200, n_vocab=tokenizer.n_vocab, n_samples=3, seeds=[5, 6, 7])
-    found = samples(sample('--start=king', '--num_samples=3', '--max_new_tokens=60', '--seed=5'))
-    assert found == [tokenizer.decode(row) for row in expected.tolist()]
+def expected(trained, prompt, n, seeds, **options):
+    """Texts that `generate` makes, each row alone."""
+    model, tokenizer = trained
+    idx, options = torch.tensor([tokenizer.encode(prompt)]), {'n_vocab': tokenizer.n_vocab} | options
+    return [tokenizer.decode(generate(model, idx, n, seeds=[s], **options)[0].tolist()) for s in seeds]
 
 
-def test_streamed_bytes_equal_unstreamed(sample, gpt2_folder, bpe):
-    """Random byte pairs, many of which end inside a character."""
-    model, tokenizer = GPT.from_pretrained(str(gpt2_folder)).eval(), GPT2Tokenizer()
-    idx = torch.tensor([tokenizer.encode('\u20ac')])
-    row = generate(model, idx, 200, 100.0, n_vocab=tokenizer.n_vocab, seeds=[1])[0].tolist()
-    assert '\ufffd' in tokenizer.decode(row)
-    found = sample(f'--init_from={gpt2_folder}', '--start=\u20ac', '--num_samples=1', '--max_new_tokens=200',
-                   '--seed=1', '--temperature=100', '--top_k=None')
-    assert samples(found) == [tokenizer.decode(row)]
+# ---------------------------------------------------------------------------- samples
 
-
-def test_characters_of_several_tokens_are_shown_whole(bpe):
-    tokenizer, text = GPT2Tokenizer(), 'na\u00efve \ud55c\uad6d\uc5b4 \U0001f600\U0001d6d1 \u20ac'
-    ids = tokenizer.encode(text)
-    assert sum('\ufffd' in tokenizer.decode([i]) for i in ids) > 5
-    grown, pieces = Text(b'', len(ids)), []
-    for i in ids:
-        grown.add(tokenizer.decode_bytes([i]))
-        pieces.append(grown.take())
-    assert ''.join(pieces) == text
-
-
-@pytest.mark.parametrize('interactive', [False, True])
-def test_each_character_is_shown_as_soon_as_it_is_made(sample, monkeypatch, interactive):
-    class Recorder(io.StringIO):
-        flushed = []
-
-        def flush(self):
-            self.flushed.append(self.getvalue())
-
-    typed = iter(['king', '/quit'])
-    monkeypatch.setattr('builtins.input', lambda _: next(typed))
-    monkeypatch.setattr(sys, 'stdout', Recorder())
-    sample('--start=king', '--num_samples=1', '--max_new_tokens=20', f'--interactive={interactive}')
-    text = sys.stdout.getvalue()
-    begin = text.rindex('king')
-    assert {text[:begin + n] for n in range(4, 24)} <= set(Recorder.flushed)
+@pytest.mark.parametrize('options', [
+    {'temperature': 0}, {'temperature': 0.3, 'top_k': None}, {'temperature': 100.0, 'top_k': None},
+    {'temperature': 0.8, 'top_k': 3}, {'temperature': 2.0, 'top_k': 20, 'top_p': 0.7},
+    {'temperature': 1.0, 'top_k': 200, 'min_p': 0.2, 'repetition_penalty': 1.4}], ids=str)
+def test_settings_give_the_samples_of_the_library_each_followed_by_a_line(options, sample, trained):
+    found = expected(trained, 'king', 40, [5, 6, 7], **options)
+    assert len({*found}) == (1 if options['temperature'] == 0 else 3)
+    log = sample('--start=king', '--num_samples=3', '--max_new_tokens=40', '--seed=5',
+                 *(f'--{name}={value}' for name, value in options.items()))
+    assert log.endswith('\n' + ''.join(text + LINE for text in found))
 
 
 def test_a_sample_is_made_again_by_its_seed(sample, tmp_path):
@@ -197,59 +84,207 @@ def test_a_sample_is_made_again_by_its_seed(sample, tmp_path):
     args = (f'--prompts={tmp_path}/prompts.txt', '--num_samples=4', '--json=True', '--max_new_tokens=40')
     all_at_once, *others = (lines_of(sample(*args, f'--batch_size={n}')) for n in (32, 3, 1))
     assert [s['prompt'] for s in all_at_once] == ['king'] * 4 + ['the queen and the day'] * 4 + ['war'] * 4
-    assert [s['seed'] for s in all_at_once] == list(range(1337, 1337 + 12))
-    for made in others:
-        assert [s | {'tokens_per_s': 0} for s in made] == [s | {'tokens_per_s': 0} for s in all_at_once]
+    assert [s['seed'] for s in all_at_once] == [*range(1337, 1337 + 12)]
+    assert others == [all_at_once] * 2
     wanted = all_at_once[6]
-    again, = samples(sample(f'--start={wanted["prompt"]}', '--num_samples=1', f'--seed={wanted["seed"]}',
-                            '--max_new_tokens=40'))
-    assert again == wanted['prompt'] + wanted['text'] and len(wanted['text']) == 40
+    again = sample(f'--start={wanted["prompt"]}', '--num_samples=1', f'--seed={wanted["seed"]}',
+                   '--max_new_tokens=40')
+    assert again.endswith('\n' + wanted['prompt'] + wanted['text'] + LINE) and len(wanted['text']) == 40
+    empty = sample('--start=king', '--num_samples=2', '--max_new_tokens=0')
+    assert empty.endswith('\nking' + LINE + 'king' + LINE)
 
 
-def test_json_is_all_that_a_program_reads(run_script, trained):
-    done = run_script('sample.py', '--json', f'--out_dir={trained}', '--start=day', '--num_samples=2',
-                      '--max_new_tokens=7', '--device=cpu')
-    for seed, found in enumerate(lines_of(done.stdout), 1337):
-        assert found.pop('tokens_per_s') > 0 and len(found.pop('text')) == 7
-        assert found == {'prompt': 'day', 'seed': seed, 'tokens': 7, 'ended': 'length'}
-    assert 'device: cpu' in done.stderr
+def test_a_program_reads_json_alone_and_files_are_utf8_whatever_the_locale(run_script, sample, tmp_path):
+    save(tmp_path, CharTokenizer.of_text('äöü \n€'))
+    (tmp_path / 'prompt.txt').write_text('ä €', encoding='utf-8')
+    args = (f'--out_dir={tmp_path}', f'--start=FILE:{tmp_path}/prompt.txt', '--num_samples=2',
+            '--max_new_tokens=5', '--device=cpu')
+    found = lines_of(sample(*args, '--json'))
+    for seed, line in enumerate(found, 1337):
+        assert len(line['text']) == 5
+        assert line == {'prompt': 'ä €', 'seed': seed, 'text': line['text'], 'tokens': 5, 'ended': 'length'}
+    env = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    shown = run_script('sample.py', *args, env=env).stdout
+    assert shown.endswith('\n' + ''.join('ä €' + line['text'] + LINE for line in found))
 
 
-def test_stop_strings_end_samples_and_are_never_shown(sample):
+def test_stop_strings_of_several_tokens_end_samples_and_are_never_shown(sample):
     args = ('--start=king', '--num_samples=8', '--max_new_tokens=60', '--json=True')
     free = lines_of(sample(*args))
-    stop = [free[0]['text'][20:22], free[1]['text'][30], 'never']
+    stop = [free[0]['text'][20:23], free[1]['text'][30], 'never']
     for given, strings in ((str(stop), stop), (stop[0], stop[:1]), ('never', ['never']), ('None', [])):
         for found, whole in zip(lines_of(sample(*args, f'--stop={given}')), free, strict=True):
             ends = [whole['text'].index(s) + len(s) for s in strings if s in whole['text']]
             assert found['ended'] == ('stop' if ends else 'length')
             assert not any(s in found['text'] for s in strings)
             assert found['tokens'] == min(ends, default=60) and whole['text'].startswith(found['text'])
-    assert all(s['ended'] == 'stop' for s in lines_of(sample(*args, '--stop= ')))
 
 
-def test_a_stop_of_backslash_n_is_a_line_end(sample, tmp_path):
-    tokenizer = CharTokenizer.of_text('a\n')
-    model = GPT(GPTConfig(block_size=16, vocab_size=2, n_layer=1, n_head=1, n_embd=8))
-    save(tmp_path, model, tokenizer)
-    for given, n in ((r'\n', 1), (r'\n\n', 2), (r"['\n']", 1), ('\n', 1)):
-        found = lines_of(sample(f'--out_dir={tmp_path}', '--num_samples=5', '--json=True', f'--stop={given}'))
-        assert all(s['ended'] == 'stop' and '\n' * n not in s['text'] for s in found)
-        assert any('\n' in s['text'] for s in found) == (n == 2)
+@pytest.mark.parametrize('given, end', [(r'\n', '\n'), (r'\n\n', '\n\n'), (r"['\n']", '\n'), ('\n', '\n')])
+def test_a_stop_of_backslash_n_is_a_line_end(given, end, sample, tmp_path):
+    save(tmp_path, CharTokenizer.of_text('a\n'), size=0)
+    found = lines_of(sample(f'--out_dir={tmp_path}', '--num_samples=5', '--json=True', f'--stop={given}'))
+    assert all(s['ended'] == 'stop' and end not in s['text'] for s in found)
+    assert any('\n' in s['text'] for s in found) == (end == '\n\n')
 
 
-def test_no_tokens_are_the_prompt(sample):
-    assert samples(sample('--start=king', '--num_samples=2', '--max_new_tokens=0')) == ['king', 'king']
+def test_characters_of_several_tokens_are_shown_whole_and_the_model_ends_its_text(sample, tmp_path):
+    """Tokens of bytes, drawn at random."""
+    model, tokenizer = save(tmp_path, train_bpe(['a €'], 258, (END,)))
+    args = (f'--out_dir={tmp_path}', '--start=€', '--num_samples=3', '--max_new_tokens=400', '--json=True',
+            '--temperature=100', '--top_k=None')
+    idx = torch.tensor([[*tokenizer.begin, *tokenizer.encode('€')]] * 3)
+    rows = generate(model, idx, 400, 100.0, n_vocab=tokenizer.n_vocab, seeds=[1337, 1338, 1339]).tolist()
+    whole = [*map(tokenizer.decode_bytes, rows)]
+    assert [s['ended'] for s in lines_of(sample(*args, '--ignore_end'))] == ['length'] * 3
+    name = tokenizer.decode_bytes([tokenizer.end])
+    ended = [name in raw for raw in whole]
+    assert any(ended)
+    for found, raw in zip(lines_of(sample(*args)), whole, strict=True):
+        assert '€' + found['text'] == raw.partition(name)[0].removeprefix(name).decode(errors='replace')
+        assert found['ended'] == ('end' if name in raw else 'length') and '\ufffd' in found['text']
+
+
+def test_older_files_have_the_tokenizer_of_their_dataset(sample, tmp_path, trained, char_data):
+    save_model(tmp_path / 'old', trained[0], char_data)
+    state = torch.load(tmp_path / 'old/ckpt.pt')
+    del state['tokenizer']
+    torch.save(state, tmp_path / 'old/ckpt.pt')
+    found, = lines_of(sample(f'--out_dir={tmp_path}/old', '--start=king', '--num_samples=1', '--json=True'))
+    assert ['king' + found['text']] == expected(trained, 'king', 500, [1337], temperature=0.8, top_k=200)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='bash')
+def test_text_is_shown_as_it_is_made_and_a_reader_may_leave(folder, trained):
+    command = (f'{sys.executable} sample.py --out_dir={folder} --start=king --device=cpu '
+               '--max_new_tokens=100000 | grep -o -m 1 "king.*"')
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert 'Traceback' not in done.stderr and done.stderr.count('\n') <= 1 and done.stdout.startswith('king')
+
+
+@pytest.mark.parametrize('args, reason', [
+    (['--start=Zeus'], "not in this model's vocabulary: 'Z'"),
+    (['--start=FILE:missing.txt'], 'missing.txt is missing'), (['--start='], 'gives no tokens'),
+    (['--temperature=-1'], 'temperature must be at least 0'), ([f'--seed={10**22}'], 'fit into 64 bits'),
+    (['--out_dir=nowhere'], 'ckpt.pt is missing'), (['--top_p=0'], 'top_p must lie in (0, 1]'),
+    (['--stop=["a", ""]'], 'neither a string nor a list of strings'), (['--num_samples=0'], 'num_samples=0'),
+    (['--prompts=missing.txt'], 'missing.txt is missing'), (['--interactive', '--json'], 'choose one'),
+    (['--chat=True'], 'chat=True takes questions'), (['--weights=int4'], 'full, int8'),
+    (['--chat', '--start=day'], 'not trained on conversations'),
+    (['--top_q=3'], 'did you mean top_p or top_k')])
+def test_a_mistake_is_refused_in_one_line(sample, args, reason):
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        sample('--max_new_tokens=5', *args)
+    assert reason in str(refused.value) and '\n' not in str(refused.value)
+
+
+EDITED = '''
+import json, torch
+from model import GPT, GPTConfig
+torch.manual_seed(1)
+model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)).eval()
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.3)
+itos = {i: chr(97 + i) for i in range(40)}
+torch.save({'model': model.state_dict(), 'tokenizer': {'kind': 'char', 'itos': itos}, 'model_args': {
+    'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'bias': True, 'vocab_size': 40,
+    'dropout': 0.0}}, 'ckpt.pt')
+idx = torch.tensor([[0, 1, 2]])
+for _ in range(40):
+    idx = torch.cat((idx, model(idx[:, -16:])[0][:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+result = ''.join(itos[i] for i in idx[0].tolist())
+'''
+
+
+def test_edit_of_model_py_changes_the_text_as_it_changes_a_plain_loop_s(elsewhere, copy_repository):
+    source, line = (ROOT / 'model.py').read_text(encoding='utf-8'), 'x = self.gelu(x)'
+    assert source.count(line) == 1
+    texts = []
+    for edited in (source, source.replace(line, 'x = self.gelu(3 * x)')):
+        copy = copy_repository(edited)
+        texts.append(elsewhere(copy, code=EDITED).result)
+        done = elsewhere(copy, 'sample.py', '--out_dir=.', '--start=abc', '--num_samples=2',
+                         '--temperature=0', '--max_new_tokens=40', '--device=cpu')
+        assert done.output.endswith('\n' + 2 * (texts[-1] + LINE)), done.error
+    assert texts[0] != texts[1]
 
 
 # ---------------------------------------------------------------------------- the prompt
+
+@pytest.mark.parametrize('line, name, value', [
+    ('/max_new_tokens=30', 'max_new_tokens', 30), ('/max_new_tokens 30', 'max_new_tokens', 30),
+    ('/temperature = 1', 'temperature', 1.0), ('/top_k None', 'top_k', None), ('/stop ==', 'stop', '='),
+    ('/stop a b', 'stop', 'a b'), ("/stop=['a', 'b']", 'stop', "['a', 'b']")])
+def test_a_command_changes_one_setting(line, name, value):
+    before = Sampling()
+    after, reply = obey(line, before)
+    assert getattr(after, name) == value and reply == f'{name} = {value}'
+    assert all(getattr(after, k) == v for k, v in vars(before).items() if k != name)
+    assert obey(f'/{name}', after) == (after, reply)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('temperature', -0.1), ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('min_p', 1.1),
+    ('repetition_penalty', 0.0), ('max_new_tokens', -1), ('stop', '[1]')])
+def test_a_setting_out_of_range_is_refused_by_name_and_value(name, value):
+    for attempt in (lambda: Sampling(**{name: value}), lambda: obey(f'/{name}={value}', Sampling())):
+        with pytest.raises(ValueError, match=rf'{name}.*{re.escape(str(value))}'):
+            attempt()
+
+
+@pytest.fixture
+def typed(sample, monkeypatch):
+    """Runs sample.py with lines of input; gives what followed each prompt."""
+    def run(lines, *args):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines)))
+        return sample('--interactive=True', *args).split('\n> ')[1:]
+    return run
+
+
+def test_commands_hold_for_the_prompts_that_follow(typed, trained):
+    lines = {'king': None, '/top_k': 'top_k = 5', '/temperature 0': 'temperature = 0.0', 'king ': None,
+             '': None, '/seed': 'seed = 1340', '/top_p 7': 'top_p must lie in (0, 1], not 7.0',
+             '/top_k x': 'must be a whole number or None', '/topp 1': 'did you mean top_p',
+             '/quti': 'did you mean quit', 'ZZZ': "not in this model's vocabulary: 'Z'",
+             '/help': '/top_k 5\n', '/quit ': ''}
+    replies = dict(zip(lines, typed(lines, '--start=day', '--top_k=5', '--max_new_tokens=40'), strict=True))
+    for line, temperature, seed in (('king', 0.8, 1337), ('king ', 0, 1338), ('', 0, 1339)):
+        text, = expected(trained, line or 'day', 40, [seed], temperature=temperature, top_k=5)
+        assert replies[line].startswith(f'{text}\n[seed {seed}, 40 tokens, ')
+        assert replies[line].endswith('tokens/s, ended by length]')
+    for line, reply in lines.items():
+        assert reply is None or reply in replies[line]
+
+
+def test_chat_answers_questions_and_keeps_the_conversation(typed, sample, tmp_path):
+    tokenizer = train_bpe(['What is it? It is so. '], 270, (END, *MARKERS.values()))
+    form = ChatForm(template_for(tokenizer), tokenizer)
+    model, _ = save(tmp_path, tokenizer, block_size=128, chat=form.template)
+
+    def answer(seed, *said):
+        roles = ('user', 'assistant') * 2
+        ids = form.ask([{'role': role, 'content': text} for role, text in zip(roles, said)])
+        out = generate(model, torch.tensor([ids]), 9, n_vocab=tokenizer.n_vocab, seeds=[seed])[0, len(ids):]
+        assert not form.end_ids & {*out.tolist()}
+        return tokenizer.decode_bytes(out.tolist()).decode(errors='replace')
+
+    args = (f'--out_dir={tmp_path}', '--chat=True', '--temperature=1', '--top_k=None', '--max_new_tokens=9')
+    found, = lines_of(sample(*args, '--start=What is it?', '--num_samples=1', '--json=True'))
+    first = answer(1337, 'What is it?')
+    assert (found['prompt'], found['text']) == ('What is it?', first)
+    replies = typed(['What is it?', 'So?', '/new', 'So?', '/quit'], *args)
+    wanted = [first, answer(1338, 'What is it?', first, 'So?'), answer(1339, 'So?')]
+    assert wanted[1] != answer(1338, 'So?')
+    assert [r.removeprefix('> ').rpartition('\n[seed ')[0] for r in replies if '[seed' in r] == wanted
+
 
 class Terminal:
     """sample.py --interactive=True behind a pseudo-terminal, as its user sees it."""
 
     def __init__(self, *args):
-        master, slave = os.openpty()
-        self.master, self.seen = master, ''
+        self.master, slave = os.openpty()
+        self.seen = ''
         code = ('import fcntl, os, runpy, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
                 'signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background job ignores it
                 'sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0])); '
@@ -262,90 +297,35 @@ class Terminal:
     def type(self, text):
         os.write(self.master, text.encode())
 
-    def until(self, pattern, seconds=60, press=''):
+    def until(self, pattern, press=''):
         """What is shown up to the next match of the pattern; keys pressed again after a second of silence."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 100
         self.type(press)
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
             if not select.select([self.master], [], [], 1)[0]:
                 self.type(press)
             else:
-                try:
-                    self.seen += os.read(self.master, 65536).decode().replace('\r\n', '\n')
-                except OSError:  # the other end was closed
-                    assert re.search(pattern, self.seen), self.seen
+                self.seen += os.read(self.master, 65536).decode().replace('\r\n', '\n')
         shown, self.seen = self.seen[:found.end()], self.seen[found.end():]
         return shown
 
 
-@pytest.mark.parametrize('line, name, value', [
-    ('/max_new_tokens=30', 'max_new_tokens', 30), ('/max_new_tokens 30', 'max_new_tokens', 30),
-    ('/temperature = 1', 'temperature', 1.0), ('/top_k None', 'top_k', None), ('/stop ==', 'stop', '='),
-    ('/stop a b', 'stop', 'a b'), ("/stop=['a', 'b']", 'stop', "['a', 'b']"),
-])
-def test_a_command_changes_one_setting(line, name, value):
-    before = Sampling()
-    after, reply = obey(line, before)
-    assert getattr(after, name) == value and reply == f'{name} = {value}'
-    assert all(getattr(after, k) == v for k, v in vars(before).items() if k != name)
-    assert obey(f'/{name}', after) == (after, reply)
-
-
-def test_quit_followed_by_a_blank_is_quit(monkeypatch, capsys):
-    lines = iter(['/quti', '/quit '])
-    monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
-    interact(Sampling(), None)
-    assert 'did you mean quit' in capsys.readouterr().out and not [*lines]
-
-
-@pytest.mark.parametrize('name, value', [
-    ('temperature', -0.1), ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('min_p', 1.1),
-    ('repetition_penalty', 0.0), ('max_new_tokens', -1), ('stop', '[1]'),
-])
-def test_a_setting_out_of_range_is_refused_by_name_and_value(name, value):
-    for attempt in (lambda: Sampling(**{name: value}), lambda: obey(f'/{name}={value}', Sampling())):
-        with pytest.raises(ValueError, match=rf'{name}.*{re.escape(str(value))}'):
-            attempt()
-
-
 @pytest.mark.skipif(not hasattr(os, 'openpty'), reason='this system has no pseudo-terminals')
-def test_the_prompt_is_driven_as_by_a_user(trained, sample):
-    once, = samples(sample('--start=king', '--num_samples=1', '--max_new_tokens=40', '--top_k=5'))
-    greedy, = samples(sample('--start=king', '--num_samples=1', '--max_new_tokens=40', '--temperature=0'))
-    user = Terminal(f'--out_dir={trained}', '--device=cpu', '--top_k=5', '--max_new_tokens=100000')
+def test_a_terminal_shows_text_as_it_comes_stops_at_ctrl_c_and_keeps_a_history(folder, trained):
+    text, = expected(trained, 'king', 40, [1337], temperature=0.8, top_k=5)
+    user = Terminal(f'--out_dir={folder}', '--device=cpu', '--top_k=5', '--max_new_tokens=100000')
     try:
         user.until('> ')
         user.type('king\n')
-        user.until('(?s)king\nking.{20}')  # it streams: the sample has just begun
-        user.type('\x03')
-        user.until('\n> ')
-        for command, reply in (('/max_new_tokens=40', 'max_new_tokens = 40'), ('/seed', 'seed = 1337'),
-                               ('/top_p 7', 'top_p must lie in'), ('/top_p', 'top_p = 1.0'),
-                               ('/top_k x', 'takes int or None'), ('/topp 1', 'did you mean top_p'),
-                               ('ZZZ', "not in this model's vocabulary: 'Z'"), ('/help', '/top_k 5\n')):
-            user.type(command + '\n')
-            user.until(reply + '.*(\n.*)*\n> ')
-        user.type('king\n')
-        assert f'\n{once}\n[seed 1337, 40 tokens, ' in user.until('ended by length\\]\n> ')
-        user.type('/temperature 0\n')
-        user.until('temperature = 0.0\n> ')
+        user.until('(?s)king\nking.{20}')  # the sample has just begun
+        user.until('\n> ', press='\x03')
+        user.until('max_new_tokens = 40\n> ', press='/max_new_tokens=40\n')
         user.type('\x10\x10\n')  # twice back in the history
-        assert f'\n{greedy}\n[seed 1338, 40 tokens, ' in user.until('ended by length\\]\n> ')
-        user.type('half a line')
-        user.until('half a line')
-        user.until('\n> ', press='\x03')  # readline may miss one that comes between two keys
-        user.until('seed = 1339\n> ', press='/seed\n')  # one pressed too often has come by then
+        assert f'\n{text}\n[seed 1337, 40 tokens, ' in user.until('ended by length\\]\n> ')
         user.type('\x04')
-        assert user.process.wait(20) == 0
+        assert user.process.wait(60) == 0
     finally:
         user.process.kill()
         user.process.wait()
         os.close(user.master)
-
-
-@pytest.mark.skipif(sys.platform == 'win32', reason='bash')
-def test_reader_that_has_read_enough_ends_the_sampling_without_a_traceback(trained, tmp_path):
-    command = f'{sys.executable} {ROOT}/sample.py --out_dir={trained} --device=cpu --max_new_tokens=2000'
-    done = subprocess.run(['bash', '-c', f'{command} | head -n 1'], capture_output=True, text=True, cwd=ROOT)
-    assert 'Traceback' not in done.stderr and done.stderr.count('\n') <= 1 and done.stdout
