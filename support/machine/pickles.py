@@ -1,12 +1,13 @@
 """
-Pickles that other programs wrote: plain values and NumPy's numbers are read, and no code in them is run.
+Pickles of other programs: plain values and NumPy's numbers are read, no code in them is run.
 
     value = read_pickle(data)
     with torch.serialization.safe_globals(STAND_INS):
         state = torch.load(path, weights_only=True)
 
-A pickle names the functions that rebuild its objects. Those below stand in for the few that are allowed:
-NumPy's numbers become Python's, arrays become flat lists, paths become strings, a GPTConfig has attributes.
+A pickle names the functions that rebuild its objects. Those below stand in for the few that are
+allowed: NumPy's numbers become Python's, arrays flat lists, paths strings. A GPTConfig keeps its
+attributes and nothing else.
 """
 
 import io
@@ -62,12 +63,12 @@ def path(*parts):
     return str(PurePath(*parts))
 
 
-class Settings:
+class ForeignConfig:
     """Stands in for a GPTConfig that its program pickled as an object."""
 
 
 STAND_INS = [
-    (Settings, '__main__.GPTConfig'), (Settings, 'model.GPTConfig'),
+    (ForeignConfig, '__main__.GPTConfig'), (ForeignConfig, 'model.GPTConfig'),
     (OrderedDict, 'collections.OrderedDict'), (latin1, '_codecs.encode'), (NumberType, 'numpy.dtype'),
     (Numbers, 'numpy.ndarray'),
     *((stand_in, f'numpy.{core}.{name}') for core in ('core', '_core')  # NumPy 1 and 2

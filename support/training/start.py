@@ -227,14 +227,15 @@ def check_tokenizer_of_run(state, data):
 
 def check_tokenizer_of_hub(init_from, data, model_vocab_size):
     """UserError if the data isn't of the tokenizer of a model from transformers."""
-    own, kind = own_tokenizer(init_from), data.tokenizer.to_dict()['kind']
-    theirs = own or folder_tokenizer(init_from)
-    if own or kind != 'none' != theirs.to_dict()['kind']:
-        fits = is_same_tokenizer(theirs.to_dict(), data.tokenizer.to_dict())
+    own, ours = own_tokenizer(init_from), data.tokenizer.to_dict()
+    tokenizer = own or folder_tokenizer(init_from)
+    theirs = tokenizer.to_dict()
+    if own or 'none' not in (ours['kind'], theirs['kind']):
+        fits = is_same_tokenizer(theirs, ours)
     else:
-        fits = kind == 'gpt2' or data.vocab_size == model_vocab_size
+        fits = ours['kind'] == 'gpt2' or data.vocab_size == model_vocab_size
     if not fits:
-        name = 'gpt2' if isinstance(theirs, GPT2Tokenizer) else init_from
+        name = 'gpt2' if isinstance(tokenizer, GPT2Tokenizer) else init_from
         raise UserError(f'{init_from} has another tokenizer than {data.folder}: prepare the text '
                         f'with --tokenizer={name}')
 

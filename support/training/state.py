@@ -30,7 +30,7 @@ from support.errors import MissingFile, OutOfMemory, UserError
 from support.machine.console import print0
 from support.machine.files import (UNREADABLE, HeldFile, free_disk, patiently, reason_of,
                                    regular_file, replacing)
-from support.machine.pickles import STAND_INS, Settings
+from support.machine.pickles import STAND_INS, ForeignConfig
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
 OF_THE_RUN = ('resume', 'auto', 'finetune')  # values of init_from that mean the run in out_dir
@@ -295,7 +295,7 @@ def as_state(content):
     """The State of a checkpoint's dict, with our names. UserError if it has no model."""
     if not isinstance(content, dict):
         raise UserError('it has no model and model_args')
-    if isinstance(content.get('config'), Settings):
+    if isinstance(content.get('config'), ForeignConfig):
         content = from_build_nanogpt(**content)
     model, args = content.get('model'), content.get('model_args')
     if not isinstance(model, dict) or not isinstance(args, dict):
