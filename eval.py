@@ -27,7 +27,7 @@ from support.errors import MissingFile, UserError
 from support.evaluating.scoring import TASKS, Scorer, Windows, count_targets, mean_loss
 from support.machine import runtime
 from support.machine.files import read_text
-from support.sampling.quantize import build_int8, check_weights
+from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import is_same_tokenizer
 from support.training.loss import lean_loss
@@ -37,7 +37,7 @@ from support.training.models import load_model
 
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
 out_dir = 'out'
-task = 'loss'  # loss, int8 (what int8 costs in loss), lambada, hellaswag, lm_eval:NAME; several with commas
+task = 'loss'  # loss, int8 or int4 (what these cost in loss), lambada, hellaswag, lm_eval:NAME; several with commas
 text = ''  # a file, whose log-probability is computed
 dataset = ''  # for loss and int8: a folder of data/; empty: the one that the model was trained on
 data_dir = ''  # any other folder; empty: data/<dataset>
@@ -50,12 +50,12 @@ seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
-weights = 'full'  # full, or int8: a quarter of the memory, less exact
+weights = 'full'  # full, int8 or int4: a quarter or an eighth of the memory, less exact
 compile: bool | str = False  # torch.compile
 
 config = configure(globals())
 
-OF_A_SPLIT = ('loss', 'int8')
+OF_A_SPLIT = ('loss', 'int8', 'int4')
 USED_BY = {'source': TASKS, 'dataset': OF_A_SPLIT, 'data_dir': OF_A_SPLIT, 'split': OF_A_SPLIT}
 tasks = task.split(',')
 if text:
@@ -76,8 +76,9 @@ def check_settings():
     if split not in ('train', 'val'):
         raise UserError(f'split={split} is not one of train, val')
     check_weights(weights)
-    if 'int8' in tasks and weights == 'int8':
-        raise UserError('task=int8 compares int8 with the full weights: leave weights=int8 out')
+    for kind in {'int8', 'int4'} & {*tasks}:
+        if weights != 'full':
+            raise UserError(f'task={kind} compares {kind} with the full weights: leave weights={weights} out')
     if limit < 0 or batch_size < 1:
         raise UserError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
     folder = os.path.dirname(json) or '.'
@@ -128,14 +129,14 @@ def loss_of_split(model):
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 
 
-def cost_of_int8():
-    """The loss with full weights, with the same in int8, and by how many percent that is more."""
-    small = build_int8(model.config, model.state_dict().items())
+def cost_of(kind):
+    """The loss with full weights, with the same in int8 or int4, and by how many percent that is more."""
+    small = build_quantized(model.config, model.state_dict().items(), kind)
     if run.compile:
         small.compile(dynamic=True)
-    full, int8 = loss_of_split(model), loss_of_split(small)
-    return {'loss_full': full['loss'], 'loss_int8': int8['loss'],
-            'increase_percent': 100 * (int8['loss'] / full['loss'] - 1), 'n': int8['n']}
+    full, less = loss_of_split(model), loss_of_split(small)
+    return {'loss_full': full['loss'], f'loss_{kind}': less['loss'],
+            'increase_percent': 100 * (less['loss'] / full['loss'] - 1), 'n': less['n']}
 
 
 def loss_of_text():
@@ -166,8 +167,8 @@ for name in tasks:
         results[name], tokens = loss_of_text()
     elif name == 'loss':
         results[name] = loss_of_split(model)
-    elif name == 'int8':
-        results[name] = cost_of_int8()
+    elif name in ('int8', 'int4'):
+        results[name] = cost_of(name)
     elif name in TASKS:
         results[name] = TASKS[name].measure(items[name], scorer.texts)
 if lm_eval_tasks:

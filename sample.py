@@ -58,7 +58,7 @@ seed = 1337  # of the first sample; the next one's is seed + 1
 device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
-weights = 'full'  # full, or int8: a quarter of the memory and several times the rate on a CPU, less exact
+weights = 'full'  # full, int8 or int4: less memory and several times the rate on a CPU, less exact
 compile: bool | str = False  # torch.compile
 
 configure(globals())

@@ -252,7 +252,7 @@ def update(lr, vitals=None):
 
 
 @plan.out_of_memory_advice(batch_size, gradient_accumulation_steps)
-def evaluate_and_save():
+def evaluate_and_save(lr):
     """What is due before an iteration's update: evaluation, checkpoints, a sample. Returns vitals, to which
     the update adds, or None. The time doesn't count."""
     global saved_iter
@@ -267,8 +267,10 @@ def evaluate_and_save():
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating:
             data.check_unchanged()
-            folder.check_folder(out_dir)
-            vitals = evaluate(seconds)
+            if run.broadcast(folder.check_folder(out_dir)):
+                log.lines.reopen()
+                saving = iter_num > first_iter
+            vitals = evaluate(seconds, lr)
         if saving and save_state('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
         if keeping:
@@ -280,7 +282,7 @@ def evaluate_and_save():
     return vitals
 
 
-def evaluate(seconds):
+def evaluate(seconds, lr):
     """Losses of both splits, the state of the layers, and ckpt.pt. Returns the vitals."""
     global best_val_loss, n_worse
     losses = estimate_loss(stop.watch)
@@ -400,7 +402,7 @@ try:
     while iter_num <= max_iters and not stop.agreed():
         lr = get_lr(iter_num) if decay_lr else learning_rate
         try:
-            vitals = evaluate_and_save()
+            vitals = evaluate_and_save(lr)
         except signals.Stopped:  # in an evaluation or a sample, which then doesn't count
             continue
         if patience and n_worse >= patience:
@@ -411,7 +413,7 @@ try:
             log_iteration(loss, grad_norm, lr)
         iter_num += 1
 except (UserError, OSError):  # data that changed under the run, a disk that is gone: nothing is lost
-    if run.is_master and is_alone and iter_num > saved_iter:
+    if run.is_master and is_alone and iter_num > saved_iter and folder.is_claimed(out_dir):
         write_state('latest.pt', 'previous.pt')
     raise
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
-from support.sampling.quantize import build_int8
+from support.sampling.quantize import build_quantized
 from support.training.loss import ChunkedLoss, lean_loss
 
 RUN = Runtime('cpu', 'float32', False, 'gloo')
@@ -148,7 +148,7 @@ def test_logits_of_a_large_vocabulary_are_never_all_in_memory():
     """65,536 tokens and a batch of 256 positions, in training and evaluation, also of int8 weights."""
     model = scrambled(tiny(vocab_size=65536, n_embd=8, n_layer=1, tie_weights=False), 0.1)
     idx, targets = torch.randint(65536, (8, 32)), torch.randint(65536, (8, 32))
-    for m in (model, build_int8(model.config, model.state_dict().items())):
+    for m in (model, build_quantized(model.config, model.state_dict().items(), 'int8')):
         whole, seen = m(idx, targets)[1], []
         m.lm_head.register_forward_hook(lambda m, args, y, seen=seen: seen.append(y.numel()))
         lean = lean_loss(m, RUN)

@@ -82,6 +82,7 @@ class StaticCache(KVCache):
 
     def begin(self):
         """What all layers of a step need."""
+        self.angles = None  # of the position before
         self.now = self.at - 1  # (1,)
         is_later = self.all > self.now[:, None]  # (1, n_positions)
         self.visible = is_later.to(self.dtype).masked_fill(is_later, -math.inf)

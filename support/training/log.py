@@ -83,7 +83,8 @@ class RunLog:
 
     def summary(self, figures):
         """The best evaluation and some figures, for programs to read: a `name: value` a line."""
-        evaluations = [e for e in self.lines.entries('val_loss') if 'val_loss' in e]
+        evaluations = [e for e in self.lines.entries('val_loss')
+                       if isinstance(e.get('val_loss'), int | float)]
         best = min(evaluations, key=lambda e: e['val_loss'], default={})
         names = {'val_loss': 'best_val_loss', 'iter': 'best_iter',
                  'val_bits_per_byte': 'best_val_bits_per_byte'}
@@ -249,6 +250,12 @@ class JsonLines:
                 print0(f'{self.file.name} could not be written ({error.strerror}): its lines wait in memory')
             self.failed = True
 
+    def reopen(self):
+        """Write to a new file, after the folder was removed."""
+        if self.file is not None:
+            self.file.close()
+            self.file = open(self.file.name, 'ab', buffering=0)  # noqa: SIM115, open till the end
+
     def entries(self, word):
         """The entries of the lines that have a word in them."""
         if self.file is None or not Path(self.file.name).is_file():
@@ -266,7 +273,7 @@ def entry_of(line):
     """A line's entry; {} for what is none, as the last line of a killed process."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
 
