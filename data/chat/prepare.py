@@ -15,13 +15,15 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import MARKERS, encode_conversation, read_conversations, render, template_for
-from support.text.prepare import cut_of, dataset_folder, resolve_tokenizer
+from support.text.prepare import check_replacing, cut_of, dataset_folder, resolve_tokenizer
+from support.text.stream import map_in_threads, survey
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
@@ -29,6 +31,7 @@ name = 'chat'  # the dataset's folder in data/
 tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, or a tokenizer.json or a folder with one
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
+overwrite = False  # replace data/<name>/ if it has other conversations
 
 configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
@@ -50,15 +53,17 @@ if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
 conversations = [messages for path in paths for messages in read_conversations(path)]
 cut = cut_of(len(conversations), val_fraction, ', '.join(map(str, paths)), 'conversations')
+text = survey(map(json.dumps, conversations)).mark()
+check_replacing(folder, text, overwrite)
 shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
 coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
 template = template_for(coder)
-encoded = [encode_conversation(messages, template, coder) for messages in shuffled]
+encoded = [*map_in_threads(lambda messages: encode_conversation(messages, template, coder), shuffled)]
 parts = {'train': encoded[:cut], 'val': encoded[cut:]}
 ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
 masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
 source = ', '.join(Path(path).name for path in paths)
-write_dataset(folder, ids, coder, source, masks, {'chat': template})
+write_dataset(folder, ids, coder, source, masks, {'chat': template, 'text': text})
 lengths = sorted(len(ids) for ids, _ in encoded)
 print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
-      f'longest {lengths[-1]:,}; a window holds one, so no block_size needs to be larger')
+      f'longest {lengths[-1]:,}; a block_size of as many holds each of them whole')

@@ -45,6 +45,10 @@ class Survey:
     crc32: int = 0
     characters: set = field(default_factory=set)
 
+    def mark(self):
+        """What tells this text from others."""
+        return f'{self.n_characters}-{self.crc32:08x}'
+
 
 def survey(text, with_characters=False):
     """A Survey of an iterable of strings."""
@@ -147,6 +151,17 @@ def encode_all(text, coder, n_characters=None, name=None):
                     bar.update(done.n_characters)
         finally:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C doesn't wait for the rest
+
+
+def map_in_threads(function, items, at_a_time=64):
+    """Yield function(item) for each item of a list, in order, by all cores."""
+    chunks = [items[i:i + at_a_time] for i in range(0, len(items), at_a_time)]
+    with ThreadPoolExecutor(n_cores()) as pool:
+        try:
+            for results in pool.map(lambda chunk: [*map(function, chunk)], chunks):
+                yield from results
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def encode_block(encode, text):
