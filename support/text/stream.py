@@ -244,7 +244,7 @@ def cut_words(encode, text):
     start = 0
     while len(text) - start > BLOCK + NEARBY:
         places = PLACES.finditer(text, start + BLOCK, len(text) - NEARBY)
-        ends = ((place.start(), skip) for place in places for skip in (0, 1)
+        ends = ((place.start(), skip) for place in places for skip in (1, 0)
                 if is_cut(encode, text, place.start(), skip))
         end, skip = next(ends, (None, 0))
         if end is None:
