@@ -118,6 +118,86 @@ def test_an_epoch_has_each_conversation_once():
     split.check(16, 64)  # though 16 is longer than a conversation
 
 
+# ---------------------------------------------------------------------------- packed
+
+def packed(split):
+    split.pack = True
+    return split
+
+
+def pieces_of(split, starts, block_size):
+    """The conversations in each window, as lists of ids, by the loss's targets and their contexts."""
+    begins = np.append(np.flatnonzero(split.mask == BEGIN), len(split))
+    for row in starts:
+        ends = [begins[np.searchsorted(begins, start, side='right')] for start in row if start >= 0]
+        yield [range(start, min(end, start + block_size + 1)) for start, end in zip(row, ends)]
+
+
+def test_packed_windows_stay_the_same_from_version_to_version():
+    split = packed(make([5, 30, 2, 9, 17, 40, 3]))
+    assert split.train_windows('epoch', 1337, 5, 6, 32).tolist() == [
+        [46, 37, 35, 0], [5, 103, -1, -1], [95, -1, -1, -1], [95, -1, -1, -1], [5, 103, -1, -1],
+        [63, -1, -1, -1]]
+    assert split.train_windows('random', 1337, 5, 6, 32).tolist() == [
+        [63, -1, -1, -1], [63, -1, -1, -1], [5, 103, -1, -1], [37, 35, 0, 46], [37, 35, 0, 46],
+        [95, -1, -1, -1]]
+    assert split.epoch_length(32) == 4 * 32 and split.padding(32) == pytest.approx(1 - 107 / (4 * 33))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=40), st.sampled_from([3, 16, 45]),
+       st.integers(0, 1000))
+def test_an_epoch_of_packed_windows_has_each_target_once_and_no_other(lengths, block_size, seed):
+    split = packed(make(lengths, seed))
+    split.tokens = np.arange(len(split), dtype=np.uint16)
+    n = split.epoch_length(block_size) // block_size
+    for epoch in range(2):
+        starts, seen = split.train_windows('epoch', seed, epoch * n, n, block_size), []
+        x, y = split.read(starts, block_size)
+        assert ((x + 1 == y) | (y < 0)).all()  # no target follows another conversation's token
+        assert sorted(y[y >= 0].tolist()) == np.flatnonzero(split.mask == TARGET).tolist()
+        for row, pieces in zip(np.column_stack([x, y[:, -1]]), pieces_of(split, starts, block_size)):
+            seen = [place for piece in pieces for place in piece]
+            assert row[:min(len(seen), block_size)].tolist() == seen[:block_size]
+        n_targets = (y >= 0).sum(axis=1)
+        assert split.target_share(starts, 0, 2, block_size) == pytest.approx(
+            n_targets[:2].mean() / n_targets.mean())
+
+
+def test_packed_windows_follow_from_seed_and_place_alone_and_neighbours_change():
+    split = packed(make(np.random.default_rng(1).integers(4, 20, 400)))
+    n = split.epoch_length(64) // 64
+    whole = split.train_windows('epoch', 7, 0, 3 * n, 64)
+    again = packed(Conversations('train', split.tokens, split.mask))
+    for first, count in ((0, 5), (n - 2, 5), (2 * n + 3, 7)):
+        part = again.train_windows('epoch', 7, first, count, 64)
+        assert [{*row} - {-1} for row in part.tolist()] == [
+            {*row} - {-1} for row in whole[first:first + count].tolist()]
+    together = [{frozenset({*row} - {-1}) for row in whole[e * n:(e + 1) * n].tolist()} for e in range(3)]
+    assert len(together[0] & together[1]) < n / 4 and len(together[1] & together[2]) < n / 4
+    assert {*split.train_windows('random', 7, 0, n, 64).ravel()} - {-1} == {
+        *np.flatnonzero(split.mask == BEGIN)}
+    first = [row[0] for row in whole.tolist()]
+    lengths = dict(zip(np.flatnonzero(split.mask == BEGIN), np.diff(np.append(np.flatnonzero(
+        split.mask == BEGIN), len(split)))))
+    assert np.mean([lengths[start] for start in first]) < 14  # not the longest of each window
+
+
+def test_windows_of_many_conversations_are_nearly_full():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(np.log(304), 0.25, 20_000).astype(int), 541)
+    split = make(lengths)
+    assert split.padding(1024) > 0.65 and packed(split).padding(1024) < 0.05
+
+
+def test_evaluation_is_the_same_packed_or_not():
+    split = make([5, 30, 2, 9, 17, 40, 3])
+    starts = split.eval_windows(16, 4)
+    x, y = split.read(starts[0], 16)
+    split = packed(split)
+    assert np.array_equal(split.eval_windows(16, 4), starts)
+    assert all(map(np.array_equal, split.read(starts[0], 16), (x, y)))
+
+
 # ---------------------------------------------------------------------------- losses
 
 def nats(model, ids, mask):

@@ -18,6 +18,7 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from support.hub.names import tokenizer_path
 from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render,
                                report_bad_rows, template_for)
-from support.text.prepare import cut_of, dataset_folder, resolve_tokenizer
+from support.text.prepare import check_replacing, cut_of, dataset_folder, resolve_tokenizer
+from support.text.stream import map_in_threads, survey
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
@@ -36,6 +38,7 @@ tokenizer = 'bpe'  # bpe (trained on the conversations), gpt2, char, a name of t
 vocab_size = 1024  # entries of tokenizer=bpe at most, 260 to 65536
 val_fraction = 0.1  # of the conversations, drawn at random
 strict = False  # refuse a file with rows that are no conversations, instead of leaving them out
+overwrite = False  # replace data/<name>/ if it has other conversations
 
 configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
@@ -52,14 +55,16 @@ def make_tokenizer(conversations):
 
 def encode(conversations, form):
     """[(ids, mask)] of the conversations that the template can express, and why others can't be."""
-    encoded, bad = [], {}
-    for i, messages in enumerate(conversations, 1):
+    def try_to(messages):
         try:
-            encoded.append(form.encode(messages))
+            return form.encode(messages)
         except UserError as error:
-            bad[f'conversation {i}'] = str(error)
-    report_bad_rows(source, len(encoded), bad, strict)
-    return encoded
+            return str(error)
+
+    found = [*map_in_threads(try_to, conversations)]
+    bad = {f'conversation {i}': reason for i, reason in enumerate(found, 1) if isinstance(reason, str)}
+    report_bad_rows(source, len(found) - len(bad), bad, strict)
+    return [one for one in found if not isinstance(one, str)]
 
 
 paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
@@ -70,6 +75,8 @@ if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
 conversations = [messages for file in paths for messages in read_conversations(file, strict)]
 cut = cut_of(len(conversations), val_fraction, source, 'conversations')
+text = survey(map(json.dumps, conversations)).mark()
+check_replacing(folder, text, overwrite)
 shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
 coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
 template = Path(path).is_dir() and folder_template(path) or template_for(coder)
@@ -78,7 +85,7 @@ cut = cut_of(len(encoded), val_fraction, source, 'conversations')
 parts = {'train': encoded[:cut], 'val': encoded[cut:]}
 ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
 masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
-write_dataset(folder, ids, coder, source, masks, {'chat': template})
+write_dataset(folder, ids, coder, source, masks, {'chat': template, 'text': text})
 lengths = sorted(len(ids) for ids, _ in encoded)
 print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
-      f'longest {lengths[-1]:,}; a window holds one, so no block_size needs to be larger')
+      f'longest {lengths[-1]:,}; a block_size of as many holds each of them whole')

@@ -100,7 +100,7 @@ def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, voca
     cut = cut_of(n, val_fraction, source) if val is None else cut_between(found, source)
     print(f'{source}: {n:,} characters' if val is None else
           f'{source}: {cut:,} characters, and {n - cut:,} for validation')
-    more = {'text': '+'.join(f'{one.n_characters}-{one.crc32:08x}' for one in found)}
+    more = {'text': '+'.join(one.mark() for one in found)}
     check_replacing(data_dir, more['text'], overwrite)
     if tokenizer == 'char':
         coder = CharTokenizer.of_text(characters)

@@ -45,6 +45,10 @@ class Survey:
     crc32: int = 0
     characters: set = field(default_factory=set)
 
+    def mark(self):
+        """What tells this text from others."""
+        return f'{self.n_characters}-{self.crc32:08x}'
+
 
 def survey(text, with_characters=False):
     """A Survey of an iterable of strings."""
@@ -149,6 +153,17 @@ def encode_all(text, coder, n_characters=None, name=None):
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C doesn't wait for the rest
 
 
+def map_in_threads(function, items, at_a_time=64):
+    """Yield function(item) for each item of a list, in order, by all cores."""
+    chunks = [items[i:i + at_a_time] for i in range(0, len(items), at_a_time)]
+    with ThreadPoolExecutor(n_cores()) as pool:
+        try:
+            for results in pool.map(lambda chunk: [*map(function, chunk)], chunks):
+                yield from results
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def encode_block(encode, text):
     return Encoded(encode(text), len(text), len(text.encode('utf-8', 'surrogatepass')))
 
@@ -229,7 +244,7 @@ def cut_words(encode, text):
     start = 0
     while len(text) - start > BLOCK + NEARBY:
         places = PLACES.finditer(text, start + BLOCK, len(text) - NEARBY)
-        ends = ((place.start(), skip) for place in places for skip in (0, 1)
+        ends = ((place.start(), skip) for place in places for skip in (1, 0)
                 if is_cut(encode, text, place.start(), skip))
         end, skip = next(ends, (None, 0))
         if end is None:
