@@ -51,7 +51,7 @@ class ChunkedLoss:
 
     def in_chunks(self, x, targets, rows):
         head = [p for p in self.model.lm_head.parameters() if p.requires_grad]
-        return MeanOfChunks.apply(self.model.loss, rows, targets.view(1, -1), x.reshape(1, -1, x.shape[-1]),
+        return MeanOfChunks.apply(self.model.loss, rows, targets.reshape(1, -1), x.reshape(1, -1, x.shape[-1]),
                                   *head)
 
     def agrees(self):
