@@ -215,7 +215,7 @@ def test_run_goes_on_where_the_disk_is_full_and_saves_later(train, whole, tmp_pa
     args, folder = whole('adamw')
     with at_line('^iter 3:', lambda: limit_files(20_000)), at_line('^iter 4:', lambda: limit_files(None)):
         log = train(*args)['log']
-    told = re.findall(r'^NOT SAVED: .*/(\w+.pt) could not be written: it needs [\d.]+ MB ', log, re.M)
+    told = re.findall(r'^NOT SAVED: .*/(\w+.pt) could not be written: it needs [\d.]+ MB', log, re.M)
     assert told == ['latest.pt'] and differences(folder, tmp_path / 'out') == []
     assert not list((tmp_path / 'out').glob('*.part'))
 

@@ -122,6 +122,7 @@ def best_time(function, device, repeats=5):
     return min(times)
 
 
+@functools.cache
 def measure_matmul(device, dtype, n=8192):
     """FLOP/s of the product of square matrices, n rows each; on a CPU 1024, by its fastest
     library."""
