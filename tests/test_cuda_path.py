@@ -326,7 +326,7 @@ def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, cha
     for name, text in lines.items():
         (tmp_path / name).write_text(f'print({text!r})')
     args = ('--tiny=True', '--device=cpu', f'--data_dir={char_data}', f'--out_dir={tmp_path / "report"}',
-            f'--peer={tmp_path}', '--only=CUDA|training|nanoGPT|seed=1339|GK.*1024')
+            f'--peer={tmp_path}', '--only=training|nanoGPT|seed=1339|GK.*1024')
     run_script('scripts/gpu_report.py', *args, '--limit=4')
     results = tmp_path / 'report/results.jsonl'
     some = results.read_text() if results.exists() else ''
@@ -340,7 +340,6 @@ def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, cha
     assert found['nanoGPT: training 124M, --compile=False']['tokens_per_s'] == 2 * 32 / 0.008
     assert found['nanoGPT: train_shakespeare_char']['target_at'] == 250
     assert 0 < found['fast_shakespeare_char --seed=1339']['val_loss'] < 10
-    assert 'skipped' in found['CUDA tests']['tests'] or 'passed' in found['CUDA tests']['tests']
     assert found['GK, block_size=1024']['tokens_per_s'] > 0
     table = (tmp_path / 'report/report.md').read_text()
     assert table.count('\n| ') == len(found) + 1 and table.strip() in output
