@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, losses, tiny
+from conftest import TINY, losses, scrambled, tiny
 from runs import differences, logged
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from support.machine.runtime import Runtime
-from support.sampling import decoding
+from support.sampling.decoding import generate
+from support.sampling.graphs import in_cuda_graph
 from support.training import fsdp, optim
 from support.training.loss import lean_loss
 
@@ -92,14 +93,38 @@ def test_compiled_model_equals_the_uncompiled_one(options):
     assert_close(results(compiled, x, y, lean=True)[1], results(model, x, y)[1], 1e-4)
 
 
+@pytest.mark.parametrize('draw', [
+    {'temperature': 0}, {'temperature': 0.8, 'top_k': 20}, {'top_p': 0.9, 'min_p': 0.01, 'n_vocab': 60},
+    {'temperature': 2.0, 'top_k': 9, 'repetition_penalty': 1.3}], ids=str)
+@pytest.mark.parametrize('options', MODELS, ids=str)
+def test_text_decoded_by_a_cuda_graph_is_that_of_the_cpu(options, draw, capsys):
+    """In float64: prompts of different lengths, two samples each, to the end of block_size and past it."""
+    model = scrambled(tiny(**options), 0.3).double().eval()
+    how = {'n_samples': 2, 'seeds': range(6), **draw}
+    idx, lengths, texts = torch.randint(64, (3, 9)), torch.tensor([1, 5, 9]), []
+    for device in ('cpu', 'cuda'):
+        model.to(device)
+        texts.append(generate(model, idx.to(device), 40, lengths=lengths.to(device), **how).cpu())
+    assert torch.equal(*texts)
+    assert 'without a CUDA graph' not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('options', [{}, MODELS[2], MODELS[3]], ids=str)
-def test_decoding_in_bfloat16_gives_the_same_text_again(options):
-    """The recording of a step, and the steps before it."""
-    _, model = pair(**options)
-    with torch.autocast('cuda', torch.bfloat16):
-        out = [decoding.generate(model.eval(), torch.zeros(1, 3, dtype=torch.int64, device='cuda'), 20,
-                                 temperature=0.8, n_samples=3, seeds=range(3)) for _ in range(2)]
-    assert torch.equal(*out)
+def test_graph_is_made_in_bfloat16_and_decodes_the_same_text_again(options):
+    model, idx = scrambled(tiny(**options), 0.3).eval().cuda(), torch.zeros(1, 3, dtype=torch.int64).cuda()
+    with torch.autocast('cuda', torch.bfloat16), torch.inference_mode():
+        texts = [generate(model, idx, 20, 0.8, n_samples=3, seeds=range(3)) for _ in range(2)]
+        cache = KVCache(32)
+        model(idx, cache=cache)
+        made, _ = in_cuda_graph(model, cache, torch.tensor([4]).cuda(), lambda: None)
+    assert torch.equal(*texts) and made is not cache
+
+
+def test_model_that_somebody_watches_is_seen_at_each_token():
+    model, seen = tiny().eval().cuda(), []
+    model.transformer.h[1].register_forward_hook(lambda *_: seen.append(1))
+    generate(model, torch.zeros(1, 3, dtype=torch.int64).cuda(), 20)
+    assert len(seen) == 20
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])

@@ -169,7 +169,7 @@ def test_text_is_shown_as_it_is_made_and_a_reader_may_leave(folder, trained):
     (['--out_dir=nowhere'], 'ckpt.pt is missing'), (['--top_p=0'], 'top_p must lie in (0, 1]'),
     (['--stop=["a", ""]'], 'neither a string nor a list of strings'), (['--num_samples=0'], 'num_samples=0'),
     (['--prompts=missing.txt'], 'missing.txt is missing'), (['--interactive', '--json'], 'choose one'),
-    (['--chat=True'], 'chat=True takes questions'), (['--weights=int4'], 'full, int8'),
+    (['--chat=True'], 'chat=True takes questions'), (['--weights=int3'], 'full, int8'),
     (['--chat', '--start=day'], 'not trained on conversations'),
     (['--top_q=3'], 'did you mean top_p or top_k')])
 def test_a_mistake_is_refused_in_one_line(sample, args, reason):
