@@ -27,7 +27,7 @@ from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
 from support.sampling.decoding import for_sampling, generate
-from support.sampling.quantize import build_int8, check_weights
+from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB
 from support.text.windows import Split, prefetch
@@ -52,7 +52,7 @@ data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
 num_steps = 20  # timed, after half as many to warm up
 decode_batch = 1  # samples generated at once
 decode_tokens = 100  # in each sample, after a prompt of one token
-weights = 'full'  # full, or with mode=decode int8
+weights = 'full'  # full; with mode=decode int8, int4
 activation_checkpointing = False  # in training
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
@@ -75,8 +75,8 @@ for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_to
 if mode == 'decode' and compile == 'auto':
     compile = False  # as sample.py does
 check_weights(weights)
-if weights == 'int8' and mode != 'decode':
-    raise UserError(f'weights=int8 cannot be trained: use mode=decode, not mode={mode}')
+if weights != 'full' and mode != 'decode':
+    raise UserError(f'weights={weights} cannot be trained: use mode=decode, not mode={mode}')
 
 # ---------------------------------------------------------------------------- data, model
 
@@ -99,8 +99,8 @@ tokens, vocab_size = load_tokens()
 config = models.config_from_settings(settings, vocab_size)
 model = models.make_model(config).to(run.device)
 model.activation_checkpointing = activation_checkpointing
-if weights == 'int8':
-    model = build_int8(config, model.state_dict().items())
+if weights != 'full':
+    model = build_quantized(config, model.state_dict().items(), weights)
 use_cpu_linears(model, run)
 lean = lean_loss(model, run)
 optimizer = None
@@ -185,8 +185,9 @@ def measure_decoding():
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
     size = hardware.DTYPES[run.dtype].itemsize
-    weight_size = 1 if weights == 'int8' else size
-    n_bytes = decode_tokens * (weight_size * model.get_num_params() + size * cached)
+    n, n_output = model.get_num_params(), model.lm_head.weight.numel()
+    weight_bytes = {'full': size * n, 'int8': n, 'int4': n_output + (n - n_output) * 5 / 8}[weights]
+    n_bytes = decode_tokens * (weight_bytes + size * cached)
     return row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                n_bytes=n_bytes)
 

@@ -17,7 +17,7 @@ from support.hub.huggingface import chat_template, folder_tokenizer, load_pretra
 from support.machine.console import print0
 from support.machine.files import explain_failure, reason_of
 from support.machine.linear import use_cpu_linears
-from support.sampling.quantize import build_int8
+from support.sampling.quantize import build_quantized
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, tokenizer_from
 from support.training.state import State, find_trained
@@ -162,8 +162,8 @@ def starting_model(config, state, vocab_size):
 def load_model(init_from, out_dir, run, weights='full'):
     """model, tokenizer, state: of the run in out_dir if init_from is 'resume', of the run's folder
     or the checkpoint that init_from names, or of a GPT-2 by its name or folder, whose State has no
-    iteration. The model is on the run's device, in evaluation mode. weights: 'full', or 'int8',
-    which reads a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
+    iteration. The model is on the run's device, in evaluation mode. weights: 'full', or 'int8' or
+    'int4', which read a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
     if init_from == 'scratch':
         raise UserError('init_from=scratch is a model that was never trained: name a run with '
                         '--out_dir, a checkpoint, or gpt2')
@@ -171,8 +171,9 @@ def load_model(init_from, out_dir, run, weights='full'):
     if state is None:
         model, tokenizer = load_from_hub(init_from, weights)
         state = State({}, model_args(model.config), chat=chat_template(init_from))
-    elif weights == 'int8':
-        model = build_int8(checked_config(state, {'dropout': 0.0}), tensors_in_turn(state))
+    elif weights != 'full':
+        config = checked_config(state, {'dropout': 0.0})
+        model = build_quantized(config, tensors_in_turn(state), weights)
         tokenizer = tokenizer_of(state)
     else:
         model, tokenizer = build_model(state, {'dropout': 0.0}), tokenizer_of(state)
@@ -183,10 +184,11 @@ def load_model(init_from, out_dir, run, weights='full'):
 def load_from_hub(init_from, weights):
     """model, tokenizer of a GPT-2's name or a folder."""
     tokenizer = folder_tokenizer(init_from)
-    if weights != 'int8':
+    if weights == 'full':
         return load_pretrained(init_from, {'dropout': 0.0}), tokenizer
-    args, weights = read_pretrained(init_from)
-    return build_int8(make_config(args | {'dropout': 0.0}), weights.items()), tokenizer
+    args, named = read_pretrained(init_from)
+    config = make_config(args | {'dropout': 0.0})
+    return build_quantized(config, named.items(), weights), tokenizer
 
 
 def tensors_in_turn(state):
