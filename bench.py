@@ -52,7 +52,7 @@ data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
 num_steps = 20  # timed, after half as many to warm up
 decode_batch = 1  # samples generated at once
 decode_tokens = 100  # in each sample, after a prompt of one token
-weights = 'full'  # full, or with mode=decode int8, int4
+weights = 'full'  # full; with mode=decode int8, int4
 activation_checkpointing = False  # in training
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
@@ -185,8 +185,9 @@ def measure_decoding():
     # each token reads every weight once for all samples, and on average half the final keys and values
     cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
     size = hardware.DTYPES[run.dtype].itemsize
-    weight_size = {'int8': 1, 'int4': 0.5}.get(weights, size)
-    n_bytes = decode_tokens * (weight_size * model.get_num_params() + size * cached)
+    n, n_output = model.get_num_params(), model.lm_head.weight.numel()
+    weight_bytes = {'full': size * n, 'int8': n, 'int4': n_output + (n - n_output) * 5 / 8}[weights]
+    n_bytes = decode_tokens * (weight_bytes + size * cached)
     return row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
                n_bytes=n_bytes)
 

@@ -5,7 +5,7 @@ How good a model is: its loss on a dataset or a text, LAMBADA, HellaSwag, any ta
     python eval.py --init_from=gpt2 --dataset=openwebtext
     python eval.py --init_from=gpt2-xl --task=lambada,hellaswag --json=gpt2-xl.json
     python eval.py --init_from=gpt2 --task=lambada --source=lambada_test.jsonl
-    python eval.py --out_dir=out-shakespeare-char --task=int8           # what 8-bit weights cost in loss
+    python eval.py --out_dir=out-shakespeare-char --task=int8,int4      # what fewer bits cost in loss
     python eval.py --out_dir=out-shakespeare-char --text=poem.txt       # how likely a text is
     python eval.py --init_from=gpt2 --task=lm_eval:arc_easy             # after: pip install "lm-eval[hf]"
 
@@ -37,20 +37,20 @@ from support.training.models import load_model
 
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
 out_dir = 'out'
-task = 'loss'  # loss, int8 or int4 (what these cost in loss), lambada, hellaswag, lm_eval:NAME; several with commas
+task = 'loss'  # loss, int8, int4 (what such weights cost), lambada, hellaswag, lm_eval:NAME; or several: a,b
 text = ''  # a file, whose log-probability is computed
-dataset = ''  # for loss and int8: a folder of data/; empty: the one that the model was trained on
+dataset = ''  # for loss, int8 and int4: a folder of data/; empty: the one that the model was trained on
 data_dir = ''  # any other folder; empty: data/<dataset>
 split = 'val'  # train, val
 source = ''  # for lambada and hellaswag: a jsonl, json or parquet file, or a name on the hub
-limit = 0  # items of each task; for loss and int8, windows spread over the split, in whole batches; 0: all
+limit = 0  # items of each task; of a split, windows spread over it, in whole batches; 0: all
 batch_size = 16
 json = ''  # a file for the results; empty: they are the last line of the output
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
-weights = 'full'  # full, int8 or int4: a quarter or an eighth of the memory, less exact
+weights = 'full'  # full; int8, int4: less memory, less exact
 compile: bool | str = False  # torch.compile
 
 config = configure(globals())
@@ -76,9 +76,9 @@ def check_settings():
     if split not in ('train', 'val'):
         raise UserError(f'split={split} is not one of train, val')
     check_weights(weights)
-    for kind in {'int8', 'int4'} & {*tasks}:
-        if weights != 'full':
-            raise UserError(f'task={kind} compares {kind} with the full weights: leave weights={weights} out')
+    if {'int8', 'int4'} & {*tasks} and weights != 'full':
+        raise UserError('task=int8 and task=int4 compare with the full weights: leave '
+                        f'weights={weights} out')
     if limit < 0 or batch_size < 1:
         raise UserError(f'limit={limit} must be at least 0, batch_size={batch_size} at least 1')
     folder = os.path.dirname(json) or '.'
@@ -130,13 +130,13 @@ def loss_of_split(model):
 
 
 def cost_of(kind):
-    """The loss with full weights, with the same in int8 or int4, and by how many percent that is more."""
+    """The loss with full weights, with int8 or int4 weights, and by how many percent that is more."""
     small = build_quantized(model.config, model.state_dict().items(), kind)
     if run.compile:
         small.compile(dynamic=True)
-    full, less = loss_of_split(model), loss_of_split(small)
-    return {'loss_full': full['loss'], f'loss_{kind}': less['loss'],
-            'increase_percent': 100 * (less['loss'] / full['loss'] - 1), 'n': less['n']}
+    full, other = loss_of_split(model), loss_of_split(small)
+    return {'loss_full': full['loss'], f'loss_{kind}': other['loss'],
+            'increase_percent': 100 * (other['loss'] / full['loss'] - 1), 'n': other['n']}
 
 
 def loss_of_text():

@@ -175,7 +175,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, cache=None):
         """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1).
         q: (B, nh, T, hs), k, v: (B, n_kv_head, n_keys, hs) -> (B, nh, T, hs)"""
-        T, n_keys = q.shape[2], k.shape[2]
+        (B, nh, T, hs), n_keys = q.shape, k.shape[2]
         dropout = self.dropout if self.training else 0.0
         if self.weigh is not None:
             return self.weigh(q, k, v, dropout)
@@ -184,9 +184,14 @@ class CausalSelfAttention(nn.Module):
             mask = alibi(positions_of(T, cache, q.device), n_keys, self.n_head).type_as(q)
         elif cache is not None:
             mask = cache.mask(T, n_keys, q.device)
+        is_grouped = self.n_kv_head < self.n_head  # Ainslie et al. 2023
+        if is_grouped and T == 1:  # SDPA is faster with a group's queries as positions of one head
+            q = q.reshape(B, self.n_kv_head, -1, hs)  # (B, n_kv_head, nh / n_kv_head, hs)
+            if self.config.pos_emb == 'alibi':
+                mask = mask.view(self.n_kv_head, -1, n_keys)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(B, nh, 1, hs)
         is_causal = True if mask is None and T > 1 else False  # noqa: SIM210, SDPA rejects a SymBool
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal,
-                                              enable_gqa=self.n_kv_head < self.n_head)  # Ainslie et al. 2023
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
 
 
 def angles(T, cache, device, config):

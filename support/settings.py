@@ -132,19 +132,17 @@ def is_plain_value(name, value):
     return name[0] != '_' and isinstance(value, PLAIN)
 
 
-def configure(variables, model_config=None, args=None, is_setting=is_own_setting):
+def configure(variables, model_config=None, args=None, is_setting=is_own_setting, out=None):
     """Apply `args` (default: sys.argv[1:]) to the settings in `variables`, a script's globals.
 
     Settings are the names bound so far for which is_setting(name, value) holds, and the fields with
     defaults of model_config, a dataclass, which are bound too. Returns them as Settings. Raises
-    ValueError for an unknown key or a wrong type, FileNotFoundError for a missing config.
+    ValueError for an unknown key or a wrong type, FileNotFoundError for a missing config. out: where
+    overridden settings are shown, by default on standard output.
     """
     prepare_streams()
     args = sys.argv[1:] if args is None else args
-    # a program that reads JSON from stdout gets nothing else
-    asks_json = any(arg.lower() in ('--json', '--json=true') for arg in args)
-    out = sys.stderr if asks_json and variables.get('json') is False else sys.stdout
-    script = read_script(variables, model_config, is_setting, out)
+    script = read_script(variables, model_config, is_setting, out or sys.stdout)
     if '--help' in args or '-h' in args:
         show_help(script, args, model_config)
         sys.exit(0)

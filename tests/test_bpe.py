@@ -165,7 +165,7 @@ def test_ids_of_a_published_tokenizer_are_those_of_transformers(published, tmp_p
 
 def test_streams_and_wholes_of_a_published_tokenizer_are_the_same_text(published):
     ours = BPETokenizer(published)
-    ids, text, shown = ours.encode(ODD), Text(b'', 10_000), ''
+    ids, text, shown = ours.encode(ODD), Text('', 10_000), ''
     for i in ids:
         text.add(ours.decode_bytes([i]))
         piece = text.take()

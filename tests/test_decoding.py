@@ -1,6 +1,7 @@
 """decoding.py: each sample against a loop over whole windows, draws against formulas, texts in pieces."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from support.sampling.decoding import (Text, draw_token, generate, gumbel, keep_likeliest, noise_keys,
-                                       penalize, stream)
+from support.machine.runtime import Runtime
+from support.sampling.decoding import (Sampling, Text, draw_token, for_sampling, generate, gumbel,
+                                       keep_likeliest, noise_keys, penalize, stream)
 
 MODELS = [{}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'rope_scaling': (4.0, 1.0, 4.0, 16)},
           {'pos_emb': 'alibi', 'n_head': 4, 'n_kv_head': 2, 'norm': 'rmsnorm', 'activation': 'swiglu'},
@@ -38,7 +40,7 @@ def plain(model, prompt, n, seed=0, window=None, n_vocab=None, **options):
     for _ in range(n):
         with torch.no_grad():
             logits = model(torch.tensor([ids[-window:]]))[0][0, -1].tolist()[:n_vocab]
-        noise = gumbel(noise_keys([seed], 1, len(ids) + 1)[:, -1:], torch.arange(len(logits))[None])[0]
+        noise = gumbel(noise_keys([seed], len(ids) + 1)[:, -1:], torch.arange(len(logits))[None])[0]
         ids.append(choice(logits, set(ids), noise.tolist(), **options))
     return ids
 
@@ -68,7 +70,7 @@ def prompts(*lengths):
 
 def keys(n):
     """Keys (n, 1) of a draw each, of seeds 0 to n - 1."""
-    return noise_keys(range(n), n, 1)
+    return noise_keys(range(n), 1)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -117,15 +119,30 @@ def test_model_that_takes_no_cache_is_sampled_by_whole_windows():
             assert row[:len(text) + 12] == plain(model, text, 12, seed, **draw)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('options', MODELS[:3], ids=str)
+def test_model_prepared_for_sampling_gives_the_same_samples(options, dtype):
+    """In bfloat16 bit for bit: the embedding keeps its own type, also where the output layer shares it."""
+    run, samples = Runtime('cpu', dtype, False, 'gloo'), []
+    model, idx = made(**options, dropout=0.5).float(), tokens(3, 4)
+    for _ in range(2):
+        with run.autocast():
+            samples.append(generate(model, idx, 20, temperature=0.8, top_k=20, seeds=range(3)))
+        for_sampling(model, run, 3)
+    assert torch.equal(*samples) and model.transformer.wte.weight.dtype == torch.float32
+
+
 def test_streamed_tokens_are_the_generated_ones_one_position_at_a_time():
     model, options = made(), {'n_samples': 2, 'seeds': [1, 2, 3, 4]}
     batch, options['lengths'] = padded(prompts(4, 10))
-    pieces = [*stream(model, batch, 20, **options)]
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_k=None)
+    pieces = [*stream(model, batch, sampling, **options)]
     assert [p.shape for p in pieces] == [(4, 1)] * (6 + 20)  # from the shorter prompt's end on
     out = generate(model, batch, 20, **options)
     assert torch.equal(out, torch.cat((batch[:, :4].repeat_interleave(2, dim=0), *pieces), dim=1))
     assert torch.equal(generate(model, batch, 0), batch)
-    assert torch.equal(next(stream(model, batch, 100000, **options)), pieces[0])  # doesn't wait for the rest
+    endless = stream(model, batch, replace(sampling, max_new_tokens=10**12), **options)
+    assert torch.equal(torch.cat([next(endless) for _ in pieces]), torch.cat(pieces))  # at once, in little memory
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -175,7 +192,7 @@ def test_noise_stays_the_same_from_version_to_version():
         z = (z ^ (z >> 27)) * 0x94d049bb133111eb % 2**64
         return z ^ (z >> 31)
     seeds, ids = [0, 1337, 2**40, -5], [0, 1, 50256]
-    found = noise_keys(seeds, 4, 1025)
+    found = noise_keys(seeds, 1025)
     noise = gumbel(found[:, 1024:], torch.tensor([ids] * 4))
     for i, seed in enumerate(seeds):
         key = mix((mix(seed % 2**63) + 1024) % 2**64)
@@ -188,7 +205,7 @@ def test_noise_stays_the_same_from_version_to_version():
 
 
 def test_noise_is_gumbel_s_and_differs_over_seeds_positions_and_ids():
-    ids, all_keys = torch.arange(300)[None], noise_keys(range(300), 300, 3)
+    ids, all_keys = torch.arange(300)[None], noise_keys(range(300), 3)
     noise = torch.stack([gumbel(all_keys[:, t:t + 1], ids) for t in range(3)]).double()  # (3, 300, 300)
     assert noise.isfinite().all() and noise.unique().numel() > 0.97 * noise.numel()
     for axis in (1, 2):
@@ -282,7 +299,7 @@ def test_text_in_pieces_equals_the_whole_and_nothing_of_a_stop_string_leaks(text
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8))) if data else range(len(raw))
     pieces = [raw[i:j] for i, j in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
     expected, ended = first_stop(raw.decode(errors='replace'), stop)
-    grown = Text('pr\u00f6mpt '.encode() + b'a', len(pieces), stop)
+    grown = Text('pr\u00f6mpt a', len(pieces), stop)
     shown = grown.take()
     assert shown == 'pr\u00f6mpt a'  # where a stop string may not begin
     for piece in pieces:
@@ -301,7 +318,7 @@ def test_text_in_pieces_equals_the_whole_and_nothing_of_a_stop_string_leaks(text
     (['abb', 'b'], ['x', 'a', 'b'], ['x', '', 'a'], 'stop'),
     ([], [b'\xe2', b'\x82', b'\xac', b'\xe2', 'a'], ['', '', '\u20ac', '', '\ufffda'], None)])
 def test_what_is_decided_is_shown_at_once_and_no_more(stop, pieces, shown, ended):
-    grown, found = Text(b'', 100, stop), []
+    grown, found = Text('', 100, stop), []
     for piece in pieces:
         if not grown.ended:
             grown.add(piece if isinstance(piece, bytes) else piece.encode())
@@ -309,10 +326,10 @@ def test_what_is_decided_is_shown_at_once_and_no_more(stop, pieces, shown, ended
     assert (found, grown.ended) == (shown, ended)
 
 
-def test_hidden_prompt_a_model_s_own_end_and_no_tokens():
-    grown = Text(b'asked', 9, ['zz'], hidden=True)
+def test_a_model_s_own_end_and_no_tokens():
+    grown = Text('asked', 9, ['zz'])
     grown.add(b'so z' + '\u20ac'.encode()[:2])
-    assert (grown.take(), grown.ended) == ('so ', None)
+    assert (grown.take(), grown.made, grown.ended) == ('askedso ', 'so z', None)
     grown.end()
     assert (grown.take(), grown.ended, grown.n_tokens) == ('z\ufffd', 'end', 2)
-    assert Text(b'so', 0).ended == 'length'
+    assert Text('so', 0).ended == 'length'

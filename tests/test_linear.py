@@ -8,7 +8,7 @@ from conftest import scrambled, tiny, tokens
 from torch import nn
 from torch.nn import functional as F
 
-from support.machine.linear import HAS_ONEDNN, CPULinear, OneDNNProduct, pack, product, use_cpu_linears
+from support.machine.linear import HAS_ONEDNN, CPULinear, OneDNNProduct, keep_weights, product, use_cpu_linears
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
 
@@ -138,7 +138,7 @@ def test_other_devices_types_and_compilers_keep_their_layers(run, capsys):
 def test_packed_layers_sample_the_same_and_train_on_their_weights(n_rows):
     model, faster = (m.eval() for m in pair(block_size=12))
     idx = tokens(n_rows, 3)
-    pack(faster, n_rows)
+    keep_weights(faster, n_rows)
     with torch.no_grad():
         torch.testing.assert_close(faster(idx)[0], model(idx)[0], rtol=0, atol=2e-5)
     assert torch.equal(*(generate(m, idx, 30, seeds=range(n_rows)) for m in (model, faster)))

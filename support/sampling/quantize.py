@@ -1,16 +1,19 @@
 """
-Models with 8-bit or 4-bit weights, for sampling and evaluation: less memory to hold, and to read for a token.
+Models with 8-bit or 4-bit weights, for sampling and evaluation: less memory to hold, and to read for
+each token.
 
-    model = build_quantized(config, named_weights, 'int8')    # one tensor after the other: little memory
+    model = build_quantized(config, named_weights, 'int8')   # one tensor at a time: little memory
     model = build_quantized(model.config, model.state_dict().items(), 'int4')
 
-int8  A row of a weight matrix, which makes one output, is int8 times a scale: w = scale q, scale = max |w| / 127
-      (Dettmers et al. 2022, "LLM.int8()", section 2.1, of weights only).
-int4  A group of 32 inputs of a row is 4-bit times a scale, plus a constant: w = scale (q - 8) + zero, so that
-      q = 0 is the group's least weight and q = 15 its largest.
+int8: a row of a weight matrix, which makes one output, is int8 numbers times a scale: w = scale q,
+with scale = max |w| / 127 (Dettmers et al. 2022, "LLM.int8()", section 2.1, of weights only).
 
-All linear layers and the token embedding are int8. With int4, linear layers whose sizes fit are int4, but for
-the output layer, which costs the most loss. Positions, n-grams, norms and biases stay as they are.
+int4: a group of 32 inputs of a row is 4-bit numbers times a scale, plus a constant: w = scale (q - 8)
++ zero, where q = 0 is the group's least weight and q = 15 its largest.
+
+Of an int8 model all linear layers and the token embedding are int8. Of an int4 model the blocks'
+linear layers are int4, if their sizes fit; the output layer and the token embedding, in which 4 bits
+cost the most loss, are int8. Positions, n-grams, norms and biases stay as they are.
 """
 
 import math
@@ -26,13 +29,12 @@ from support.errors import UserError
 
 WEIGHTS = ('full', 'int8', 'int4')
 PIECE = 1 << 18  # weights quantised at once, so that temporary tensors stay small
-GROUP = 32  # inputs that share an int4 scale
-HALF = 63  # largest digit of an activation: sums of two products must fit into 16 bits on older processors
-MAX_PACKED_ROWS = 32  # of an input to _weight_int8pack_mm; for more, a product in bfloat16 is faster
-# FBGEMM's int8 product; PyTorch has announced to remove the quantised tensors that it takes
-HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines \
-    and hasattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32')
+GROUP = 32  # inputs of a row that share an int4 scale
+DIGIT = 63  # largest digit of an activation: two products add up to 16 bits on older processors
+SMALL = 1 << 20  # weights that stay in a cache, where PyTorch's own int8 product is as fast
+FEW_ROWS = 32  # of an input to PyTorch's own int8 product; for more, bfloat16 is faster
 HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+TINY = torch.finfo(torch.float32).tiny
 
 
 def check_weights(weights):
@@ -46,42 +48,42 @@ def check_weights(weights):
 @torch.no_grad()
 def quantize(weight):
     """weight: (out, in) -> int8 of the same shape, and scales, (out,) float32, bfloat16 numbers"""
-    int8, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    int8, scale = int8.to(weight.device), scale.to(weight.device)
-    n_rows = max(1, PIECE // weight.shape[1])
-    for rows, int8_rows, scales in zip(weight.split(n_rows), int8.split(n_rows), scale.split(n_rows)):
+    int8 = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    n = max(1, PIECE // weight.shape[1])  # rows
+    for rows, int8_rows, scales in zip(weight.split(n), int8.split(n), scale.split(n)):
         rows = rows.float()
-        exact = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        scales.copy_((exact * (1 + 2**-8)).bfloat16())  # a rounding error more, so it isn't rounded down
+        exact = (rows.abs().amax(dim=1) / 127).clamp(min=TINY)
+        scales.copy_((exact * (1 + 2**-8)).bfloat16())  # not rounded down
         int8_rows.copy_((rows / scales[:, None]).round())
     return int8, scale
 
 
 @torch.no_grad()
 def quantize4(weight):
-    """weight: (out, in) -> uint8 of the same shape, from 0 to 15, and scales and zeros, (in / GROUP, out, 2)
-    bfloat16"""
+    """weight: (out, in) -> uint8 of the same shape, from 0 to 15, and scales and zeros,
+    (in / GROUP, out, 2) bfloat16"""
     n_out, n_in = weight.shape
     uint4 = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(n_out, n_in // GROUP, 2, dtype=torch.bfloat16, device=weight.device)
-    n_rows = max(1, PIECE // n_in)
-    for rows, uint4_rows, pairs in zip(weight.split(n_rows), uint4.split(n_rows), scales.split(n_rows)):
+    scale = torch.empty(n_out, n_in // GROUP, 2, dtype=torch.bfloat16, device=weight.device)
+    n = max(1, PIECE // n_in)  # rows
+    for rows, uint4_rows, scales in zip(weight.split(n), uint4.split(n), scale.split(n)):
         groups = rows.float().unflatten(1, (-1, GROUP))
         low, high = groups.aminmax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
-        pairs.copy_(torch.cat((scale, low + 8 * scale), dim=2))
-        scale, zero = pairs.float().split(1, dim=2)  # as they were rounded
-        uint4_rows.copy_(((groups - zero) / scale + 8).round().clamp(0, 15).flatten(1))
-    return uint4, scales.transpose(0, 1).contiguous()
+        step = ((high - low) / 15).clamp(min=TINY)
+        scales.copy_(torch.cat((step, low + 8 * step), dim=2))
+        step, zero = scales.float().split(1, dim=2)  # as they were rounded
+        uint4_rows.copy_(((groups - zero) / step + 8).round().clamp(0, 15).flatten(1))
+    return uint4, scale.transpose(0, 1).contiguous()
 
 
-def halves(x):
-    """x: (N, in) -> digits, (2 N, in) between -HALF and HALF, and steps, (N, 1). A row of x is its step times the
-    first N digits plus the last N, rounded, over 2 HALF. A row's depend on itself alone."""
-    step = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).mul_(1 / HALF)
-    x = x / step.clamp_(min=torch.finfo(torch.float32).tiny)
+def in_digits(x):
+    """x: (N, in) -> digits, (2 N, in) from -DIGIT to DIGIT, and steps, (N, 1). A row of x is its step
+    times its first digits plus, over 2 DIGIT, its second, which are rounded by who uses them."""
+    step = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).mul_(1 / DIGIT)
+    x = x / step.clamp_(min=TINY)
     first = x.round()
-    return torch.cat((first, (x - first).mul_(2 * HALF))), step
+    return torch.cat((first, (x - first).mul_(2 * DIGIT))), step
 
 
 # ---------------------------------------------------------------------------- layers
@@ -89,22 +91,24 @@ def halves(x):
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight, (out, in), is small integers and scales. Not for training.
 
-    On a CPU a library's product reads the integers in an order of its own. They are brought into it at the
-    first use, and the others are dropped: `weight` then has a shape and no memory.
+    On a CPU a library's product reads the integers in an order of its own. They are brought into it
+    at the first use, and the others are dropped: `weight` then has a shape and no memory.
     """
 
     def __init__(self, linear, dtype, scale, is_tied=False):
         """scale: a tensor like the scales to load. is_tied: an embedding has the same weight."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=dtype), requires_grad=False)
+        weight = torch.empty_like(linear.weight, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer('scale', scale)
         self.bias, self.is_tied, self.packed = linear.bias, is_tied, None
 
     def forward(self, x):
         """x: (..., in) -> (..., out), in autocast's type or, without autocast, in that of x"""
-        assert not x.requires_grad, 'quantised weights are for sampling and evaluation, not for training'
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        assert not x.requires_grad, 'quantised weights are not for training'
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         if kind == 'cpu' and self.has_product():
             if self.packed is None:
                 self.packed = self.pack()
@@ -122,29 +126,31 @@ class Int8Linear(QuantizedLinear):
     """The weight, (out, in), is int8 times scale, (out,)."""
 
     def __init__(self, linear, is_tied=False):
-        super().__init__(linear, torch.int8, linear.weight.new_empty(len(linear.weight)), is_tied)
+        scale = linear.weight.new_empty(len(linear.weight))
+        super().__init__(linear, torch.int8, scale, is_tied)
 
     def full_weight(self):
         return self.weight * self.scale[:, None]
 
     def has_product(self):
-        return HAS_FBGEMM
+        return FBGEMM is not None and self.weight.numel() >= SMALL
 
     def pack(self):
         return fbgemm_weight(self.weight, self.scale)
 
     def product(self, x):
-        """x: (N, in) -> (N, out) float32. Sums of integers are exact, so a row's don't depend on other rows."""
-        rows, step = halves(x.float())
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, HALF + 1, self.packed)
-        y = torch.add(y[:len(x)], y[len(x):], alpha=0.5 / HALF)
+        """x: (N, in) -> (N, out) float32. Sums of integers are exact, so a row's don't depend on
+        other rows."""
+        digits, step = in_digits(x.float())
+        y = FBGEMM(digits, 1.0, DIGIT + 1, self.packed)
+        y = torch.add(y[:len(x)], y[len(x):], alpha=0.5 / DIGIT)
         return y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step)
 
     def plain_product(self, x, dtype):
         if dtype == torch.float16:  # without its scale a product may exceed float16
             return super().plain_product(x, dtype)
         is_cpu = x.device.type == 'cpu'
-        if is_cpu and can_pack(x):
+        if is_cpu and can_use_int8pack(x):
             rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
             y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1)
@@ -155,16 +161,17 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """The weight, (out, in), is 4-bit numbers with a scale and a zero for each GROUP inputs of a row."""
+    """The weight, (out, in), is 4-bit numbers with a scale and a zero for each GROUP inputs."""
 
-    def __init__(self, linear, is_tied=False):
+    def __init__(self, linear):
         n_out, n_in = linear.weight.shape
         scale = linear.weight.new_empty(n_in // GROUP, n_out, 2, dtype=torch.bfloat16)
-        super().__init__(linear, torch.uint8, scale, is_tied)
+        super().__init__(linear, torch.uint8, scale)
 
     def full_weight(self):
         scale, zero = self.scale.float().permute(2, 1, 0)[..., None]  # (out, in / GROUP, 1) each
-        return ((self.weight.float().unflatten(1, (-1, GROUP)) - 8) * scale + zero).flatten(1)
+        groups = self.weight.float().unflatten(1, (-1, GROUP))
+        return ((groups - 8) * scale + zero).flatten(1)
 
     def has_product(self):
         return hasattr(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
@@ -173,7 +180,7 @@ class Int4Linear(QuantizedLinear):
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.weight.int(), 1)
 
     def product(self, x):
-        """x: (N, in) -> (N, out), of bfloat16, summed in float32"""
+        """x: (N, in) -> (N, out), of bfloat16 numbers, summed in float32"""
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, GROUP, self.scale)
         return y if self.bias is None else self.bias + y
 
@@ -183,8 +190,9 @@ class Int8Embedding(nn.Module):
 
     def __init__(self, embedding):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty_like(embedding.weight, dtype=torch.int8), requires_grad=False)
-        self.register_buffer('scale', embedding.weight.new_empty(len(embedding.weight)))
+        weight = torch.empty_like(embedding.weight, dtype=torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer('scale', embedding.weight.new_empty(len(weight)))
 
     def forward(self, idx):
         """idx: (B, T) -> (B, T, C) float32"""
@@ -193,6 +201,17 @@ class Int8Embedding(nn.Module):
 
 # ---------------------------------------------------------------------------- libraries
 
+def find_fbgemm():
+    """FBGEMM's int8 product, None where there is none: PyTorch has announced to remove the tensors
+    that it takes."""
+    name = 'linear_with_input_q_dq_qweight_dq_output_fp32'
+    engines = torch.backends.quantized.supported_engines
+    if 'fbgemm' not in engines or not hasattr(torch.ops.quantized, name):
+        return None
+    return getattr(torch.ops.quantized, name).default
+
+
+FBGEMM = find_fbgemm()
 
 
 def fbgemm_weight(weight, scale):
@@ -204,19 +223,19 @@ def fbgemm_weight(weight, scale):
         return torch.ops.quantized.linear_prepack(q, None)
 
 
-def can_pack(x):
+def can_use_int8pack(x):
     """Whether PyTorch's own int8 product computes with x: (..., in), and pays."""
-    n_in = x.shape[-1]
-    has_it = hasattr(torch.ops.aten, '_weight_int8pack_mm') and sys.platform != 'win32'  # a plain loop there
-    fits = n_in % 16 == 0 and x.numel() <= MAX_PACKED_ROWS * n_in  # it doesn't check for a remainder
-    return has_it and fits and not torch.compiler.is_compiling()
+    has_it = hasattr(torch.ops.aten, '_weight_int8pack_mm') and sys.platform != 'win32'  # slow there
+    is_whole = x.shape[-1] % 16 == 0  # it doesn't check for a remainder
+    return has_it and is_whole and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 # ---------------------------------------------------------------------------- models
 
 def build_quantized(config, named_weights, weights):
-    """A GPT in evaluation mode from (name, tensor) pairs of a GPT's state dict. weights: 'int8' or 'int4'.
-    Each tensor is quantised or copied as it comes, so the pairs need not be in memory together."""
+    """A GPT in evaluation mode from (name, tensor) pairs of a GPT's state dict. weights: 'int8' or
+    'int4'. Each tensor is quantised or copied as it comes, so that the pairs need not be in memory
+    together."""
     with torch.device('meta'):  # shapes without memory
         model = GPT(config).requires_grad_(False)
     is_tied = model.lm_head.weight is model.transformer.wte.weight
@@ -232,11 +251,13 @@ def build_quantized(config, named_weights, weights):
             state[name], state[f'{layer}.scale'] = quantize(tensor)
         else:
             state[name] = tensor.detach().to(torch.float32, copy=True)
+    head, wte = model.lm_head, model.transformer.wte
     if is_tied:
-        state |= {f'lm_head.{kind}': state[f'transformer.wte.{kind}'] for kind in ('weight', 'scale')}
+        state['lm_head.weight'] = state['transformer.wte.weight']
+        state['lm_head.scale'] = state['transformer.wte.scale']
     model.load_state_dict(state, assign=True)
     if is_tied:
-        model.lm_head.weight, model.lm_head.scale = model.transformer.wte.weight, model.transformer.wte.scale
+        head.weight, head.scale = wte.weight, wte.scale
     return model.eval()
 
 
@@ -246,9 +267,10 @@ def replace_layers(model, weights, is_tied):
         for name, module in [*parent.named_children()]:
             if module is model.lm_head:
                 setattr(parent, name, Int8Linear(module, is_tied))
+            elif type(module) is nn.Linear and weights == 'int4' and fits_int4(module):
+                setattr(parent, name, Int4Linear(module))
             elif type(module) is nn.Linear:
-                is_int4 = weights == 'int4' and fits_int4(module)
-                setattr(parent, name, Int4Linear(module) if is_int4 else Int8Linear(module))
+                setattr(parent, name, Int8Linear(module))
     model.transformer.wte = Int8Embedding(model.transformer.wte)
 
 

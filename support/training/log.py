@@ -188,8 +188,9 @@ def sample_text(model, tokenizer, prompt, run, seed, watch=iter):
     eager = torch.compiler.set_stance('force_eager') if run.compile else nullcontext()
     model.eval()
     try:
+        sampling = decoding.Sampling(max_new_tokens=length)
         with eager, run.autocast(), contextlib.closing(decoding.stream(
-                model, idx, length, 0.8, 200, n_vocab=tokenizer.n_vocab, seeds=[seed])) as made:
+                model, idx, sampling, n_vocab=tokenizer.n_vocab, seeds=[seed])) as made:
             ids = prompt + [token.item() for token in watch(made)]
     finally:
         model.train()

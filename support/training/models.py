@@ -162,8 +162,8 @@ def starting_model(config, state, vocab_size):
 def load_model(init_from, out_dir, run, weights='full'):
     """model, tokenizer, state: of the run in out_dir if init_from is 'resume', of the run's folder
     or the checkpoint that init_from names, or of a GPT-2 by its name or folder, whose State has no
-    iteration. The model is on the run's device, in evaluation mode. weights: 'full', or 'int8'
-    or 'int4', which read a checkpoint's tensors one after the other."""
+    iteration. The model is on the run's device, in evaluation mode. weights: 'full', or 'int8' or
+    'int4', which read a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
     if init_from == 'scratch':
         raise UserError('init_from=scratch is a model that was never trained: name a run with '
                         '--out_dir, a checkpoint, or gpt2')
