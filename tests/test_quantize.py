@@ -11,7 +11,7 @@ from torch import nn
 from support.machine.runtime import Runtime
 from support.sampling import quantize
 from support.sampling.decoding import generate
-from support.sampling.quantize import Int8Linear, build_int8
+from support.sampling.quantize import Int8Linear, build_quantized
 from support.text.tokenizer import CharTokenizer
 from support.training.loss import lean_loss
 from support.training.models import load_model, model_args
@@ -26,7 +26,7 @@ MODELS = [{}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'nor
 def models(**options):
     """A GPT that the context matters to, and the same in int8."""
     full = scrambled(tiny(**options), 0.1).eval()
-    return full, build_int8(full.config, full.state_dict().items())
+    return full, build_quantized(full.config, full.state_dict().items(), 'int8')
 
 
 def dequantised(full, int8):
@@ -89,8 +89,8 @@ def test_int8_model_computes_what_its_dequantised_weights_do(options, n_rows):
     assert 0 < distance(logits, full(idx, idx)[0]) < 0.1
 
 
-def int8_layer(linear, **options):
-    layer = Int8Linear(linear, **options)
+def int8_layer(linear):
+    layer = Int8Linear(linear)
     layer.weight.data, layer.scale = quantize.quantize(linear.weight)
     return layer
 
@@ -101,12 +101,10 @@ def int8_layer(linear, **options):
 @torch.no_grad()
 def test_a_layer_of_any_size_gives_the_product_in_float64_within_rounding(n_in, n_rows, bias):
     linear = nn.Linear(n_in, 21, bias)
-    for keep_short in (False, True):
-        layer = int8_layer(linear, keep_short=keep_short)
-        x = torch.randn(n_rows, 1, 2 * n_in)[..., :n_in]  # not contiguous
-        exact = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).T
-        exact = exact + linear.bias.double() if bias else exact
-        assert distance(layer(x).double(), exact) < 0.01  # inputs may be rounded to bfloat16
+    layer, x = int8_layer(linear), torch.randn(n_rows, 1, 2 * n_in)[..., :n_in]  # not contiguous
+    exact = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).T  # before its first use
+    exact = exact + linear.bias.double() if bias else exact
+    assert distance(layer(x).double(), exact) < 0.01  # inputs may be rounded
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -143,7 +141,8 @@ def test_training_is_refused():
 def test_generating_continues_as_the_dequantised_model_does(options):
     full, int8 = models(**options)
     idx = torch.randint(TINY['vocab_size'], (1, 5))
-    ours, same = generate(int8, idx, 40, temperature=0), dequantised(full, int8)
+    same = dequantised(full, int8)  # before its weights are brought into a library's order
+    ours = generate(int8, idx, 40, temperature=0)
     assert ours.shape == (1, 45)
     for t in range(5, 45):  # past block_size too
         logits = same(ours[:, max(0, t - 32):t])[0][0, -1]
@@ -170,15 +169,15 @@ def test_tensors_of_another_shape_are_refused():
     state = full.state_dict()
     state['transformer.h.0.mlp.c_fc.weight'] = torch.zeros(5, 32)
     with pytest.raises(RuntimeError, match='size mismatch'):
-        build_int8(full.config, state.items())
+        build_quantized(full.config, state.items(), 'int8')
     with pytest.raises(RuntimeError, match='Missing key'):
-        build_int8(full.config, list(full.state_dict().items())[:-3])
+        build_quantized(full.config, list(full.state_dict().items())[:-3], 'int8')
 
 
 def test_folder_of_transformers_gives_its_gpt2_in_int8(gpt2_folder, bpe):
     full, _, _ = load_model(str(gpt2_folder), '', CPU)
     read, _, state = load_model(str(gpt2_folder), '', CPU, 'int8')
-    theirs = build_int8(full.config, full.state_dict().items()).state_dict()
+    theirs = build_quantized(full.config, full.state_dict().items(), 'int8').state_dict()
     assert state.iter_num is None and read.config == full.config and not read.training
     assert all(torch.equal(t, theirs[name]) for name, t in read.state_dict().items())
 
@@ -217,9 +216,9 @@ def test_bench_decodes_in_int8_and_trains_in_full_only(run_script):
 
 
 @pytest.mark.parametrize('script, args, message', [
-    ('sample.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
-    ('eval.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
-    ('bench.py', ['--weights=int4'], 'weights=int4 is not one of full, int8'),
+    ('sample.py', ['--weights=int3'], 'weights=int3 is not one of full, int8, int4'),
+    ('eval.py', ['--weights=int3'], 'weights=int3 is not one of full, int8, int4'),
+    ('bench.py', ['--weights=int3'], 'weights=int3 is not one of full, int8, int4'),
     ('eval.py', ['--weights=int8', '--task=loss,int8'], 'leave weights=int8 out'),
 ])
 def test_weights_that_are_not_known_are_refused_in_one_line(script, args, message, run_here):
