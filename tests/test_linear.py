@@ -8,7 +8,8 @@ from conftest import scrambled, tiny, tokens
 from torch import nn
 from torch.nn import functional as F
 
-from support.machine.linear import HAS_ONEDNN, CPULinear, OneDNNProduct, keep_weights, product, use_cpu_linears
+from support.machine.linear import (HAS_ONEDNN, CPULinear, OneDNNProduct, keep_weights, product,
+                                    use_cpu_linears)
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
 
@@ -135,7 +136,7 @@ def test_other_devices_types_and_compilers_keep_their_layers(run, capsys):
 
 
 @pytest.mark.parametrize('n_rows', [1, 4])
-def test_packed_layers_sample_the_same_and_train_on_their_weights(n_rows):
+def test_kept_weights_sample_the_same_and_train_on_their_weights(n_rows):
     model, faster = (m.eval() for m in pair(block_size=12))
     idx = tokens(n_rows, 3)
     keep_weights(faster, n_rows)
