@@ -18,10 +18,10 @@ import torch
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # GPTConfig arguments
-TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu',
-             '--compile=False', '--gradient_accumulation_steps=1', '--warmup_iters=2', '--learning_rate=1e-3',
-             '--eval_iters=2', '--plot=False')
+TINY = {'block_size': 32, 'vocab_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}  # of GPTConfig
+TINY_ARGS = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+             '--device=cpu', '--compile=False', '--gradient_accumulation_steps=1',
+             '--warmup_iters=2', '--learning_rate=1e-3', '--eval_iters=2', '--plot=False')
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,8 @@ def pytest_runtest_setup(item):
 def run_script():
     def run(script, *args, env=None, ok=True, launcher=(), cwd=ROOT):
         command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-        done = subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True,
-                              encoding='utf-8', timeout=300, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True,
+                              text=True, encoding='utf-8', timeout=300, stdin=subprocess.DEVNULL)
         assert (done.returncode == 0) == ok, f'{command}\n{done.stdout}\n{done.stderr}'
         return done
     return run
@@ -77,9 +77,10 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture
 def train(tmp_path, char_data, run_here):
-    """Runs train.py in this process on the small data; gives its globals, with what it printed as `log`."""
+    """Runs train.py in this process on the small data; gives its globals, its output as `log`."""
     def run(*args, data_dir=char_data, out_dir=tmp_path / 'out'):
-        return run_here('train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}', *args)
+        return run_here('train.py', *TINY_ARGS, f'--data_dir={data_dir}', f'--out_dir={out_dir}',
+                        *args)
     return run
 
 

@@ -1,6 +1,7 @@
 """
-A GPT once more, with every option of model.py, as plainly as it can be written: one text, one head at a
-time, in float64, without a cache. It takes the weights by their names and shares no code with model.py.
+A GPT once more, with every option of model.py, as plainly as it can be written: one text, one head
+at a time, in float64, without a cache. It takes the weights by their names and shares no code with
+model.py.
 
     logits = naive.logits(model, idx)           # (B, T) -> (B, T, V), differentiable
     loss = naive.loss(model, idx, targets)
@@ -12,8 +13,8 @@ import torch
 
 
 def logits(model, idx, vitals=None):
-    """vitals: a list to which each text adds [(its residual stream, sizes of its attention's logits)] of
-    each layer."""
+    """vitals: a list to which each text adds [(residual stream, sizes of the attention's logits)]
+    of its layers."""
     w = {name: p.double() for name, p in model.named_parameters(remove_duplicate=False)}
     return torch.stack([logits_of_text(model.config, w, ids, vitals) for ids in idx.tolist()])
 
@@ -21,7 +22,8 @@ def logits(model, idx, vitals=None):
 def loss(model, idx, targets):
     """The mean of -log p over the targets that aren't -1."""
     p, wanted = logits(model, idx).softmax(dim=-1).flatten(0, 1), targets.flatten().tolist()
-    return sum(-p[i, t].log() for i, t in enumerate(wanted) if t != -1) / sum(t != -1 for t in wanted)
+    kept = [(i, target) for i, target in enumerate(wanted) if target != -1]
+    return sum(-p[i, target].log() for i, target in kept) / len(kept)
 
 
 def logits_of_text(c, w, ids, vitals):
@@ -66,8 +68,8 @@ def linear(w, name, x):
 def norm(c, w, name, x):
     if c.norm == 'layernorm':
         x = x - x.mean(dim=1, keepdim=True)
-    return x / (x.square().mean(dim=1, keepdim=True) + c.norm_eps).sqrt() * w[f'{name}.weight'] + w.get(
-        f'{name}.bias', 0.0)
+    x = x / (x.square().mean(dim=1, keepdim=True) + c.norm_eps).sqrt()
+    return x * w[f'{name}.weight'] + w.get(f'{name}.bias', 0.0)
 
 
 def activation(c, x):
@@ -82,9 +84,10 @@ def activation(c, x):
 
 
 def attention(c, w, name, x, first_v):
-    """What the layer adds to x, the first layer's values, and the sizes of the logits of all heads."""
+    """What the layer adds to x, the first layer's values, and the sizes of all heads' logits."""
     hs, groups, heads, sizes = c.head_size, c.n_head // c.n_kv_head, [], []
-    q, k, v = linear(w, f'{name}.c_attn', x).split((c.n_head * hs, c.n_kv_head * hs, c.n_kv_head * hs), dim=1)
+    qkv, kv = linear(w, f'{name}.c_attn', x), c.n_kv_head * hs
+    q, k, v = qkv.split((c.n_head * hs, kv, kv), dim=1)
     if first_v is None:
         first_v = v
     elif c.value_residual:
@@ -98,13 +101,15 @@ def attention(c, w, name, x, first_v):
         if c.pos_emb == 'rope':
             q_h, k_h = turned(c, q_h), turned(c, k_h)
         heads.append(weights(c, head, q_h, k_h) @ v_h)
-        size = distances(q_h, k_h) if c.attn_type.startswith('GK') else (q_h @ k_h.T).abs() / math.sqrt(hs)
+        size = (q_h @ k_h.T).abs() / math.sqrt(hs)
+        if c.attn_type.startswith('GK'):
+            size = distances(q_h, k_h)
         sizes.append(size.tril())
     return linear(w, f'{name}.c_proj', torch.cat(heads, dim=1)), first_v, torch.stack(sizes)
 
 
 def turned(c, x):
-    """Channels i and i + hs / 2 as one complex number, turned by the position times the pair's frequency."""
+    """Channels i and i + hs / 2 as one complex number, turned by the position times a frequency."""
     half = c.head_size // 2
     f = torch.tensor([frequency(c, i) for i in range(half)], dtype=torch.float64)
     angle = torch.arange(len(x), dtype=torch.float64)[:, None] * f
@@ -153,12 +158,13 @@ def weights(c, head, q, k):
         return torch.exp(-distances(q, k)).tril()
     if kind == 'GKpoly':
         return ((1 - distances(q, k) / 2 ** int(n)) ** (2 ** int(n))).tril()
-    length = {'length': torch.arange(1, T + 1)[:, None], 'block_size': c.block_size, 'none': 1}[c.pa_norm]
+    so_far = torch.arange(1, T + 1)[:, None]
+    length = {'length': so_far, 'block_size': c.block_size, 'none': 1}[c.pa_norm]
     return (pointwise(c.attn_type.removeprefix('PA_'), dot) / length).tril()
 
 
 def pointwise(name, x):
     sigmoid = 1 / (1 + torch.exp(-x))
-    return {'gelu': 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), 'relu': x.clamp(min=0), 'sigmoid': sigmoid,
-            'square': x**2, 'silu': x * sigmoid, 'relu-square': x.clamp(min=0) ** 2,
-            'tanh': 2 / (1 + torch.exp(-2 * x)) - 1}[name]
+    return {'gelu': 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), 'relu': x.clamp(min=0),
+            'sigmoid': sigmoid, 'square': x**2, 'silu': x * sigmoid,
+            'relu-square': x.clamp(min=0) ** 2, 'tanh': 2 / (1 + torch.exp(-2 * x)) - 1}[name]

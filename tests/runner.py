@@ -2,7 +2,7 @@
 Runs scripts one after the other in one process, which spares each the import of torch.
 
     runner = Runner()
-    reply = runner(folder, 'train.py', '--max_iters=3')    # of the copy of the repository in that folder
+    reply = runner(folder, 'train.py', '--max_iters=3')  # the folder has a copy of the repository
     reply.output, reply.error                              # what a user would see
 
 Where the folder is another than before, its modules are imported anew.
@@ -50,9 +50,9 @@ class Runner:
             encoding='utf-8', env=os.environ | {'OMP_NUM_THREADS': '1'})
 
     def __call__(self, folder, *command, code=''):
-        """Run a script, given by its name and arguments, or only `code`, in a copy of the repository. code:
-        statements to execute before the script. Returns output, error ('' if there was none) and the
-        value of the code's variable `result`."""
+        """Run a script, given by its name and arguments, in a copy of the repository. code:
+        statements to execute before it, or alone. Returns output, error ('' if there was none) and
+        result, the value of that variable of the code."""
         request = {'folder': str(folder), 'command': [*map(str, command)], 'code': code}
         self.process.stdin.write(json.dumps(request) + '\n')
         self.process.stdin.flush()

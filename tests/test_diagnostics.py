@@ -15,9 +15,9 @@ from support.machine.runtime import Runtime
 from support.training.diagnostics import Guard, measure_vitals, watch_update
 
 RUN = Runtime('cpu', 'float32', False, 'gloo')
-MODELS = ({}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2}, {'pos_emb': 'alibi'},
-          {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'}, {'attn_type': 'GKpoly-0'},
-          {'value_residual': True, 'n_layer': 3})
+MODELS = ({}, {'pos_emb': 'rope', 'qk_norm': True, 'n_head': 4, 'n_kv_head': 2},
+          {'pos_emb': 'alibi'}, {'attn_type': 'PA_relu'}, {'attn_type': 'GK', 'pos_emb': 'rope'},
+          {'attn_type': 'GKpoly-0'}, {'value_residual': True, 'n_layer': 3})
 
 
 def entries(folder, key):
@@ -41,7 +41,8 @@ def test_vitals_are_those_of_the_formulas_and_leave_the_model_as_it_was(options)
     if options.get('attn_type') == 'GKpoly-0':
         expected['out_of_range'] = [(size > 1).sum() for size in sizes]
     assert {name: values.tolist() for name, values in found.items()} == {
-        name: pytest.approx([float(v) for v in values], rel=1e-4) for name, values in expected.items()}
+        name: pytest.approx([float(v) for v in values], rel=1e-4)
+        for name, values in expected.items()}
     assert model.training and torch.equal(state, torch.random.get_rng_state())
     assert all(map(torch.equal, weights, model.parameters()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -100,28 +101,32 @@ def test_update_ratio_is_that_of_the_trained_matrices_of_a_layer():
 
 def test_adamw_s_first_update_is_a_learning_rate_in_size_and_numbers_are_logged_with_the_next_line(
         train, tmp_path):
-    """Evaluations at 0, 3, 6, 7 and lines at 0, 5: nothing is fetched from the device in between."""
+    """Evaluations at 0, 3, 6, 7 and lines at 0, 5: nothing is fetched from the device between."""
     script = train('--max_iters=7', '--eval_interval=3', '--log_interval=5', '--weight_decay=0',
-                   '--init=zero_proj', '--learning_rate=1e-5', '--warmup_iters=0', '--decay_lr=False')
+                   '--init=zero_proj', '--learning_rate=1e-5', '--warmup_iters=0',
+                   '--decay_lr=False')
     kinds = [(e['iter'], 'line' if 'loss' in e else 'health' if 'health' in e else 'evaluation')
              for e in entries(tmp_path / 'out', 'iter')]
-    assert kinds == [(0, 'evaluation'), (0, 'health'), (0, 'line'), (3, 'evaluation'), (3, 'health'),
-                     (5, 'line'), (6, 'evaluation'), (6, 'health'), (7, 'evaluation'), (7, 'health')]
+    assert kinds == [(0, 'evaluation'), (0, 'health'), (0, 'line'), (3, 'evaluation'),
+                     (3, 'health'), (5, 'line'), (6, 'evaluation'), (6, 'health'),
+                     (7, 'evaluation'), (7, 'health')]
     found = entries(tmp_path / 'out', 'health')
-    assert all([*e['health']] == ['activation_rms', 'attention_logit', 'update_ratio'] for e in found)
+    names = ['activation_rms', 'attention_logit', 'update_ratio']
+    assert all([*e['health']] == names for e in found)
     assert all(len(v) == 2 for e in found for v in e['health'].values())
     moved = [p for name, p in script['model'].transformer.h[0].named_parameters() if p.dim() == 2]
-    n_moved = sum(p.numel() for p in moved if p.shape[0] == 32)  # c_proj: all others have no gradient yet
+    n_moved = sum(p.numel() for p in moved if p.shape[0] == 32)  # c_proj: others have no gradient
     size = math.sqrt(sum(p.square().sum().item() for p in moved if p.shape[0] != 32))
-    assert found[0]['health']['update_ratio'][0] == pytest.approx(1e-5 * math.sqrt(n_moved) / size, rel=0.02)
+    ratio = 1e-5 * math.sqrt(n_moved) / size
+    assert found[0]['health']['update_ratio'][0] == pytest.approx(ratio, rel=0.02)
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_training_is_the_same_however_often_it_is_measured(optimizer, train, tmp_path):
     logs = []
     for name, interval in (('often', 2), ('seldom', 100)):
-        train('--max_iters=6', f'--eval_interval={interval}', '--dropout=0.2', f'--optimizer={optimizer}',
-              out_dir=tmp_path / name)
+        train('--max_iters=6', f'--eval_interval={interval}', '--dropout=0.2',
+              f'--optimizer={optimizer}', out_dir=tmp_path / name)
         logs.append([(e['loss'], e['grad_norm']) for e in entries(tmp_path / name, 'loss')])
     assert logs[0] == logs[1] and len(logs[0]) == 7
 
@@ -130,17 +135,20 @@ def test_share_of_clipped_updates_is_since_the_last_line(train, tmp_path):
     train('--max_iters=12', '--grad_clip=1e9', out_dir=tmp_path / 'never')
     lines = entries(tmp_path / 'never', 'loss')
     assert all(e['clipped'] == 0 for e in lines)
-    clip = sorted(e['grad_norm'] for e in lines)[6]  # as clipping hardly changes AdamW, of half of them
+    clip = sorted(e['grad_norm'] for e in lines)[6]  # clipping hardly changes AdamW: about half
     for name, interval in (('each', 1), ('fourth', 4)):
-        train('--max_iters=12', f'--grad_clip={clip}', f'--log_interval={interval}', out_dir=tmp_path / name)
-    each, fourth = ([e['clipped'] for e in entries(tmp_path / name, 'loss')] for name in ('each', 'fourth'))
+        train('--max_iters=12', f'--grad_clip={clip}', f'--log_interval={interval}',
+              out_dir=tmp_path / name)
+    each, fourth = ([e['clipped'] for e in entries(tmp_path / name, 'loss')]
+                    for name in ('each', 'fourth'))
     assert each == [float(e['grad_norm'] > clip) for e in entries(tmp_path / 'each', 'loss')]
     assert 0 < sum(each) < 13
     assert fourth == [each[0], *(sum(each[i - 3:i + 1]) / 4 for i in (4, 8, 12))]
 
 
 def test_squared_distances_beyond_a_polynomial_are_counted_and_reported(train, tmp_path):
-    args = ('--max_iters=3', '--eval_interval=3', '--attn_type=GKpoly-0', '--qk_norm', '--n_layer=1')
+    args = ('--max_iters=3', '--eval_interval=3', '--attn_type=GKpoly-0', '--qk_norm',
+            '--n_layer=1')
     log = train(*args)['log']  # |q - k|^2 / (2 sqrt(hs)) of normalised ones is up to 2 sqrt(hs) = 8
     counts = [x['health']['out_of_range'] for x in entries(tmp_path / 'out', 'health')]
     assert [len(c) for c in counts] == [1, 1] and counts[0][0] > 0
@@ -155,17 +163,20 @@ def test_a_state_that_is_not_finite_is_not_saved(where):
     good, bad = {'w': torch.ones(2)}, {'w': torch.tensor([1.0, math.inf])}
     state = {'model': good, 'trained': None, 'optimizer': good}
     state[where] = bad
-    state = SimpleNamespace(**state | {'optimizer': {'state': {0: state['optimizer'] | {'step': 3}}}})
+    buffers = {'state': {0: state['optimizer'] | {'step': 3}}}
+    state = SimpleNamespace(**state | {'optimizer': buffers})
     with pytest.raises(NotFinite, match='iteration 5: weights or optimizer buffers are not finite'):
         Guard('cpu', 1.0, False).stop_if_unfit(5, 'No state was saved before', state)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_iteration_also_when_it_is_looked_at_later():
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_iteration_even_if_it_is_seen_later():
     for bad, has_scaler in ((math.nan, False), (math.inf, True)):
-        guard, opt = Guard('cpu', 1.0, has_scaler), torch.optim.SGD([torch.ones(1, requires_grad=True)])
+        guard = Guard('cpu', 1.0, has_scaler)
+        opt = torch.optim.SGD([torch.ones(1, requires_grad=True)])
         for iteration, loss in enumerate((1.0, 1.0, bad, 1.0, bad)):
-            assert guard.allows(iteration, torch.tensor(loss), torch.tensor(2.0), opt) == math.isfinite(loss)
-        with pytest.raises(NotFinite, match='iteration 2: .* no update was made with it. All is lost. '):
+            allowed = guard.allows(iteration, torch.tensor(loss), torch.tensor(2.0), opt)
+            assert allowed == math.isfinite(loss)
+        with pytest.raises(NotFinite, match='iteration 2: .* no update was made with it. All is '):
             guard.stop_if_not_finite(5, 'All is lost')
         again = Guard('cpu', 1.0, has_scaler)
         again.load_state_dict(guard.state_dict())

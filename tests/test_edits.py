@@ -1,5 +1,6 @@
-"""What stands in model.py is what runs: a line of it is edited, and training, evaluation and sampling change
-as the edited file by itself says, in float32 and in 16 bits, with adapters, int8 weights, logits in parts."""
+"""What stands in model.py is what runs: a line of it is edited, and training, evaluation and
+sampling change as the edited file by itself says, in float32 and in 16 bits, with adapters, int8
+weights and logits in parts."""
 
 import ast
 import json
@@ -16,9 +17,10 @@ EDITS = {  # name: [(lines of model.py, what takes their place)]
     'nothing': [],
     'label smoothing': [('ignore_index=-1)', 'ignore_index=-1, label_smoothing=0.5)')],
     'a loss that is no mean': [(LOSS, f'{LOSS} ** 2')],
-    'scale of attention': [('product_attention(q, k, v, mask,', 'product_attention(q, 0.2 * k, v, mask,')],
+    'scale of attention': [('_attention(q, k, v, mask,', '_attention(q, 0.2 * k, v, mask,')],
     'factor before gelu': [('x = self.gelu(x)', 'x = self.gelu(3 * x)')],
-    'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'), ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
+    'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'),
+              ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
     'positions': [('self.transformer.wpe(positions_of', 'self.transformer.wpe(31 - positions_of')],
     'scale of the output': [('self.lm_head(x),', 'self.lm_head(0.5 * x),')],
     'a parameter of attention': [
@@ -43,7 +45,8 @@ import torch
 from model import GPT, GPTConfig
 
 def batch(split):
-    ids = torch.frombuffer(bytearray(open(f'{DATA}/{split}.bin', 'rb').read()), dtype=torch.uint16).long()
+    file = bytearray(open(f'{DATA}/{split}.bin', 'rb').read())
+    ids = torch.frombuffer(file, dtype=torch.uint16).long()
     return ids[None, :-1], ids[None, 1:]
 
 def scrambled():
@@ -70,7 +73,7 @@ def train(dtype):
 
 @torch.no_grad()
 def gap(text):
-    """By how much another token's logit exceeds that of a text's at most, in standard deviations."""
+    """By how many standard deviations another token's logit exceeds that of a text's at most."""
     model, worst = scrambled().eval(), 0.0
     ids = torch.tensor([[LETTERS.index(c) for c in text]])
     for t in range(3, ids.shape[1]):
@@ -100,14 +103,16 @@ def visit(elsewhere, copy_repository, data):
         for old, new in EDITS[edit]:
             assert source.count(old) == 1, old
             source = source.replace(old, new)
-        folder, known = copy_repository(source), f'DATA, LETTERS = {str(data)!r}, {LETTERS!r}\n{REFERENCE}\n'
+        folder = copy_repository(source)
+        known = f'DATA, LETTERS = {str(data)!r}, {LETTERS!r}\n{REFERENCE}\n'
         (folder / 'base').mkdir()
 
         def run(*command, code=''):
             found = elsewhere(folder, *command, code=known * (not command) + code)
             assert found.error == '', found.error
             return found if command else found.result
-        run(code="""torch.save({'model': scrambled().state_dict(), 'iter_num': 0, 'best_val_loss': 9.0,
+        run(code="""torch.save({
+            'model': scrambled().state_dict(), 'iter_num': 0, 'best_val_loss': 9.0,
             'config': {'data_dir': DATA}, 'model_args': {'n_layer': 2, 'n_head': 2, 'n_embd': 32,
             'block_size': 32, 'bias': True, 'vocab_size': 40, 'dropout': 0.0}}, 'base/ckpt.pt')""")
         return run, folder
@@ -120,7 +125,7 @@ def unedited(visit):
 
 
 def logged(folder):
-    """[(training loss, validation loss)] of a run's iterations, and whether its evaluations agree."""
+    """[(training loss, validation loss)] of a run's iterations, as its evaluations say too."""
     entries = [json.loads(line) for line in (folder / 'run/log.jsonl').read_text().splitlines()]
     evaluated = [(e['train_loss'], e['val_loss']) for e in entries if 'val_loss' in e]
     trained = [e['loss'] for e in entries if 'loss' in e]
@@ -132,11 +137,12 @@ def flat(pairs):
     return [x for pair in pairs for x in pair]
 
 
-TRAIN = ('train.py', '--init_from=base', '--out_dir=run', '--max_iters=2', '--eval_interval=1', '--bias',
-         '--eval_iters=1', '--decay_lr=False', '--learning_rate=1e-2', '--grad_clip=0', '--batch_size=4',
-         '--block_size=32', '--gradient_accumulation_steps=2', '--device=cpu', '--plot=False')
-SAMPLE = ('sample.py', '--out_dir=base', '--start=abc', '--num_samples=2', '--max_new_tokens=45', '--json',
-          '--device=cpu')
+TRAIN = ('train.py', '--init_from=base', '--out_dir=run', '--max_iters=2', '--eval_interval=1',
+         '--bias', '--eval_iters=1', '--decay_lr=False', '--learning_rate=1e-2', '--grad_clip=0',
+         '--batch_size=4', '--block_size=32', '--gradient_accumulation_steps=2', '--device=cpu',
+         '--plot=False')
+SAMPLE = ('sample.py', '--out_dir=base', '--start=abc', '--num_samples=2', '--max_new_tokens=45',
+          '--json', '--device=cpu')
 IN_PARTS = 'import support.training.loss; support.training.loss.CHUNK = 7 * 40'
 
 
@@ -179,7 +185,7 @@ def test_edit_acts_in_training_evaluation_and_sampling(edit, visit, unedited, da
 
 def test_nothing_is_put_in_the_place_of_a_module_s_methods():
     """No assignment to an attribute forward, loss or attend, outside constructors."""
-    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('support/**/*.py'), *ROOT.glob('scripts/*.py')]):
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('support/**/*.py'), *ROOT.glob('scripts/*.py')]:
         tree = ast.parse(path.read_text(encoding='utf-8'))
         made = [f for f in ast.walk(tree) if getattr(f, 'name', '') == '__init__']
         allowed = {id(node) for f in made for node in ast.walk(f)}
@@ -189,4 +195,5 @@ def test_nothing_is_put_in_the_place_of_a_module_s_methods():
                 name = node.attr
             elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setattr':
                 name = getattr(node.args[1], 'value', '')
-            assert name not in ('forward', 'loss', 'attend') or id(node) in allowed, f'{path}:{node.lineno}'
+            where = f'{path}, line {getattr(node, "lineno", 0)}'
+            assert name not in ('forward', 'loss', 'attend') or id(node) in allowed, where

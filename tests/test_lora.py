@@ -10,8 +10,8 @@ from support.training import lora
 from support.training.loss import ChunkedLoss
 from support.training.state import State
 
-LORA = ('--lora_rank=4', '--lora_alpha=8', '--learning_rate=1e-2', '--max_iters=12', '--eval_interval=6',
-        '--lr_decay_iters=12', '--dropout=0.2')
+LORA = ('--lora_rank=4', '--lora_alpha=8', '--learning_rate=1e-2', '--max_iters=12',
+        '--eval_interval=6', '--lr_decay_iters=12', '--dropout=0.2')
 ADAPTED = [f'transformer.h.{i}.{name}' for i in range(2)
            for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')]
 
@@ -47,12 +47,14 @@ def test_adapted_model_is_the_plain_one_with_merged_weights_also_in_its_gradient
     merged = {f'{name}.weight': before[f'{name}.weight'] + 6 / 4 * adapters[f'{name}.lora_B']
               @ adapters[f'{name}.lora_A'] for name in ADAPTED}
     plain = GPT(model.config)
-    untied = {name: p for name, p in (before | merged).items() if name in dict(plain.named_parameters())}
+    own = dict(plain.named_parameters())
+    untied = {name: p for name, p in (before | merged).items() if name in own}
     logits, loss = torch.func.functional_call(plain, untied, (idx, idx))
     want = torch.autograd.grad(loss, adapters.values())
     assert (logits - expected).abs().max() > 0.1
     torch.testing.assert_close(model(idx, idx)[0], logits, rtol=0, atol=1e-4)
-    for checkpointing, lean in ((False, {}), (True, {}), (False, {'loss': ChunkedLoss(model, 7 * 64)})):
+    parts = {'loss': ChunkedLoss(model, 7 * 64)}
+    for checkpointing, lean in ((False, {}), (True, {}), (False, parts)):
         model.activation_checkpointing = checkpointing
         found = torch.autograd.grad(model(idx, idx, **lean)[1], adapters.values())
         for a, b in zip(found, want):
@@ -74,7 +76,8 @@ def test_rank_0_changes_nothing():
 
 @pytest.mark.parametrize('share', [
     lambda h: setattr(h, '1', h[0]), lambda h: setattr(h[1].mlp, 'c_fc', h[0].mlp.c_fc),
-    lambda h: setattr(h[1].mlp.c_fc, 'weight', h[0].mlp.c_fc.weight)], ids=['block', 'layer', 'weight'])
+    lambda h: setattr(h[1].mlp.c_fc, 'weight', h[0].mlp.c_fc.weight),
+], ids=['block', 'layer', 'weight'])
 def test_a_weight_that_is_used_twice_has_one_adapter(share):
     model, plain, idx = scrambled(tiny()), tiny(), tokens(2, 16)
     for each in (model, plain):
@@ -93,7 +96,8 @@ def test_run_trains_adapters_only_and_saves_a_plain_model_of_the_same_loss(train
     for name, p in state.trained.items():
         assert p.any() if name in adapters else torch.equal(p, before.model[name])
     assert len(state.optimizer['state']) == len(adapters) == 16
-    assert f'num decayed parameter tensors: 16, with {2 * 4 * 16 * 32:,} parameters' in script['log']
+    counted = f'num decayed parameter tensors: 16, with {2 * 4 * 16 * 32:,} parameters'
+    assert counted in script['log']
     evaluated = evaluations(script['log'])
     assert evaluated[12][1] < evaluated[0][1] - 0.1
     GPT(GPTConfig(**state.model_args)).load_state_dict(state.model)
@@ -115,7 +119,7 @@ def test_stopped_run_with_dropout_equals_the_uninterrupted_one_bit_for_bit(train
     whole, parts = saved(tmp_path / 'whole'), saved(tmp_path / 'out')
     assert whole.iter_num == parts.iter_num == 13
     for a, b in ((whole.model, parts.model), (whole.trained, parts.trained),
-                 *zip(whole.optimizer['state'].values(), parts.optimizer['state'].values(), strict=True)):
+                 *zip(whole.optimizer['state'].values(), parts.optimizer['state'].values())):
         assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
@@ -125,7 +129,8 @@ def test_gpt2_from_a_folder_is_adapted(train, gpt2_folder, tmp_path):
     train(f'--init_from={gpt2_folder}', '--lora_rank=4', '--max_iters=2', '--eval_interval=2',
           '--activation_checkpointing=True', data_dir=tmp_path)
     state = saved(tmp_path / 'out', 'ckpt.pt')
-    assert state.model_args['activation'] == 'gelu_tanh' and 'transformer.h.1.mlp.c_fc.weight' in state.model
+    assert state.model_args['activation'] == 'gelu_tanh'
+    assert 'transformer.h.1.mlp.c_fc.weight' in state.model
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -151,7 +156,8 @@ def test_adapters_of_a_run_stay_as_they_are(train, base, tmp_path):
     train(base, '--max_iters=1', out_dir=tmp_path / 'plain')
     for folder, args, message in (
             ('out', ('--lora_rank=0',), 'lora_rank=0, but the run to resume has 4'),
-            ('out', ('--lora_rank=8', '--lora_alpha=8'), 'lora_rank=8, but the run to resume has 4'),
+            ('out', ('--lora_rank=8', '--lora_alpha=8'),
+             'lora_rank=8, but the run to resume has 4'),
             ('out', ('--lora_rank=4',), 'lora_alpha=16.0, but the run to resume has 8'),
             ('plain', ('--lora_rank=4',), 'lora_rank=4, but the run to resume has 0')):
         with pytest.raises(ValueError, match=message):

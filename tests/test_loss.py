@@ -34,14 +34,16 @@ def loss_and_gradients(model, idx, targets, scale=1.0, **lean):
     return [loss.detach(), *found]
 
 
-@pytest.mark.parametrize('options', [{}, {'tie_weights': False, 'logit_softcap': 2.0, 'bias': False}])
+@pytest.mark.parametrize('options', [
+    {}, {'tie_weights': False, 'logit_softcap': 2.0, 'bias': False}])
 def test_loss_and_gradients_are_the_formula_s_for_any_number_of_positions_at_a_time(options):
     model, idx, targets = scrambled(tiny(**options)).double(), tokens(3, 20), masked_targets(3, 20)
     expected = naive.loss(model, idx, targets)
     expected = [expected, *torch.autograd.grad(expected, [*model.parameters()])]
     for rows in (1, 7, 59, 60):
         seen = []
-        hook = model.lm_head.register_forward_hook(lambda m, args, y, seen=seen: seen.append(y.numel() // 64))
+        hook = model.lm_head.register_forward_hook(
+            lambda m, args, y, seen=seen: seen.append(y.numel() // 64))
         loss = ChunkedLoss(model, rows * 64 + 63)
         for a, b in zip(loss_and_gradients(model, idx, targets, 3.0, loss=loss), expected):
             torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-9)
@@ -82,8 +84,9 @@ class Edited(GPT):
 
 def each(logits, targets):
     """The loss of each position, 0 for those that don't count, and whether it counts."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction='none', ignore_index=-1
-                           ).view(targets.shape), targets != -1
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction='none',
+                             ignore_index=-1)
+    return losses.view(targets.shape), targets != -1
 
 
 def masked_mean(x, keep):
@@ -91,8 +94,8 @@ def masked_mean(x, keep):
 
 
 MEANS = {
-    'label smoothing': lambda m, z, y: F.cross_entropy(z.flatten(0, -2), y.flatten(), ignore_index=-1,
-                                                       label_smoothing=0.1),
+    'label smoothing': lambda m, z, y: F.cross_entropy(
+        z.flatten(0, -2), y.flatten(), ignore_index=-1, label_smoothing=0.1),
     'classes second': lambda m, z, y: F.cross_entropy(z.transpose(1, 2), y, ignore_index=-1),
     'those that count': lambda m, z, y: each(z, y)[0][y != -1].mean(),
     'a sum over a number': lambda m, z, y: masked_mean(*each(z, y)),
@@ -104,12 +107,15 @@ OTHERS = {
     'a sum': lambda m, z, y: each(z, y)[0].sum(),
     'over all positions': lambda m, z, y: each(z, y)[0].mean(),
     'a power of the mean': lambda m, z, y: masked_mean(*each(z, y)) ** 0.5,
-    'the spread too': lambda m, z, y: masked_mean(*each(z, y)) + 0.1 * each(z, y)[0].std(correction=0),
-    'the mean logit': lambda m, z, y: masked_mean(*each(z, y)) + 0.01 * z.mean((0, 1)).square().sum(),
+    'the spread too': lambda m, z, y: (
+        masked_mean(*each(z, y)) + 0.1 * each(z, y)[0].std(correction=0)),
+    'the mean logit': lambda m, z, y: (
+        masked_mean(*each(z, y)) + 0.01 * z.mean((0, 1)).square().sum()),
     'later positions count more': lambda m, z, y: masked_mean(
         each(z, y)[0] * torch.linspace(0, 1, y.shape[1]), y != -1),
     'a learned temperature': lambda m, z, y: masked_mean(*each(z * m.scale, y)),
-    'a penalty of weights': lambda m, z, y: masked_mean(*each(z, y)) + m.transformer.wpe.weight.norm(),
+    'a penalty of weights': lambda m, z, y: (
+        masked_mean(*each(z, y)) + m.transformer.wpe.weight.norm()),
     'no -1 known': lambda m, z, y: F.cross_entropy(z.flatten(0, -2), y.flatten()),
     'whole windows only': lambda m, z, y: (each(z, y)[0] * torch.ones(32)).mean(),
 }
@@ -133,7 +139,8 @@ def test_a_loss_that_is_a_mean_is_computed_in_parts_as_it_stands(formula):
 def test_any_other_loss_is_computed_whole_and_a_line_says_so(formula, capsys):
     assert lean_loss(Edited(formula), RUN) == {}
     assert capsys.readouterr().out == (
-        'loss: computed with all logits in memory, as this model\'s loss is no mean over positions\n')
+        'loss: computed with all logits in memory, as this model\'s loss is no mean over '
+        'positions\n')
 
 
 def test_a_model_that_takes_no_loss_keeps_its_own(capsys):
@@ -145,7 +152,7 @@ def test_a_model_that_takes_no_loss_keeps_its_own(capsys):
 
 
 def test_logits_of_a_large_vocabulary_are_never_all_in_memory():
-    """65,536 tokens and a batch of 256 positions, in training and evaluation, also of int8 weights."""
+    """65,536 tokens and 256 positions, in training and evaluation, also of int8 weights."""
     model = scrambled(tiny(vocab_size=65536, n_embd=8, n_layer=1, tie_weights=False), 0.1)
     idx, targets = torch.randint(65536, (8, 32)), torch.randint(65536, (8, 32))
     for m in (model, build_quantized(model.config, model.state_dict().items(), 'int8')):

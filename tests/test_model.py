@@ -1,5 +1,5 @@
-"""model.py's GPT-2: against transformers, and the interface that people's code uses. Its formulas, and those
-of every option, are tested in test_options.py."""
+"""model.py's GPT-2: against transformers, and the interface that people's code uses. Its formulas,
+and those of every option, are tested in test_options.py."""
 
 import math
 
@@ -21,7 +21,8 @@ def transformers_gpt2(**changes):
 @pytest.mark.parametrize('changes, options', [
     ({}, ('gelu_tanh', True)), ({'activation_function': 'gelu'}, ('gelu', True)),
     ({'tie_word_embeddings': False}, ('gelu_tanh', False))])
-def test_weights_of_transformers_give_its_logits_and_its_losses_over_ten_steps(changes, options, tmp_path):
+def test_weights_of_transformers_give_its_logits_and_its_losses_over_ten_steps(
+        changes, options, tmp_path):
     theirs = transformers_gpt2(**changes)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path), {'dropout': 0.0})
@@ -44,7 +45,8 @@ def test_weights_of_transformers_give_its_logits_and_its_losses_over_ten_steps(c
 
 
 @pytest.mark.parametrize('changes', [
-    {'scale_attn_by_inverse_layer_idx': True}, {'scale_attn_weights': False}, {'layer_norm_epsilon': 1e-6},
+    {'scale_attn_by_inverse_layer_idx': True}, {'scale_attn_weights': False},
+    {'layer_norm_epsilon': 1e-6},
     {'n_inner': 64}, {'activation_function': 'relu'}])
 def test_weights_of_another_architecture_are_refused(changes, tmp_path):
     transformers_gpt2(**changes).save_pretrained(tmp_path)
@@ -70,7 +72,8 @@ def test_tensor_names_and_shapes_are_the_contract():
         f'{h}.attn.c_proj.weight': (32, 32), f'{h}.attn.c_proj.bias': (32,),
         f'{h}.mlp.c_fc.weight': (128, 32), f'{h}.mlp.c_fc.bias': (128,),
         f'{h}.mlp.c_proj.weight': (32, 128), f'{h}.mlp.c_proj.bias': (32,),
-        'transformer.ln_f.weight': (32,), 'transformer.ln_f.bias': (32,), 'lm_head.weight': (64, 32)}
+        'transformer.ln_f.weight': (32,), 'transformer.ln_f.bias': (32,),
+        'lm_head.weight': (64, 32)}
     assert model.lm_head.weight is model.transformer.wte.weight
     assert not any(name.endswith('bias') for name in tiny(bias=False).state_dict())
 

@@ -1,4 +1,4 @@
-"""model.py copied by itself into an empty folder with only PyTorch importable, and inside a package."""
+"""model.py by itself in an empty folder with only PyTorch importable, and inside a package."""
 
 import shutil
 import subprocess
@@ -11,8 +11,8 @@ import sys
 from importlib.machinery import PathFinder
 
 class OnlyTorch(PathFinder):  # hides what isn't PyTorch's
-    hidden = ['transformers', 'tiktoken', 'datasets', 'wandb', 'tokenizers', 'safetensors', 'matplotlib',
-              'numpy', 'support', 'configurator', 'train']
+    hidden = ['transformers', 'tiktoken', 'datasets', 'wandb', 'tokenizers', 'safetensors',
+              'matplotlib', 'numpy', 'support', 'configurator', 'train']
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -23,13 +23,15 @@ import torch
 import model
 from model import GPT, GPTConfig
 
-ours = [name for name, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith(sys.path[0])]
+files = {name: str(getattr(m, '__file__', '')) for name, m in sys.modules.items()}
+ours = [name for name, path in files.items() if path.startswith(sys.path[0])]
 print('imported', *(name for name in ours if 'main__' not in name))
-ALL = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True, 'value_residual': True,
-       'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 256, 'tie_weights': False, 'logit_softcap': 10.0,
-       'init': 'zero_proj'}
+ALL = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True,
+       'value_residual': True, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 256, 'tie_weights': False,
+       'logit_softcap': 10.0, 'init': 'zero_proj'}
 text = torch.arange(400) % 17
-for options in ({}, {'bias': False, 'dropout': 0.1, 'pos_emb': 'alibi', 'activation': 'relu2'}, ALL):
+OTHERS = {'bias': False, 'dropout': 0.1, 'pos_emb': 'alibi', 'activation': 'relu2'}
+for options in ({}, OTHERS, ALL):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, **options))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
@@ -51,7 +53,8 @@ config = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=3, n_head
 theirs = GPT2LMHeadModel(config).eval()
 theirs.save_pretrained('gpt2')
 ours, idx = GPT.from_pretrained('gpt2').eval(), torch.randint(300, (3, 64))
-print('loaded', ours.config.bias, (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item() < 1e-4)
+difference = (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item()
+print('loaded', ours.config.bias, difference < 1e-4)
 '''
 
 
@@ -79,6 +82,7 @@ def test_it_works_inside_a_package_whatever_else_has_its_names(tmp_path):
 import torch
 from nanoGPT.model import GPT, GPTConfig
 for attn_type in ('SM', 'GK'):
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attn_type=attn_type))
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16,
+                          attn_type=attn_type))
     print(model.generate(torch.zeros(1, 1, dtype=torch.int64), 12).shape)
 ''') == 2 * 'torch.Size([1, 13])\n'

@@ -36,10 +36,11 @@ OPTIONS = {
     'n-grams': {'ngram': 4, 'ngram_rows': 512},
     'Gaussian kernel': {'attn_type': 'GK', 'n_head': 4, 'n_kv_head': 2},
     'its polynomial': {'attn_type': 'GKpoly-4'},
-    'pointwise': {'attn_type': 'PA_silu', 'pa_norm': 'block_size', 'pos_emb': 'rope', 'qk_norm': True},
-    'all': {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True, 'n_layer': 3,
-            'tie_weights': False, 'value_residual': True, 'logit_softcap': 3.0, 'n_head': 4, 'n_kv_head': 1,
-            'ngram': 3, 'ngram_rows': 512, 'bias': False},
+    'pointwise': {'attn_type': 'PA_silu', 'pa_norm': 'block_size', 'pos_emb': 'rope',
+                  'qk_norm': True},
+    'all': {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True,
+            'n_layer': 3, 'tie_weights': False, 'value_residual': True, 'logit_softcap': 3.0,
+            'n_head': 4, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 512, 'bias': False},
 }
 each_option = pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -67,7 +68,8 @@ def test_logits_loss_and_gradients_are_those_of_the_formulas(options):
     for checkpointing in (False, True):
         model.activation_checkpointing = checkpointing
         calls = []
-        hook = model.transformer.h[1].ln_1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        hook = model.transformer.h[1].ln_1.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1))
         found = torch.autograd.grad(model(idx, targets)[1], params.values())
         hook.remove()
         assert len(calls) == 1 + checkpointing
@@ -102,7 +104,7 @@ def test_generation_is_a_loop_over_whole_windows_also_past_block_size(options):
         for _ in range(14):
             expected = torch.cat((expected, model(expected[:, -12:])[0].argmax(dim=-1)), dim=1)
         assert torch.equal(model.generate(idx, 14, temperature=0), expected)
-    assert not torch.allclose(*(model(expected[:, -size:])[0] for size in (11, 12)))  # all of it matters
+    assert not torch.allclose(*(model(expected[:, -n:])[0] for n in (11, 12)))  # all of it matters
     torch.manual_seed(3)
     drawn = model.generate(idx.repeat(100, 1), 1, temperature=0.7, top_k=3)[:, -1]
     allowed = model(idx[:, -12:])[0][:, 0].topk(3).indices
@@ -159,7 +161,8 @@ def test_parts_of_gpt2_by_hand_make_the_model():
     assert torch.equal(model.lm_head(t.ln_f(mlps)), model(idx, idx)[0])
 
 
-@pytest.mark.parametrize('options', [OPTIONS['all'] | {'n_layer': 2}, {'attn_type': 'GK', 'n_layer': 1}])
+@pytest.mark.parametrize('options', [OPTIONS['all'] | {'n_layer': 2},
+                                     {'attn_type': 'GK', 'n_layer': 1}])
 def test_a_compiled_model_computes_the_same_in_one_piece_with_its_loss(options):
     model, idx = scrambled(tiny(**options)), tokens(2, 16)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -186,25 +189,28 @@ def test_rows_of_ngrams_are_those_that_checkpoints_were_trained_with():
     (1337, 0, 1, 5041976786429857533, '001000101001011000110100'),
     (1337, 1, 1, 12319777448205733320, '011110011100100001100000'),
     (-5, 0, 600000, 6303793931323254906, '101010000101111110111010')])
-def test_dropout_of_an_iteration_is_what_it_was_when_runs_began(seed, rank, iteration, initial, kept):
+def test_dropout_of_an_iteration_is_what_it_was_when_runs_began(
+        seed, rank, iteration, initial, kept):
     Runtime('cpu', 'float32', False, 'gloo', rank, 2).seed(seed, iteration)
     assert torch.initial_seed() == initial  # of which a CPU uses half
     mask = F.dropout(torch.ones(24), 0.5) > 0
     assert ''.join('01'[bit] for bit in mask.int().tolist()) == kept
 
 
-# ---------------------------------------------------------------------------- initial weights, dropout
+# ---------------------------------------------------------------------- initial weights, dropout
 
 @pytest.mark.parametrize('options, spread', [
     ({}, {'c_proj': 0.02 / math.sqrt(8), 'c_attn': 0.02, 'c_fc': 0.02, 'wte': 0.02, 'wpe': 0.02}),
     ({'tie_weights': False, 'ngram': 2}, {'lm_head': 0.02, 'wte': 0.02, 'wne': 0.02,
                                           'c_proj': 0.02 / math.sqrt(8)}),
-    ({'init': 'zero_proj'}, {'c_proj': 0.0, 'c_attn': 128 ** -0.5, 'c_fc': 128 ** -0.5, 'wte': 0.02}),
+    ({'init': 'zero_proj'}, {'c_proj': 0.0, 'c_attn': 128 ** -0.5, 'c_fc': 128 ** -0.5,
+                             'wte': 0.02}),
     ({'init': 'zero_proj', 'tie_weights': False, 'ngram': 2}, {
         'lm_head': 128 ** -0.5, 'c_proj': 0.0, 'wte': 0.02, 'wne': 0.02, 'wpe': 0.02}),
 ])
 def test_initial_weights_have_the_spread_of_the_table(options, spread):
-    options = {'n_layer': 4, 'n_embd': 128, 'n_head': 4, 'block_size': 128, 'value_residual': True} | options
+    options = {'n_layer': 4, 'n_embd': 128, 'n_head': 4, 'block_size': 128,
+               'value_residual': True} | options
     seen = set()
     for name, p in tiny(**options).named_parameters():
         layer, kind = name.split('.')[-2:]
@@ -257,7 +263,8 @@ def test_a_checkpoint_s_arguments_hold_what_differs_and_give_the_model_back(opti
 
 def test_sizes_that_are_not_given_follow_from_the_others():
     found = [(c.n_kv_head, c.head_size, c.n_inner) for c in (
-        GPTConfig(), GPTConfig(activation='swiglu'), GPTConfig(n_embd=100, n_head=5, activation='swiglu'),
+        GPTConfig(), GPTConfig(activation='swiglu'),
+        GPTConfig(n_embd=100, n_head=5, activation='swiglu'),
         GPTConfig(n_embd=100, n_head=5, head_size=7, n_kv_head=1, n_inner=9))]
     assert found == [(12, 64, 3072), (12, 64, 2048), (5, 20, 320), (1, 7, 9)]
 

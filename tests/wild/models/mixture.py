@@ -1,5 +1,6 @@
-"""An architecture of somebody's own: fading memories of the past instead of attention, a mixture of two MLPs,
-settings and a parameter that nobody else knows, other names, and an optimizer with buffers of its own."""
+"""An architecture of somebody's own: fading memories of the past instead of attention, a mixture of
+two MLPs, settings and a parameter that nobody else has, other names, and an optimizer with buffers
+of its own."""
 
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class GPTConfig:
 
 
 class SignMomentum(torch.optim.Optimizer):
-    """Moves each weight by a sign of its momentum; keeps that, the signs in 8 bits, and a number of steps."""
+    """Moves each weight by a sign of its momentum; keeps that, 8-bit signs, a number of steps."""
 
     def __init__(self, params, lr):
         super().__init__(params, {'lr': lr})
@@ -33,7 +34,8 @@ class SignMomentum(torch.optim.Optimizer):
             for p in group['params']:
                 s = self.state[p]
                 if not s:
-                    s |= {'slow': torch.zeros_like(p), 'signs': torch.zeros_like(p, dtype=torch.int8), 'n': 0}
+                    s |= {'slow': torch.zeros_like(p), 'n': 0,
+                          'signs': torch.zeros_like(p, dtype=torch.int8)}
                 s['slow'].mul_(0.9).add_(p.grad)
                 s['signs'].add_(s['slow'].sign().to(torch.int8)).clamp_(-9, 9)
                 s['n'] += 1
@@ -43,11 +45,13 @@ class SignMomentum(torch.optim.Optimizer):
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.fade = nn.Parameter(torch.linspace(-2, torch.logit(torch.tensor(c.slowest)).item(), c.n_embd))
+        slowest = torch.logit(torch.tensor(c.slowest)).item()
+        self.fade = nn.Parameter(torch.linspace(-2, slowest, c.n_embd))
         self.read = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
         self.gate = nn.Linear(c.n_embd, 1)
         self.small, self.wide = (nn.Sequential(
-            nn.Linear(c.n_embd, width), nn.Tanh(), nn.Linear(width, c.n_embd)) for width in (8, c.n_wide))
+            nn.Linear(c.n_embd, width), nn.Tanh(), nn.Linear(width, c.n_embd))
+            for width in (8, c.n_wide))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x):
@@ -87,8 +91,10 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         slow = [p for name, p in self.named_parameters() if 'fade' in name or 'temper' in name]
-        others = [p for name, p in self.named_parameters() if not ('fade' in name or 'temper' in name)]
-        return SignMomentum([{'params': others}, {'params': slow, 'lr': learning_rate / 10}], learning_rate)
+        others = [p for name, p in self.named_parameters()
+                  if not ('fade' in name or 'temper' in name)]
+        return SignMomentum([{'params': others}, {'params': slow, 'lr': learning_rate / 10}],
+                            learning_rate)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

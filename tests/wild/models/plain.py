@@ -1,4 +1,4 @@
-"""A GPT-2 with the interface of nanoGPT's model.py and nothing more: no cache, no loss to replace."""
+"""A GPT-2 with nanoGPT's interface and nothing more: no cache, no loss as an argument."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
                    for part in self.c_attn(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, None, self.dropout * self.training, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, None, self.dropout * self.training, True)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -50,7 +50,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(c.vocab_size, c.n_embd), 'wpe': nn.Embedding(c.block_size, c.n_embd),
+            'wte': nn.Embedding(c.vocab_size, c.n_embd),
+            'wpe': nn.Embedding(c.block_size, c.n_embd),
             'drop': nn.Dropout(c.dropout), 'h': nn.ModuleList(Block(c) for _ in range(c.n_layer)),
             'ln_f': nn.LayerNorm(c.n_embd, bias=c.bias)})
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
@@ -76,7 +77,8 @@ class GPT(nn.Module):
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
     def get_num_params(self, non_embedding=True):
-        return sum(p.numel() for p in self.parameters()) - non_embedding * self.transformer.wpe.weight.numel()
+        n = sum(p.numel() for p in self.parameters())
+        return n - non_embedding * self.transformer.wpe.weight.numel()
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         c = self.config
@@ -93,6 +95,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1] / temperature
             if top_k:
-                logits[logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:]] = -torch.inf
+                smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                logits[logits < smallest] = -torch.inf
             idx = torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
         return idx
