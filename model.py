@@ -184,14 +184,14 @@ class CausalSelfAttention(nn.Module):
             mask = alibi(positions_of(T, cache, q.device), n_keys, self.n_head).type_as(q)
         elif cache is not None:
             mask = cache.mask(T, n_keys, q.device)
+        is_causal = True if mask is None and T > 1 else False  # noqa: SIM210, SDPA rejects a SymBool
         is_grouped = self.n_kv_head < self.n_head  # Ainslie et al. 2023
         if is_grouped and T == 1:  # SDPA is faster with a group's queries as positions of one head
-            q = q.reshape(B, self.n_kv_head, -1, hs)  # (B, n_kv_head, nh / n_kv_head, hs)
+            is_grouped, q = False, q.reshape(B, self.n_kv_head, -1, hs)  # (B, n_kv_head, nh / n_kv_head, hs)
             if self.config.pos_emb == 'alibi':
                 mask = mask.view(self.n_kv_head, -1, n_keys)
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout).reshape(B, nh, 1, hs)
-        is_causal = True if mask is None and T > 1 else False  # noqa: SIM210, SDPA rejects a SymBool
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        return y.reshape(B, nh, T, hs)
 
 
 def angles(T, cache, device, config):
