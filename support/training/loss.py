@@ -56,8 +56,10 @@ class ChunkedLoss:
 
     def agrees(self):
         """Whether a few positions give the same loss and gradients in chunks as at once."""
+        devices = [p.device for p in self.model.parameters()]  # packed weights are of none
+        device = next(device for device in devices if device.type != 'meta')
         try:
-            return self.compare(*few_positions(self.model.config, self.model.lm_head.weight.device))
+            return self.compare(*few_positions(self.model.config, device))
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             return False  # a loss that needs more than x and targets, or a whole batch
 
