@@ -13,6 +13,7 @@ Training, evaluation and sampling all run these lines. Shapes are written with
 """
 
 import importlib
+import inspect
 import math
 import os
 from dataclasses import dataclass
@@ -462,10 +463,12 @@ class GPT(nn.Module):
         likeliest token, top_k draws from the k likeliest. Past block_size all positions change with each
         token, so the cache is of no use."""
         block_size = self.config.block_size
-        cache, new = KVCache(min(block_size, idx.shape[1] + max_new_tokens)), idx
+        cache, new = self.make_cache(min(block_size, idx.shape[1] + max_new_tokens)), idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > block_size:
-                cache, new = None, idx[:, -block_size:]
+                cache = None
+            if cache is None:
+                new = idx[:, -block_size:]
             logits = self(new, cache=cache)[0][:, -1]  # (B, V)
             if top_k is not None:
                 smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -476,6 +479,13 @@ class GPT(nn.Module):
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
             idx = torch.cat((idx, new), dim=1)
         return idx
+
+    def make_cache(self, n_positions):
+        """A KVCache; None if an attention was replaced by one that takes x alone."""
+        attentions = [block.attn for block in self.transformer.h]
+        if all('cache' in inspect.signature(attn.forward).parameters for attn in attentions):
+            return KVCache(n_positions)
+        return None
 
     def crop_block_size(self, block_size):
         """Drop the positions from block_size on, to train or run a model on shorter windows."""

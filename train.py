@@ -59,6 +59,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>
 sampler = 'random'  # random: windows from anywhere; epoch: each window once an epoch, shuffled
+pack = False  # conversations: as many in a training window as fit, not one
 gradient_accumulation_steps = 40  # micro-steps an iteration, over all processes
 batch_ramp_iters = 0  # iterations over which the micro-steps of a process rise from 1 to their number
 batch_size = 12  # sequences a micro-step
@@ -120,6 +121,7 @@ sequences = run.world_size * batch_size  # of a micro-step, over all processes
 start.share_names(config, run)  # the first process's: a name may have a time in it
 out_dir = config['out_dir']
 data = start.open_data(config)
+data['train'].pack = pack
 fingerprints = data.fingerprints()
 start.check_ranks(config, fingerprints, run)
 folder.claim(config, run)
@@ -131,6 +133,8 @@ if window < block_size:
 windows = scoring.Windows(window, batch_size, eval_iters)  # that an evaluation reads
 start.report_start(config, state, is_resumed, model.config)
 start.check_start(config, state, is_resumed, data, model.config)
+if data.template:
+    print0(f'padding: {data["train"].padding(window):.1%} of the training windows')
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:

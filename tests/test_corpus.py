@@ -163,7 +163,8 @@ def test_limit_reads_no_more_than_it_takes_and_tells_texts_apart(corpus, tmp_pat
     ('damaged.parquet', 'text', ['damaged.parquet', '--source=PATH']),
     ('empty.jsonl', 'text', ['empty.jsonl']), ('one.txt', 'text', ['1 documents', 'data/text/prepare.py']),
     ('table.csv', 'text', ['.parquet, .jsonl']), ('folder', 'text', ['.parquet, .jsonl']),
-    ('.', 'text', ['mixes .jsonl, .parquet, .txt']), ('nothing.jsonl', 'text', ['nothing.jsonl doesn\'t exist']),
+    ('.', 'text', ['mixes .jsonl, .parquet, .txt']),
+    ('nothing.jsonl', 'text', ['nothing.jsonl doesn\'t exist']),
     ('no_folder/', 'text', ['no_folder/ doesn\'t exist']), ('nobody/nothing', 'text', ['--source=PATH'])])
 def test_source_without_documents_is_refused_in_one_line(source, column, words, corpus):
     rows = ''.join(json.dumps({'text': t, 'id': i}) + '\n' for i, t in enumerate(DOCUMENTS[:5]))

@@ -142,7 +142,7 @@ def test_streamed_tokens_are_the_generated_ones_one_position_at_a_time():
     assert torch.equal(out, torch.cat((batch[:, :4].repeat_interleave(2, dim=0), *pieces), dim=1))
     assert torch.equal(generate(model, batch, 0), batch)
     endless = stream(model, batch, replace(sampling, max_new_tokens=10**12), **options)
-    assert torch.equal(torch.cat([next(endless) for _ in pieces]), torch.cat(pieces))  # at once, in little memory
+    assert torch.equal(torch.cat([next(endless) for _ in pieces]), torch.cat(pieces))  # at once
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 

@@ -25,9 +25,9 @@ from support.text.writing import write_dataset, write_tokens
 
 SPEECH = 'To be, or not to be, that is the question:\nWhether \'tis nobler in the mind\n' * 20
 # what tokenizers join and part: contractions, digits, runs of white space, several scripts, lone surrogates
-ODD = ('  When spring comes, it\'s 1995 – they\'ll say "so".\tTabs,  two  spaces,\r\nlines\n\n\n lone\rreturn\n'
-       '봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。 Когда придёт весна, 7 раз;\n \'ll x\'ve\u00a0\u3000x'
-       ' \x1c \x85 \u200b a\u0301e\u0301 123,456.7 🙂👩\u200d👩 𝔘𝔫𝔦 __init__(self): -> !=\'z\'] <b>&amp;</b>\n\n  \n')
+ODD = ('  When spring comes, it\'s 1995 – they\'ll say "so".\tTabs,  two  spaces,\r\nlines\n\n\n lone\rreturn\n'  # noqa: E501
+       '봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。 Когда придёт весна, 7 раз;\n \'ll x\'ve\u00a0\u3000x'  # noqa: E501
+       ' \x1c \x85 \u200b a\u0301e\u0301 123,456.7 🙂👩\u200d👩 𝔘𝔫𝔦 __init__(self): -> !=\'z\'] <b>&amp;</b>\n\n  \n')  # noqa: E501
 META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, 'a': 1, 'é': 2}}
 
 

@@ -10,9 +10,7 @@ B batch, T positions, V vocabulary, as in model.py.
 """
 
 import codecs
-import inspect
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +97,9 @@ def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_voc
     block_size = model.config.block_size
     rows = Rows(idx, sampling, n_samples, lengths, seeds, n_vocab)
     rows.reserve(min(rows.end, max(idx.shape[1], block_size) + 1))
-    cache = make_cache(model, min(block_size, rows.end)) if rows.first < block_size else None
+    cache = None
+    if rows.first < block_size and hasattr(model, 'make_cache'):
+        cache = model.make_cache(min(block_size, rows.end))
 
     def step():
         """One more position, from the cache."""
@@ -138,14 +138,6 @@ def for_sampling(model, run, n_rows):
                 child.to(DTYPES[run.dtype])
     if run.dtype == 'float32':
         keep_weights(model, n_rows)
-
-
-def make_cache(model, n_positions):
-    """A KVCache of the file that the model is from; None for a model whose forward pass takes
-    none."""
-    KVCache = getattr(sys.modules[type(model).__module__], 'KVCache', None)
-    takes_cache = 'cache' in inspect.signature(model.forward).parameters
-    return KVCache(n_positions) if KVCache and takes_cache else None
 
 
 def repeat_rows(cache, n):

@@ -18,6 +18,7 @@ Without tokenizer.json and meta.pkl the ids are GPT-2 BPE.
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,8 @@ def parse_info(path):
         if path.stat().st_size > 1 << 20:
             raise UserError('it has more than a megabyte')
         text = path.read_text(encoding='utf-8')
-        if text.count('{') + text.count('[') > 100:
+        outside_strings = re.sub(r'"(?:[^"\\]|\\.)*"', '', text)  # a chat template has many brackets
+        if outside_strings.count('{') + outside_strings.count('[') > 100:
             raise UserError('it is nested too deeply')  # thousands of levels crash Python's parser
         info = json.loads(text)
         counts, digests = info.get('tokens', {}), info.get('sha256', {})

@@ -51,8 +51,8 @@ class ChunkedLoss:
 
     def in_chunks(self, x, targets, rows):
         head = [p for p in self.model.lm_head.parameters() if p.requires_grad]
-        return MeanOfChunks.apply(self.model.loss, rows, targets.reshape(1, -1), x.reshape(1, -1, x.shape[-1]),
-                                  *head)
+        x, targets = x.reshape(1, -1, x.shape[-1]), targets.reshape(1, -1)
+        return MeanOfChunks.apply(self.model.loss, rows, targets, x, *head)
 
     def agrees(self):
         """Whether a few positions give the same loss and gradients in chunks as at once."""

@@ -163,14 +163,15 @@ def load_model(init_from, out_dir, run, weights='full'):
     """model, tokenizer, state: of the run in out_dir if init_from is 'resume', of the run's folder
     or the checkpoint that init_from names, or of a GPT-2 by its name or folder, whose State has no
     iteration. The model is on the run's device, in evaluation mode. weights: 'full', or 'int8' or
-    'int4', which read a checkpoint's tensors one after the other, and a GPT-2 as a whole."""
+    'int4', which read tensors one after the other."""
     if init_from == 'scratch':
         raise UserError('init_from=scratch is a model that was never trained: name a run with '
                         '--out_dir, a checkpoint, or gpt2')
     _, state = find_trained(init_from, out_dir)
     if state is None:
+        template = chat_template(init_from)  # a bad one is refused before the weights are read
         model, tokenizer = load_from_hub(init_from, weights)
-        state = State({}, model_args(model.config), chat=chat_template(init_from))
+        state = State({}, model_args(model.config), chat=template)
     elif weights != 'full':
         config = checked_config(state, {'dropout': 0.0})
         model = build_quantized(config, tensors_in_turn(state), weights)

@@ -54,6 +54,19 @@ def check_settings(config, run):
         raise UserError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} '
                         'counts over all processes and must be a multiple of their number, '
                         f'{run.world_size}')
+    warn_of_rates(config)
+
+
+def warn_of_rates(config):
+    """Print a line for a learning rate that will not do what its settings seem to say."""
+    decays = config['decay_lr'] and config['lr_schedule'] != 'constant'
+    if decays and config['learning_rate'] < config['min_lr']:
+        print0(f'warning: learning_rate={config["learning_rate"]} is below min_lr={config["min_lr"]}: the '
+               'rate rises after the warm-up')
+    if config['decay_lr'] and 0 < config['max_iters'] < config['warmup_iters']:
+        print0(f'warning: warmup_iters={config["warmup_iters"]} is longer than the run, '
+               f'max_iters={config["max_iters"]}: learning_rate is never reached')
+
 
 
 def range_in_words(least, end):
