@@ -133,8 +133,8 @@ if window < block_size:
 windows = scoring.Windows(window, batch_size, eval_iters)  # that an evaluation reads
 start.report_start(config, state, is_resumed, model.config)
 start.check_start(config, state, is_resumed, data, model.config)
-if data.template:
-    print0(f'padding: {data["train"].padding(window):.1%} of the training windows')
+if padding := data['train'].padding(window):
+    print0(f'padding: {padding:.1%} of the training windows')
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
 if window < model.config.block_size:
@@ -271,8 +271,7 @@ def evaluate_and_save(lr):
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating:
             data.check_unchanged()
-            if run.broadcast(folder.check_folder(out_dir)):
-                log.lines.reopen()
+            if run.broadcast(folder.check_folder(out_dir)):  # it had to be made again
                 saving = iter_num > first_iter
             vitals = evaluate(seconds, lr)
         if saving and save_state('latest.pt', keep='previous.pt'):
@@ -428,11 +427,11 @@ guard.stop_if_not_finite(iter_num, last_state())
 stopped = iter_num <= max_iters
 if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state('latest.pt', 'previous.pt'):
     raise OSError(f'the state of iteration {iter_num} is lost. {last_state()}')
+log.close(patience=meter.seconds / 100)
 if stopped:
     print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto')
 elif os.path.isfile(os.path.join(out_dir, 'ckpt.pt')):
     print0(f'to read what it writes: python sample.py --out_dir={out_dir}')
-log.close(patience=meter.seconds / 100)
 print0(log.summary({'iterations': iter_num, 'seconds': meter.seconds, 'tokens': meter.tokens,
                     'peak_memory_bytes': hardware.peak_memory(run.device)}))
 folder.release(out_dir)

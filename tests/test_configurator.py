@@ -372,7 +372,7 @@ def test_help_wins_over_mistakes_and_shows_the_values_of_the_other_arguments(run
     out = run_script('sample.py', config, 'no_such_config', '--help', '--no_such_key=1',
                      '--top_k=7').stdout
     assert 'num_samples=3 ' in out and 'temperature=0.5' in out and '  top_k=7 ' in out
-    assert "start='\\n'" in out and 'the prompt, or FILE:path' in out and 'Overriding' not in out
+    assert "start='\\n'" in out and 'FILE:path' in out and 'Overriding' not in out
 
 
 @pytest.mark.parametrize('place', ['command line', 'config'])

@@ -183,7 +183,7 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
 
 
 @pytest.mark.parametrize('args, reason', [
-    ('--task=lambda', 'task=lambda is not one of loss, int8, lambada, hellaswag, lm_eval:NAME, or --text'),
+    ('--task=lambda', 'not one of loss, int8, int4, lambada, hellaswag, lm_eval:NAME, or --text'),
     ('--task=text', 'or --text=FILE'), ('--text=gone.txt', 'gone.txt is missing'),
     ('--text={empty}', 'there is no text to score'),
     ('--task=lambada --source=gone.jsonl', 'gone.jsonl is missing'),
@@ -193,8 +193,8 @@ def test_several_tasks_make_one_table(run_here, char_run, tmp_path):
     ('--task=lambada --source={passages}', "not in this model's vocabulary: 'T'"),
     ('--task=lambada --source={long}', 'block_size=32 is too short for an answer of 41 tokens'),
     ('--source={passages}', 'is for task=lambada or hellaswag, not loss'),
-    ('--text={passages} --split=train', 'split=train is for task=loss or int8, not text'),
-    ('--task=lambada --data_dir={other}', 'is for task=loss or int8, not lambada'),
+    ('--text={passages} --split=train', 'split=train is for task=loss or int8 or int4, not text'),
+    ('--task=lambada --data_dir={other}', 'is for task=loss or int8 or int4, not lambada'),
     ('--data_dir={other}', 'was prepared with another tokenizer'),
     ('--data_dir=/not/there', '/not/there/val.bin is missing'), ('--dataset=none', 'val.bin is missing'),
     ('--split=test', 'split=test is not one of train, val'),

@@ -257,8 +257,8 @@ def test_run_on_a_terminal_keeps_its_evaluations_and_its_last_line(train, termin
         print0('iter 9', live=True)
         keep_line()
     shown = [line[:6] for line in screen.shows()]
-    assert shown[shown.index('step 0'):][:7] == [
-        'step 0', 'step 3', 'saving', 'step 6', 'saving', 'iter 6', 'best_v']
+    assert shown[shown.index('step 0'):][:8] == [
+        'step 0', 'step 3', 'saving', 'step 6', 'saving', 'iter 6', 'to rea', 'best_v']
     assert shown[-2:] == ['iter 9', ''] and '\x1b[1m' in screen.getvalue()
 
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, evaluations
+from conftest import TINY, evaluations, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -254,6 +255,15 @@ def test_run_evaluates_the_answers_and_resumes_as_if_uninterrupted(folder, train
     spoil(folder, np.flatnonzero(np.fromfile(folder / 'train.mask', np.uint8) == TARGET)[0], READ)
     with pytest.raises(UserError, match='is not the data that .* was trained on'):
         train(*args, '--max_iters=9', '--init_from=resume', data_dir=folder)
+
+
+def test_packing_is_asked_for_and_changes_what_a_window_holds(folder, train, tmp_path):
+    logs = [train(*ANSWERS, '--sampler=epoch', f'--pack={pack}', data_dir=folder,
+                  out_dir=tmp_path / str(pack))['log']
+            for pack in (False, True)]
+    shares = [float(re.search(r'padding: ([\d.]+)%', log)[1]) for log in logs]
+    assert shares[1] < shares[0] and losses(logs[0]) != losses(logs[1])
+    assert evaluations(logs[0])[0] == evaluations(logs[1])[0]
 
 
 # ---------------------------------------------------------------------------- files

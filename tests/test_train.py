@@ -275,6 +275,7 @@ SHOWN_ELSEWHERE = {  # settings, the test that shows what they change
     'dry_run': 'test_dry_run_measures_some_iterations_and_writes_nothing',
     'dataset': 'test_run_without_settings_names_small_data_first',
     'wandb_log wandb_project wandb_run_name': 'test_wandb_gets_each_line_once_and_a_resumed_run_goes_on',
+    'pack': 'test_packing_is_asked_for_and_changes_what_a_window_holds',
     'plot': 'test_run_draws_its_log_beside_itself',
     'parallel backend': 'test_two_processes_compute_what_one_does',
     'dist_timeout': 'test_hung_process_ends_the_job',

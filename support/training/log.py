@@ -251,12 +251,6 @@ class JsonLines:
                 print0(f'{self.file.name} could not be written ({error.strerror}): its lines wait in memory')
             self.failed = True
 
-    def reopen(self):
-        """Write to a new file, after the folder was removed."""
-        if self.file is not None:
-            self.file.close()
-            self.file = open(self.file.name, 'ab', buffering=0)  # noqa: SIM115, open till the end
-
     def entries(self, word):
         """The entries of the lines that have a word in them."""
         if self.file is None or not Path(self.file.name).is_file():

@@ -12,10 +12,10 @@ from dataclasses import MISSING, fields, replace
 import torch
 
 from model import GPT, GPTConfig
-from support.errors import OutOfMemory, UserError
+from support.errors import OutOfMemory, UserError, amount_asked
 from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
-from support.machine.files import explain_failure, reason_of
+from support.machine.files import explain_failure
 from support.machine.linear import use_cpu_linears
 from support.sampling.quantize import build_quantized
 from support.text.dataset import Dataset, find_dataset
@@ -90,7 +90,7 @@ def make_model(config):
     except (RuntimeError, TypeError, MemoryError) as error:
         text = str(error).lower()
         if isinstance(error, MemoryError) or 'allocate memory' in text or 'overflow' in text:
-            raise OutOfMemory(f'this model does not fit into memory ({reason_of(error)}): use a '
+            raise OutOfMemory(f'out of memory{amount_asked(error)}: this model does not fit, use a '
                               'smaller n_embd, n_layer or vocabulary') from None
         raise
 
