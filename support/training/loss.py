@@ -110,7 +110,8 @@ class MeanOfChunks(torch.autograd.Function):
                 mean = loss(part, wanted)[1]
             total += mean.detach() * n
             if with_grad:
-                found = torch.autograd.grad(mean, [part, *params], n.to(mean.dtype))
+                # as a factor: for grad_outputs PyTorch would import sympy, which takes a quarter of a second
+                found = torch.autograd.grad(mean * n.to(mean.dtype), [part, *params])
                 grads[0][:, i:i + rows] = found[0]
                 for grad, more in zip(grads[1:], found[1:]):
                     grad += more
