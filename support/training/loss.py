@@ -107,15 +107,15 @@ class MeanOfChunks(torch.autograd.Function):
             n = (wanted != -1).sum()
             wanted = torch.where(n > 0, wanted, 0)  # a mean over no targets isn't a number
             with torch.set_grad_enabled(with_grad):
-                mean = loss(part, wanted)[1]
-            total += mean.detach() * n
+                part_sum = loss(part, wanted)[1] * n
+            total += part_sum.detach()
             if with_grad:
-                # as a factor: for grad_outputs PyTorch would import sympy, which takes a quarter of a second
-                found = torch.autograd.grad(mean * n.to(mean.dtype), [part, *params])
+                # no grad_outputs, for which PyTorch would import sympy: a quarter of a second
+                found = torch.autograd.grad(part_sum, [part, *params])
                 grads[0][:, i:i + rows] = found[0]
                 for grad, more in zip(grads[1:], found[1:]):
                     grad += more
-            del mean  # and with it the logits, before the next chunk
+            del part_sum  # and with it the logits, before the next chunk
         ctx.save_for_backward(count, *grads)
         return total / count
 
