@@ -16,7 +16,6 @@ import importlib
 import inspect
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -181,10 +180,6 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.weigh is not None:
             return self.weigh(q, k, v, dropout)
-        # a CPU's backward pass through attention is up to three times slower in bfloat16
-        is_slow = q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
-        if is_slow:
-            q, k, v = q.float(), k.float(), v.float()
         mask = None  # each query sees the keys up to its own position
         if self.config.pos_emb == 'alibi':
             mask = alibi(positions_of(T, cache, q.device), n_keys, self.n_head).type_as(q)
@@ -196,8 +191,7 @@ class CausalSelfAttention(nn.Module):
             is_grouped, q = False, q.reshape(B, self.n_kv_head, -1, hs)  # (B, n_kv_head, nh / n_kv_head, hs)
             if self.config.pos_emb == 'alibi':
                 mask = mask.view(self.n_kv_head, -1, n_keys)
-        with torch.autocast('cpu', enabled=False) if is_slow else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
         return y.reshape(B, nh, T, hs)
 
 
