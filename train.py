@@ -33,7 +33,7 @@ from support.text.windows import BatchRamp, prefetch
 from support.training import diagnostics, folder, fsdp, lora, models, optim, plan, start
 from support.training.log import Meter, RunLog, sample_text
 from support.training.loss import lean_loss
-from support.training.state import State
+from support.training.state import State, kept_name
 
 # ---------------------------------------------------------------------------- settings
 
@@ -277,7 +277,7 @@ def evaluate_and_save(lr):
         if saving and save_state('latest.pt', keep='previous.pt'):
             saved_iter = iter_num
         if keeping:
-            save_state(f'ckpt_{iter_num}.pt', with_optimizer=ckpt_with_optimizer)
+            save_state(kept_name(iter_num), with_optimizer=ckpt_with_optimizer)
         if sampling and is_measuring:
             with stop.alone(is_alone):
                 log.sample(iter_num, sample_text(model, data.tokenizer, probe[0, :1].tolist(), run,

@@ -19,32 +19,31 @@ class Gpu(NamedTuple):
     memory: float  # bytes
     near: float  # bytes/s, one way, to GPUs of the same node: NVLink, Infinity Fabric or PCIe
     far: float  # bytes/s to GPUs of other nodes
-    host: float  # bytes/s, one way, to the machine's memory
 
 
 # From the vendors' data sheets. `far` is the network that such machines usually have: 200 to 400
 # Gbit/s a GPU in training clusters, 100 in servers with PCIe cards, 25 elsewhere.
 GPUS = {  # by words of the device's name
-    'A100': Gpu(312e12, 80e9, 300e9, 25e9, 32e9),  # SXM; there is one of 40 GB too
-    'H100': Gpu(989e12, 80e9, 450e9, 50e9, 64e9),  # SXM
-    'H100 PCIe': Gpu(756e12, 80e9, 64e9, 25e9, 64e9),
-    'H100 NVL': Gpu(835e12, 94e9, 64e9, 25e9, 64e9),  # its NVLink joins two GPUs only
-    'H200': Gpu(989e12, 141e9, 450e9, 50e9, 64e9),
-    'GH200': Gpu(989e12, 96e9, 450e9, 50e9, 450e9),  # there is one of 144 GB too
-    'B200': Gpu(2250e12, 180e9, 900e9, 50e9, 64e9),
-    'V100': Gpu(125e12, 32e9, 150e9, 12.5e9, 16e9),  # SXM2; there is one of 16 GB too
-    'A30': Gpu(165e12, 24e9, 32e9, 12.5e9, 32e9),
-    'A40': Gpu(150e12, 48e9, 32e9, 12.5e9, 32e9),
-    'A10': Gpu(125e12, 24e9, 32e9, 12.5e9, 32e9),
-    'L40S': Gpu(362e12, 48e9, 32e9, 12.5e9, 32e9),
-    'L40': Gpu(181e12, 48e9, 32e9, 12.5e9, 32e9),
-    'L4': Gpu(121e12, 24e9, 32e9, 12.5e9, 32e9),
-    'T4': Gpu(65e12, 16e9, 16e9, 3e9, 16e9),
-    'RTX 5090': Gpu(210e12, 32e9, 64e9, 3e9, 64e9),
-    'RTX 4090': Gpu(165e12, 24e9, 32e9, 3e9, 32e9),
-    'RTX 3090': Gpu(71e12, 24e9, 32e9, 3e9, 32e9),
-    'MI300X': Gpu(1307e12, 192e9, 448e9, 50e9, 64e9),
-    'MI250X': Gpu(191.5e12, 64e9, 50e9, 25e9, 32e9),  # of one die; each of its two is a device
+    'A100': Gpu(312e12, 80e9, 300e9, 25e9),  # SXM; there is one of 40 GB too
+    'H100': Gpu(989e12, 80e9, 450e9, 50e9),  # SXM
+    'H100 PCIe': Gpu(756e12, 80e9, 64e9, 25e9),
+    'H100 NVL': Gpu(835e12, 94e9, 64e9, 25e9),  # its NVLink joins two GPUs only
+    'H200': Gpu(989e12, 141e9, 450e9, 50e9),
+    'GH200': Gpu(989e12, 96e9, 450e9, 50e9),  # there is one of 144 GB too
+    'B200': Gpu(2250e12, 180e9, 900e9, 50e9),
+    'V100': Gpu(125e12, 32e9, 150e9, 12.5e9),  # SXM2; there is one of 16 GB too
+    'A30': Gpu(165e12, 24e9, 32e9, 12.5e9),
+    'A40': Gpu(150e12, 48e9, 32e9, 12.5e9),
+    'A10': Gpu(125e12, 24e9, 32e9, 12.5e9),
+    'L40S': Gpu(362e12, 48e9, 32e9, 12.5e9),
+    'L40': Gpu(181e12, 48e9, 32e9, 12.5e9),
+    'L4': Gpu(121e12, 24e9, 32e9, 12.5e9),
+    'T4': Gpu(65e12, 16e9, 16e9, 3e9),
+    'RTX 5090': Gpu(210e12, 32e9, 64e9, 3e9),
+    'RTX 4090': Gpu(165e12, 24e9, 32e9, 3e9),
+    'RTX 3090': Gpu(71e12, 24e9, 32e9, 3e9),
+    'MI300X': Gpu(1307e12, 192e9, 448e9, 50e9),
+    'MI250X': Gpu(191.5e12, 64e9, 50e9, 25e9),  # of one die; each of its two is a device
 }
 
 
@@ -101,7 +100,7 @@ class Peak:
     def percent(self, flops):
         """The share that `flops` a second are, in percent."""
         self.flops = max(self.flops, flops)
-        return 100 * flops / self.flops
+        return 100 * (flops / self.flops)  # so half of the peak is exactly 50
 
 
 def synchronize(device_type):

@@ -131,15 +131,15 @@ class BPETokenizer:
         say_of_end(self, text)
         if self.quick:
             with contextlib.suppress(ValueError):  # a million blanks exceed its stack
-                ids = self.quick.encode_to_numpy(mended(text), disallowed_special=())
+                ids = self.quick.encode_to_numpy(replace_surrogates(text), disallowed_special=())
                 return ids.astype(np.uint32)
         ids = self.encode_with(self.of_documents, text)
-        self.check_kept(mended(text), ids)
+        self.check_kept(replace_surrogates(text), ids)
         return ids
 
     def encode_with(self, library, text):
         parts, batch = [np.empty(0, np.uint32)], []
-        for piece in cut_text(library, mended(text)):
+        for piece in cut_text(library, replace_surrogates(text)):
             batch.append(piece)
             if len(batch) == 64:
                 parts, batch = parts + ids_of(library, batch), []
@@ -284,13 +284,13 @@ def bytes_of(name):
 
 def parted(text, names):
     """A text with NO_TEXT inside each of the names, so that they aren't found."""
-    text = mended(text).replace(NO_TEXT, '')
+    text = replace_surrogates(text).replace(NO_TEXT, '')
     for name in names:
         text = text.replace(name, name[0] + NO_TEXT + name[1:])
     return text
 
 
-def mended(text):
+def replace_surrogates(text):
     """A text with a replacement character for each half of a surrogate pair, which no UTF-8 has."""
     try:
         text.encode()

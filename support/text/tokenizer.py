@@ -241,11 +241,11 @@ def is_same_tokenizer(a, b):
     """Whether two tokenizers give the same ids, from what `to_dict` gives. Programs write the same
     tokenizer.json in several ways."""
     if a.get('kind') == b.get('kind') == 'bpe':
-        return essence(a['json']) == essence(b['json'])
+        return what_ids_depend_on(a['json']) == what_ids_depend_on(b['json'])
     return {k: v for k, v in a.items() if k != 'reason'} == {k: v for k, v in b.items() if k != 'reason'}
 
 
-def essence(text):
+def what_ids_depend_on(text):
     """What a tokenizer.json's ids depend on."""
     content = json.loads(text)
     merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m)
