@@ -1,6 +1,7 @@
 """The model card of an export: a README.md that says what the model is and how it came about."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def prompt_and_token(tokenizer):
     if not isinstance(tokenizer, CharTokenizer):
         return '\n', f'the {tokenizer.n_vocab:,} entries of its tokenizer.json'
     first = '\n' if '\n' in tokenizer.stoi else next(iter(tokenizer.stoi))
-    return first, f'{len(tokenizer.stoi):,} {"words" if tokenizer.has_words else "characters"}'
+    entries = 'words' if tokenizer.has_words else 'characters'
+    return first, f'{len(tokenizer.stoi):,} {entries}'
 
 
 def model_card(name, state, kind, n_parameters, tokenizer, log):
@@ -116,8 +118,8 @@ def model_card(name, state, kind, n_parameters, tokenizer, log):
     """
     logged, prompt, token = losses_at(state.iter_num, log), *prompt_and_token(tokenizer)
     losses = {'training': logged.get('train_loss'), 'validation': logged.get('val_loss'),
-              'best validation so far': state.best_val_loss}
-    losses = {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float)}
+              'best validation so far': state.best_val_loss}  # infinite if not evaluated
+    losses = {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float) and math.isfinite(v)}
     settings = {k: public(state.config[k]) for k in SHOWN if k in state.config}
     base = settings.get('init_from', '')
     return CARD.format(

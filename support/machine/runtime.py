@@ -261,15 +261,18 @@ def end_at_once():
 
 
 def end_with_error(hook, rank, timeout):
-    """An excepthook for one of several processes: says what a failed collective means, shows the
-    error, and exits without Python's clean-up, which would wait for the others."""
+    """An excepthook for one of several processes. It shows a failed collective as one line: the
+    process that failed first shows why. It exits without Python's clean-up, which would wait for
+    the others."""
     def show(kind, error, trace):
         with suppress(OSError, ValueError):  # standard error may be gone too
             others_failed = r'timed? ?out|connection (closed|reset)|broken pipe|watchdog'
-            if re.search(others_failed, str(error), re.I):
+            if isinstance(error, RuntimeError) and re.search(others_failed, str(error), re.I):
+                reason = str(error).strip().partition('\n')[0][:200]
                 print(f'rank {rank}: another process has died, or has not answered for '
-                      f'{timeout:g} s (dist_timeout)', file=sys.stderr)
-            hook(kind, error, trace)
+                      f'{timeout:g} s (dist_timeout): {reason}', file=sys.stderr)
+            else:
+                hook(kind, error, trace)
         flush()
         os._exit(1)
     return show

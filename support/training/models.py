@@ -247,7 +247,10 @@ def load_optimizer(optimizer, saved):
                 state[to] = {name: own_copy(value, p) for name, value in buffers.items()}
         state = {number: buffers for number, buffers in state.items() if buffers}
         optimizer.load_state_dict({'state': state, 'param_groups': groups})
-        restore_types(optimizer, groups, state)
+        numbers = [number for group in groups for number in group['params']]
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        for p, number in zip(params, numbers, strict=True):
+            restore_types(optimizer.state[p], state.get(number, {}))
 
 
 def match_groups(own, saved):
@@ -291,15 +294,12 @@ def own_copy(value, param):
     return part_of(value, param) if value.shape == param.shape else value.clone()
 
 
-def restore_types(optimizer, groups, state):
-    """Give buffers their own types again: PyTorch's load_state_dict turns all of them into the
-    parameter's."""
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        for p, number in zip(group['params'], own['params'], strict=True):
-            for name, value in state.get(number, {}).items():
-                loaded = optimizer.state[p].get(name)
-                if isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
-                    optimizer.state[p][name] = value.to(loaded.device)
+def restore_types(loaded, buffers):
+    """Give a parameter's buffers their own types again: PyTorch's load_state_dict turns all of them
+    into the parameter's."""
+    for name, value in buffers.items():
+        if isinstance(value, torch.Tensor) and loaded[name].dtype != value.dtype:
+            loaded[name] = value.to(loaded[name].device)
 
 
 def part_of(saved, like):

@@ -68,7 +68,6 @@ def warn_of_rates(config):
                f'max_iters={config["max_iters"]}: learning_rate is never reached')
 
 
-
 def range_in_words(least, end):
     if end == math.inf:
         return f'at least {least} and finite'
