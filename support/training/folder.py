@@ -15,7 +15,7 @@ from pathlib import Path
 from support.errors import UserError
 from support.machine.console import print0
 from support.machine.files import holds, is_held, lock, lock_again, reason_of, unlock
-from support.training.state import RESUMABLE, earlier_runs, is_file, kept_states
+from support.training.state import RESUMABLE, earlier_runs, is_file, kept_states, names_file
 
 LOCK = 'run.lock'  # names the process that is at work
 MOVING = 'earlier.moving'  # exists within move_earlier_run
@@ -40,9 +40,9 @@ def claim(config, run):
     if not out_dir:
         raise UserError('out_dir is empty: name a folder, such as --out_dir=out')
     try:
-        if is_file(out_dir):
-            raise UserError(f'out_dir={out_dir} is a file: name a folder; --init_from={out_dir} '
-                            'starts a new run from this checkpoint')
+        if names_file(out_dir):
+            raise UserError(f'out_dir={out_dir} is a checkpoint: name a folder; '
+                            f'--init_from={out_dir} starts a new run from this checkpoint')
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         holder = lock(Path(out_dir, LOCK))
         if holder:

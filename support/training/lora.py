@@ -2,6 +2,7 @@
 Low-rank adapters (Hu et al. 2021, "LoRA"): fine-tuning in little memory, since few weights are trained.
 
     add_adapters(model, rank=8, alpha=16)     # before the optimizer is made; print(model) shows LoRALinear
+    shrink_frozen(model, torch.bfloat16)      # after a state was loaded
     weights = merged_state_dict(model)        # of a plain model that computes the same
 
 A linear layer W x + b of a block becomes W x + b + (alpha / rank) B A x. Only A, (rank, inputs), and B,
@@ -49,6 +50,16 @@ def add_adapters(model, rank, alpha):
         layer.adapt(rank, alpha, like=first.setdefault(layer.weight, layer))
 
 
+@torch.no_grad()
+def shrink_frozen(model, dtype):
+    """Keep a frozen weight in the type of the products, to which autocast would convert it, if no
+    digit is lost: those of a file in bfloat16."""
+    for layer in adapted_layers(model).values():
+        small = layer.weight.to(dtype)
+        if torch.equal(small.float(), layer.weight):
+            layer.weight.data = small
+
+
 def adapted_layers(model):
     """{name: layer} of those with an adapter; a layer of two names has both."""
     return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)}
@@ -61,7 +72,7 @@ def merged_state_dict(model):
     weights = model.state_dict()
     for name, layer in adapted_layers(model).items():
         update = layer.lora_scale * layer.lora_B @ layer.lora_A
-        weights[f'{name}.weight'] = (layer.weight + update).cpu()
+        weights[f'{name}.weight'] = (layer.weight.float() + update).cpu()
         del weights[f'{name}.lora_A'], weights[f'{name}.lora_B']
     return weights
 

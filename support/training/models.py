@@ -16,6 +16,7 @@ from support.errors import OutOfMemory, UserError, amount_asked
 from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
 from support.machine.files import explain_failure
+from support.machine.hardware import DTYPES
 from support.machine.linear import use_cpu_linears
 from support.sampling.quantize import build_quantized
 from support.text.dataset import Dataset, find_dataset
@@ -170,7 +171,7 @@ def load_model(init_from, out_dir, run, weights='full'):
     _, state = find_trained(init_from, out_dir)
     if state is None:
         template = chat_template(init_from)  # a bad one is refused before the weights are read
-        model, tokenizer = load_from_hub(init_from, weights)
+        model, tokenizer = load_from_hub(init_from, weights, DTYPES[run.dtype])
         state = State({}, model_args(model.config), chat=template)
     elif weights != 'full':
         config = checked_config(state, {'dropout': 0.0})
@@ -182,11 +183,12 @@ def load_model(init_from, out_dir, run, weights='full'):
     return model.eval().to(run.device), tokenizer, state
 
 
-def load_from_hub(init_from, weights):
-    """model, tokenizer of a GPT-2's name or a folder."""
+def load_from_hub(init_from, weights, dtype):
+    """model, tokenizer of a name of the hub or a folder. dtype: of the products, in which linear
+    layers' weights are kept."""
     tokenizer = folder_tokenizer(init_from)
     if weights == 'full':
-        return load_pretrained(init_from, {'dropout': 0.0}), tokenizer
+        return load_pretrained(init_from, {'dropout': 0.0}, dtype), tokenizer
     args, named = read_pretrained(init_from)
     config = make_config(args | {'dropout': 0.0})
     return build_quantized(config, named.items(), weights), tokenizer
