@@ -24,7 +24,7 @@ from support.errors import UserError
 from support.machine.files import replacing
 from support.text.bpe import END, BPETokenizer, train_bpe
 from support.text.documents import SPLIT_NAMES, has_own_splits, load_documents, report_files_of
-from support.text.prepare import SAMPLE, check_fraction, resolve_tokenizer
+from support.text.prepare import PROBE, SAMPLE, check_fraction, resolve_tokenizer, sample_size
 from support.text.stream import Encoded, dtype_for, n_cores
 from support.text.writing import write_dataset, write_tokens
 
@@ -82,16 +82,23 @@ def trained_tokenizer(parts, documents, text_column, vocab_size):
     interrupted run left it."""
     path, n = parts / 'tokenizer.json', len(documents)
     if not path.is_file():
-        some = documents.select(np.linspace(0, n - 1, min(n, PART), dtype=np.int64))
-        mean = sum(map(len, some[text_column])) / len(some)
-        count = max(1, min(n, int(SAMPLE / max(1, mean))))
+        some = spread_documents(documents, min(n, PART))
+        mean = max(1, sum(map(len, texts_of(some, text_column))) / len(some))
+        probe = (text[:PROBE // len(some)] for text in texts_of(some, text_column))
+        count = max(1, min(n, int(sample_size(probe, n * mean) / mean)))
         print(f'the tokenizer is trained on {count:,} of {n:,} documents')
-        some = documents.select(np.linspace(0, n - 1, count, dtype=np.int64))
-        texts = (text for batch in some.iter(AT_A_TIME) for text in batch[text_column])
-        trained = train_bpe(texts, vocab_size)
+        trained = train_bpe(texts_of(spread_documents(documents, count), text_column), vocab_size)
         with replacing(path) as temporary:
             temporary.write_bytes(trained.json.encode())
     return BPETokenizer(path.read_text(encoding='utf-8'))
+
+
+def spread_documents(documents, count):
+    return documents.select(np.linspace(0, len(documents) - 1, count, dtype=np.int64))
+
+
+def texts_of(documents, text_column):
+    return (text for batch in documents.iter(AT_A_TIME) for text in batch[text_column])
 
 
 def encode_documents(documents, coder, folder, name, n_threads):

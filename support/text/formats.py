@@ -26,8 +26,8 @@ LINES, TABLES = ('.jsonl', '.ndjson', '.json'), ('.csv', '.tsv')
 ROWS = (*LINES, *TABLES, '.parquet')  # with rows, of which text_column names the text
 EXPORT_FIRST = ('.pdf', '.docx', '.doc', '.odt', '.rtf', '.epub')
 MARKS = {codecs.BOM_UTF8: 'utf-8',
-         codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',  # they begin with:
-         codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
+         codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',  # these begin as
+         codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}  # these
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)  # of what can't be read
 
 
@@ -198,8 +198,7 @@ def rows_of_csv(pieces, path, column, leave_out):
             n_good += 1
             yield clean(text)
         elif row:
-            leave_out(f'{path}, line {table.line_num + 1}',
-                          f'without text in column {column}')
+            leave_out(f'{path}, line {table.line_num + 1}', f'without text in column {column}')
     check_column(n_good, names, path, column)
 
 
@@ -217,8 +216,8 @@ def rows_of_parquet(raw, path, column, leave_out):
             check_column(0, names, path, column)
         kind = table.schema_arrow.field(column).type
         if 'string' not in str(kind):
-            raise UserError(f'{path} has {kind} in column {column}, not text: name '
-                            'another with --text_column')
+            raise UserError(f'{path} has {kind} in column {column}, not text: name another with '
+                            '--text_column')
         batches = table.iter_batches(64, columns=[column], use_threads=False)
         texts, n_good = (text for batch in batches for text in batch.column(0).to_pylist()), 0
         for number, text in enumerate(texts, 1):

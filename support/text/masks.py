@@ -88,7 +88,8 @@ class Conversations(Split):
 
     def places(self, starts, block_size):
         pieces, is_one = self.numbers_of_pieces(starts, block_size)
-        starts, lengths = starts.reshape(is_one.shape), self.pieces(block_size).lengths[pieces] * is_one
+        starts = starts.reshape(is_one.shape)
+        lengths = self.pieces(block_size).lengths[pieces] * is_one
         begins = np.cumsum(lengths, axis=1) - lengths  # in the window
         at = np.full((len(starts), block_size + 1), len(self))  # past the end: no target
         rows = np.nonzero(is_one)[0]

@@ -60,17 +60,22 @@ def best_fit(counts, room):
         if times:
             windows[left].append((pattern, times))
 
+    def take(length, n):
+        """Windows with the least room that an item of this length fits into, else n new ones."""
+        at = bisect.bisect_left(spaces, length)
+        if at == len(spaces):
+            return (), n, room
+        left = spaces[at]
+        pattern, times = windows[left].pop()
+        if not windows[left]:
+            del windows[left], spaces[at]
+        return pattern, times, left
+
     for length in range(room, 0, -1):
         n = int(counts[length])
         while n:
-            at = bisect.bisect_left(spaces, length)
-            pattern, times, left = (), n, room
-            if at < len(spaces):
-                left = spaces[at]
-                pattern, times = windows[left].pop()
-                if not windows[left]:
-                    del windows[left], spaces[at]
-            each = min(left // length, n)  # the fullest window is filled first
+            pattern, times, left = take(length, n)
+            each = min(left // length, n)  # a window is filled before the next
             used = min(times, n // each)
             if pattern:
                 put(pattern, times - used, left)

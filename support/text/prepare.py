@@ -8,6 +8,7 @@ memory it takes doesn't grow with the text.
 """
 
 import contextlib
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -59,22 +60,24 @@ def resolve_tokenizer(name, vocab_size, known):
 
 def train_on(text, n, vocab_size):
     """A BPETokenizer of the first n characters of a text, or of a sample spread over them."""
-    at_most = sample_size(text, n)
+    at_most = sample_size(spread(text, n, PROBE), n)
     if n > at_most:
         print(f'the tokenizer is trained on {at_most:,} characters, {at_most / n:.1%} of the '
               'training part, spread over it')
     return train_bpe(resized(spread(text, n, at_most), BLOCK), vocab_size)
 
 
-def sample_size(text, n):
-    """How many of n characters a tokenizer can be trained on within a gigabyte. What takes
-    memory are the different words; how fast they grow in number is estimated by those that occur
-    once (Good 1953)."""
+def sample_size(probe, n):
+    """How many of n characters a tokenizer can be trained on within a gigabyte. probe: strings that
+    are spread over them. What takes memory are the different words; how fast they grow in number is
+    estimated by those that occur once (Good 1953)."""
     if n <= SMALL_SAMPLE:
         return n
-    split = untrained().pre_tokenizer.pre_tokenize_str
-    words = Counter(word for string in spread(text, n, PROBE) for word, _ in split(string))
-    new = sum(len(word) for word, count in words.items() if count == 1) / PROBE  # bytes a character
+    split, words, n_probe = untrained().pre_tokenizer.pre_tokenize_str, Counter(), 0
+    for string in probe:
+        words.update(word for word, _ in split(string))
+        n_probe += len(string)
+    new = sum(len(word) for word, count in words.items() if count == 1) / n_probe  # bytes each
     return int(min(n, SAMPLE, max(SMALL_SAMPLE, WORD_BYTES / max(new, 1e-9))))
 
 
@@ -175,7 +178,7 @@ def dataset_folder(script, name, source=None):
     folder = own.parent / name if name else own
     if name and source and any(folder.glob('*.bin')):
         info = info_of(folder)
-        if info.get('source') != str(source) and not info.get('unfinished'):
+        if info.get('source') != os.path.expanduser(source) and not info.get('unfinished'):
             raise UserError(f'{folder} has another data set{of_source(info)}: choose another '
                             '--name, or remove its files first')
     return folder

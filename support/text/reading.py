@@ -54,14 +54,14 @@ class TextFiles:
     def __init__(self, paths, how=None):
         self.how = how or Reading()
         self.how.check()
-        self.files, self.left_out = [], []  # (path, identity, is_named); (path, reason)
+        self.files, self.left_out = [], []  # (path, identity, may be no text); (path, reason)
         self.bad_rows = {}  # {reason: (number of rows, the first)}
         self.is_first = True
         for path in (Path(path).expanduser() for path in paths):
             if path.is_dir():
                 self.add_folder(path)
             elif path.is_file():
-                self.files.append((str(path), identity_of(path.stat()), True))
+                self.files.append((str(path), identity_of(path.stat()), False))
             else:
                 raise MissingFile(f'{path} is {"no file" if path.exists() else "missing"}')
 
@@ -72,7 +72,7 @@ class TextFiles:
             if reason := found if isinstance(found, str) else reason_to_leave_out(path, known):
                 self.left_out.append((path, reason))
             else:
-                self.files.append((path, identity_of(found), False))
+                self.files.append((path, identity_of(found), not self.has_rows(path)))
         if len(self.files) == n_before:
             report_files(0, self.left_out)
             raise UserError(f'{folder} has no files of text')
@@ -82,35 +82,36 @@ class TextFiles:
         size = sum(identity[0] for _, identity, _ in self.files)
         with tqdm(total=size, unit='B', unit_scale=True, desc='reading', delay=1, leave=False,
                   disable=not is_first) as bar:
-            yield from merged(self.texts(is_first, bar))
+            yield from merged(self.texts(is_first, bar.update))
         if is_first:
             report_files(len(self.files), self.left_out, self.hints())
             self.report_rows()
 
-    def texts(self, is_first, bar):
+    def texts(self, is_first, advance):
         """Yield the texts of all files. The first time, files that turn out to be none are
-        removed."""
+        removed. advance: called with the number of bytes that were read."""
         kept = []
         for file in self.files:
-            path, _, is_named = file
-            pieces = merged(self.read(file, bar))
-            if is_first and not is_named and not self.has_rows(path):
-                try:
-                    start = [*itertools.islice(pieces, 2)]
-                    for _ in pieces:  # a longer one is read to its end before it counts
-                        pass
-                except NotText:
-                    self.left_out.append((path, 'that are no text'))
-                    continue
-                pieces = start if len(start) < 2 else self.read(file)
-            kept.append(file)
+            path, _, is_optional = file
+            read = self.try_to_read if is_first and is_optional else self.read
             try:
-                yield from pieces
-            except NotText as error:
-                raise UserError(str(error)) from None
+                pieces = read(file, advance)
+            except NotText:
+                self.left_out.append((path, 'that are no text'))
+                continue
+            kept.append(file)
+            yield from pieces
         self.files = kept
 
-    def read(self, file, bar=None):
+    def try_to_read(self, file, advance):
+        """The pieces of a file that has been read to its end once. Raises NotText at once."""
+        pieces = merged(self.read(file, advance))
+        start = [*itertools.islice(pieces, 2)]
+        for _ in pieces:
+            pass
+        return start if len(start) < 2 else self.read(file)
+
+    def read(self, file, advance=lambda n: None):
         """Yield the text of a file."""
         path, identity, _ = file
         try:
@@ -119,9 +120,8 @@ class TextFiles:
                 at = 0
                 for piece in pieces_of(raw, path, self.how, self.leave_out):
                     yield piece
-                    if bar is not None:
-                        bar.update(raw.tell() - at)
-                        at = raw.tell()
+                    advance(raw.tell() - at)
+                    at = raw.tell()
                 check_unchanged(path, identity, raw)
         except DAMAGED as error:
             raise UserError(f'{path} can\'t be read ({reason_of(error)})') from None
@@ -150,13 +150,19 @@ class TextFiles:
         tables = {s: n for s, n in read.items() if s in ROWS and not self.how.text_column}
         markup = {s: n for s, n in read.items() if s in MARKUP}
         others = {suffixes(path)[0] for path, _ in self.left_out}
-        return [
-            *([f'read as plain text, with all their marks: {counts_in_words(tables)}; '
-               '--text_column=NAME takes their texts alone'] if tables else []),
-            *([f'read with all their tags: {counts_in_words(markup)}'] if markup else []),
-            *(['.parquet files need --text_column=NAME'] if '.parquet' in others else []),
-            *([f'export the text of {", ".join(sorted(others & {*EXPORT_FIRST}))} files first']
-              if others & {*EXPORT_FIRST} else [])]
+        exported = sorted(others & {*EXPORT_FIRST})
+        found = []
+        if tables:
+            found.append(f'read as plain text, with all their marks: {counts_in_words(tables)}; '
+                         '--text_column=NAME takes their texts alone')
+        if markup:
+            found.append(f'read with all their tags: {counts_in_words(markup)}')
+        if '.parquet' in others:
+            found.append('.parquet files need --text_column=NAME')
+        if exported:
+            found.append(f'export the text of {", ".join(exported)} files first')
+        return found
+
 
 
 def check_unchanged(path, identity, raw):

@@ -24,6 +24,7 @@ from support.text.tokenizer import CharTokenizer
 
 BLOCK = 1 << 20  # characters that are encoded at a time
 LONGEST = 1 << 21  # characters without a place to cut, which are then cut all the same
+TRIES = 1000  # places to cut that are looked at before more of the text is read
 NEARBY = 200  # characters on both sides of a cut that show whether it changes the tokens
 # between a word and the space after it, a word and punctuation, a line end and what follows
 PLACES = re.compile(r'(?<=\S)(?= )|(?<=[^\W_])(?=[\n,.;:!?，。、；：！？])|(?<=\n)(?=\S)')
@@ -135,33 +136,29 @@ def resized(strings, size):
 def encode_all(text, coder, n_characters=None, name=None):
     """Yield the tokens of a text in order, as Encoded, with the ids that the whole text has.
     n_characters and name are for the progress bar."""
-    encode, n_threads, waiting = encoder(coder), n_cores(), deque()
-    if has_threads(coder):
-        n_threads = 2
-    with ThreadPoolExecutor(n_threads) as pool, \
-            tqdm(total=n_characters, unit=' characters', unit_scale=True, desc=name,
-                 delay=1) as bar:
-        try:
-            for block in itertools.chain(blocks(text, cutter(coder)), [None]):
-                if block is not None:
-                    waiting.append(pool.submit(encode_block, encode, block))
-                while waiting and (block is None or len(waiting) > n_threads + 2):
-                    done = waiting.popleft().result()
-                    yield done
-                    bar.update(done.n_characters)
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C doesn't wait for the rest
+    encode = functools.partial(encode_block, encoder(coder))
+    n_threads = 2 if has_threads(coder) else n_cores()
+    with tqdm(total=n_characters, unit=' characters', unit_scale=True, desc=name, delay=1) as bar:
+        for part in map_in_threads(encode, blocks(text, cutter(coder)), n_threads):
+            yield part
+            bar.update(part.n_characters)
 
 
-def map_in_threads(function, items, at_a_time=64):
-    """Yield function(item) for each item of a list, in order, by all cores."""
-    chunks = [items[i:i + at_a_time] for i in range(0, len(items), at_a_time)]
-    with ThreadPoolExecutor(n_cores()) as pool:
-        try:
-            for results in pool.map(lambda chunk: [*map(function, chunk)], chunks):
-                yield from results
-        finally:
-            pool.shutdown(cancel_futures=True)
+def map_in_threads(function, items, n_threads=0, at_a_time=1):
+    """Yield function(item) for each item, in order. n_threads: 0 for one a core. at_a_time: items
+    that a thread takes together, and n_threads + 2 times as many are read ahead at most."""
+    n_threads = n_threads or n_cores()
+    items, waiting, pool = iter(items), deque(), ThreadPoolExecutor(n_threads)
+    groups = iter(lambda: [*itertools.islice(items, at_a_time)], [])
+    try:
+        for group in groups:
+            waiting.append(pool.submit(lambda group: [*map(function, group)], group))
+            if len(waiting) > n_threads + 2:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C doesn't wait for the rest
 
 
 def encode_block(encode, text):
@@ -244,8 +241,8 @@ def cut_words(encode, text):
     start = 0
     while len(text) - start > BLOCK + NEARBY:
         places = PLACES.finditer(text, start + BLOCK, len(text) - NEARBY)
-        ends = ((place.start(), skip) for place in places for skip in (1, 0)
-                if is_cut(encode, text, place.start(), skip))
+        ends = ((place.start(), skip) for place in itertools.islice(places, TRIES)
+                for skip in (1, 0) if is_cut(encode, text, place.start(), skip))
         end, skip = next(ends, (None, 0))
         if end is None:
             break
