@@ -22,12 +22,15 @@ import numpy as np
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
-from support.text.bpe import END, LARGEST_ID, BPETokenizer, say_of_end
+from support.text.bpe import END, LARGEST_ID, BPETokenizer, quick_encoding, say_of_end
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
 PAD = '<pad>'  # of an exported vocabulary of characters; its id follows theirs
 PADDED_GPT2_VOCAB = 50304  # the next multiple of 64, for speed
+# the parts of a text within which GPT-2 joins bytes, as tiktoken has them
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+GPT2_BLANKS = r'\s++$|\s+(?!\S)|\s'
 
 
 class CharTokenizer:
@@ -119,6 +122,11 @@ class GPT2Tokenizer:
                 'TIKTOKEN_CACHE_DIR to a folder where tiktoken cached them') from None
 
     @functools.cached_property
+    def quick(self):
+        """The same tokenizer for documents, in two thirds of the time."""
+        return quick_encoding(GPT2_WORDS, GPT2_BLANKS, self.bpe._mergeable_ranks)
+
+    @functools.cached_property
     def slower(self):
         """The same tokenizer without tiktoken's limit: its stack holds less than a million
         blanks."""
@@ -135,7 +143,7 @@ class GPT2Tokenizer:
         """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL."""
         say_of_end(self, text)
         try:
-            return self.bpe.encode_to_numpy(text, disallowed_special=())
+            return self.quick.encode_to_numpy(text, disallowed_special=())
         except ValueError:
             return self.slower.encode_array(text)
 
