@@ -18,7 +18,8 @@ from support.hub.exporting import add_chat_template, write_tokenizer
 from support.sampling.prompt import Dialogue
 from support.text.bpe import END, BPETokenizer, train_bpe
 from support.text.chat import (MARKERS, PLAIN, ChatForm, check_template, folder_template, jinja,
-                               messages_of, read_conversations, render, template_for)
+                               render, template_for)
+from support.text.conversations import Conversations
 from support.text.dataset import Dataset
 from support.text.masks import BEGIN, TARGET
 from support.text.prepare import write_text_dataset
@@ -248,23 +249,23 @@ def test_known_fields_become_messages(kind, form, tmp_path):
     text = json.dumps([row] * 3) if form == 'list' else \
         '\ufeff' + '\r\n\r\n'.join(map(json.dumps, [row] * 3)) + '\n'
     (tmp_path / 'chats.jsonl').write_text(text, encoding='utf-8')
-    assert read_conversations(tmp_path / 'chats.jsonl') == [expected] * 3 and messages_of(row) == expected
+    assert [*Conversations([tmp_path / 'chats.jsonl'])] == [expected] * 3
 
 
 BAD = {  # a line, why it is left out
-    '{"messages": ': 'no JSON',
-    '[' * 100_000: 'no JSON',
-    '[1]': '"messages"',
-    '{"text": "hello"}': '"messages"',
-    '{"messages": []}': 'nothing that the assistant says',
-    '{"messages": 5}': '"messages"',
-    json.dumps({'messages': say('Hi')}): 'nothing that the assistant says',
-    json.dumps({'messages': [{'role': 'robot', 'content': 'x'}]}): 'role is none of system, user, assistant',
-    json.dumps({'messages': say('Hi', '  ')}): 'of the assistant\'s without text',
-    json.dumps({'messages': say(None, 'Hi')}): 'of the user\'s without text',
-    '{"instruction": 3, "output": "x"}': 'without text',
-    '{"conversations": [{"from": ["x"]}]}': 'role is none',
-    '{"prompt": null, "completion": "x"}': 'without text',
+    '{"messages": ': 'it is no JSON',
+    '[' * 100_000: 'it is no JSON',
+    '[1]': 'it has none of {"messages"',
+    '{"text": "hello"}': 'it has none of {"messages"',
+    '{"messages": []}': 'the assistant says nothing',
+    '{"messages": 5}': 'it has none of {"messages"',
+    json.dumps({'messages': say('Hi')}): 'the assistant says nothing',
+    json.dumps({'messages': [{'role': 'robot', 'content': 'x'}]}): 'is none of system, user, assistant',
+    json.dumps({'messages': say('Hi', '  ')}): 'a message of the assistant\'s has no text',
+    json.dumps({'messages': say(None, 'Hi')}): 'a message of the user\'s has no text',
+    '{"instruction": 3, "output": "x"}': 'has no text',
+    '{"conversations": [{"from": ["x"]}]}': 'the role of a message is none',
+    '{"prompt": null, "completion": "x"}': 'has no text',
 }
 
 
@@ -272,14 +273,14 @@ BAD = {  # a line, why it is left out
 def test_rows_that_are_no_conversations_are_counted_and_left_out(line, tmp_path, capsys):
     path, good = tmp_path / 'chats.jsonl', json.dumps({'messages': HI})
     path.write_text('\n'.join([good, line, good, line]), encoding='utf-8')
-    assert read_conversations(path) == [HI, HI]
+    assert [*Conversations([path])] == [HI, HI]
     said = capsys.readouterr().out
-    assert 'left out 2 of 4 rows: 2 with ' in said and BAD[line] in said and '(first line 2)' in said
-    assert said.count('\n') == 1
+    assert 'left out 2 rows: no conversation, as ' in said and BAD[line] in said
+    assert f'(2, the first: {path}, line 2)' in said and said.count('\n') == 1
     for strict, text in [(True, f'{good}\n{line}'), *[(False, f'\n{line}')] * (line[0] == '{')]:
         path.write_text(text, encoding='utf-8')
-        with pytest.raises(ValueError, match='line 2 is no conversation: ') as error:
-            read_conversations(path, strict=strict)
+        with pytest.raises(ValueError, match='line 2') as error:
+            Conversations([path], strict)
         assert '\n' not in str(error.value) and BAD[line] in str(error.value)
 
 
@@ -289,7 +290,7 @@ def test_rows_that_are_no_conversations_are_counted_and_left_out(line, tmp_path,
         ('', [], ['has no conversations']),
         ('[{"messages"', [], ['no JSON list']),
         (json.dumps({'messages': HI}), [], ['1 conversations, too few to split']),
-        (json.dumps({'messages': HI}) + '\n5', ['--strict'], ['line 2 is no conversation']),
+        (json.dumps({'messages': HI}) + '\n5', ['--strict'], ['line 2: no conversation']),
         (None, ['--tokenizer=words'], ['tokenizer=words', 'bpe, gpt2, char']),
         (None, ['--name=a/b'], ['name=a/b']),
         (None, ['--vocab_size=259'], ['vocab_size=259', '260']),
@@ -326,7 +327,7 @@ def test_prepared_conversations_are_those_of_the_file(tokenizer, prepare, bpe, t
         folder_template(tokenizer) if 'model' in str(tokenizer) else template_for(data.tokenizer)
     )
     assert sorted(found) == sorted(
-        render(messages, data.template) for messages in read_conversations(EXAMPLE)
+        render(messages, data.template) for messages in Conversations([EXAMPLE])
     )
     assert (data['val'].mask[:] == BEGIN).sum() == 24
     assert '117 conversations' in capsys.readouterr().out
@@ -405,7 +406,7 @@ def trained(answering, prepare, train):
 
 
 def first_questions():
-    return [(messages[0]['content'], messages[1]['content']) for messages in read_conversations(EXAMPLE)
+    return [(messages[0]['content'], messages[1]['content']) for messages in Conversations([EXAMPLE])
             if len(messages) == 2]
 
 
@@ -452,7 +453,7 @@ def test_chat_with_a_model_of_other_text_is_refused(train, run_here, tmp_path):
 
 
 def test_example_names_only_what_exists():
-    for messages in read_conversations(EXAMPLE):
+    for messages in Conversations([EXAMPLE]):
         for m in messages[1::2]:
             for script, rest in re.findall(r'python ((?:data/\w+/)?\w+\.py)([^,;]*)', m['content']):
                 assert (ROOT / script).exists(), script

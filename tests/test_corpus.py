@@ -137,7 +137,9 @@ def test_rows_without_text_are_left_out_and_counted(corpus, tmp_path):
         out = corpus('openwebtext', f'--source={tmp_path / "a.parquet"}', '--name=out', *args)
         found = read(corpus.data / 'out')
         assert sorted(documents_of(found.train + found.val)) == sorted(DOCUMENTS[:9])
-        assert 'left out 2 of 11 rows, without text in text\n' in out
+        assert 'left out 2 of 11 rows: no text in column text' in out
+    error = corpus.fails('openwebtext', f'--source={tmp_path / "a.parquet"}', '--name=new', '--strict=True')
+    assert 'no text in column text in 2 of 11 rows' in error and '--strict=True' in error
 
 
 def test_limit_reads_no_more_than_it_takes_and_tells_texts_apart(corpus, tmp_path):

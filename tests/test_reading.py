@@ -97,16 +97,16 @@ def test_rows_without_text_are_left_out_counted_and_refused_if_strict(suffix, tm
     write_table(path, BAD_ROWS[:1] + ROWS + BAD_ROWS[1:])
     assert text_of(path, text_column='body') == OF_ROWS
     place = {'.parquet': 'row 1', '.csv': 'line 2', '.jsonl': 'line 1'}[suffix]
-    assert (f'left out 3 rows: 3 without text in column body (the first: {path}, {place}). '
+    assert (f'left out 3 rows: no text in column body (3, the first: {path}, {place}). '
             '--strict=True refuses them\n') in capsys.readouterr().out
-    with pytest.raises(UserError, match=f'{place} is a row without text in column body'):
+    with pytest.raises(UserError, match=f'{place}: no text in column body'):
         text_of(path, text_column='body', strict=True)
 
 
 def test_halves_of_surrogate_pairs_and_lines_that_are_no_json_do_no_harm(tmp_path, capsys):
     (tmp_path / 'a.jsonl').write_text('{"t": "a\\ud83d\\r\\nb"}\n{"t": \n' + '[' * 100_000)
     assert text_of(tmp_path / 'a.jsonl', text_column='t') == 'a\ufffd\nb\n'
-    assert 'left out 2 rows: 2 that is no JSON (the first: ' in capsys.readouterr().out
+    assert 'left out 2 rows: no JSON (2, the first: ' in capsys.readouterr().out
 
 
 def cut(writer, n=9):

@@ -18,18 +18,19 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 
-import json
+import tempfile
+from array import array
 from pathlib import Path
 
 import numpy as np
 
-from support.errors import UserError
 from support.hub.names import tokenizer_path
 from support.text.bpe import END, check_vocab_size, train_bpe
-from support.text.chat import (MARKERS, ChatForm, folder_template, read_conversations, render,
-                               report_bad_rows, template_for)
-from support.text.prepare import check_replacing, cut_of, dataset_folder, resolve_tokenizer
-from support.text.stream import map_in_threads, survey
+from support.text.chat import MARKERS, ChatForm, folder_template, template_for
+from support.text.conversations import Conversations, encode_all
+from support.text.prepare import (check_replacing, cut_of, dataset_folder, how_many_to_train_on,
+                                  resolve_tokenizer)
+from support.text.stream import dtype_for
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
 
@@ -43,28 +44,32 @@ overwrite = False  # replace data/<name>/ if it has other conversations
 configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
 
 
-def make_tokenizer(conversations):
+def make_tokenizer(conversations, order):
     """A tokenizer for these conversations: bpe, with a token for each marker, or char."""
     if tokenizer == 'bpe':
-        return train_bpe((m['content'] for messages in conversations for m in messages), vocab_size,
+        some = ([m['content'] for m in conversations[i]] for i in order[:2048])
+        n = how_many_to_train_on(map(''.join, some), len(order))
+        print(f'the tokenizer is trained on {n:,} of {len(order):,} conversations')
+        return train_bpe((m['content'] for i in order[:n] for m in conversations[i]), vocab_size,
                          (END, *MARKERS.values()))
-    template = template_for(CharTokenizer.of_text('-'))
-    return CharTokenizer.of_text(''.join(render(messages, template) for messages in conversations)
-                                 + ''.join(template.values()))
+    characters = {*''.join(template_for(CharTokenizer.of_text('-')).values())}
+    for messages in conversations:
+        characters.update(*(m['content'].strip() for m in messages))
+    return CharTokenizer.of_text(characters)
 
 
-def encode(conversations, form):
-    """[(ids, mask)] of the conversations that the template can express, and why others can't be."""
-    def try_to(messages):
-        try:
-            return form.encode(messages)
-        except UserError as error:
-            return str(error)
-
-    found = [*map_in_threads(try_to, conversations)]
-    bad = {f'conversation {i}': reason for i, reason in enumerate(found, 1) if isinstance(reason, str)}
-    report_bad_rows(source, len(found) - len(bad), bad, strict)
-    return [one for one in found if not isinstance(one, str)]
+def encode(conversations, order, form, folder):
+    """ids, mask, (N,) each, and the lengths of all conversations, one after the other. The first
+    two are read from the disk: temporary files without names."""
+    dtype, lengths = dtype_for(form.tokenizer), array('q')
+    with tempfile.TemporaryFile(dir=folder) as of_ids, tempfile.TemporaryFile(dir=folder) as of_mask:
+        for ids, mask in encode_all(conversations, order, form, strict):
+            of_ids.write(ids.astype(dtype))
+            of_mask.write(mask)
+            lengths.append(len(ids))
+        of_ids.flush()
+        of_mask.flush()
+        return np.memmap(of_ids, dtype, 'r'), np.memmap(of_mask, np.uint8, 'r'), np.asarray(lengths)
 
 
 paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
@@ -73,19 +78,17 @@ folder, path = dataset_folder(__file__, name), tokenizer_path(tokenizer)
 coder = resolve_tokenizer(path, vocab_size, ('bpe', 'gpt2', 'char'))
 if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
-conversations = [messages for file in paths for messages in read_conversations(file, strict)]
+conversations = Conversations(paths, strict)
 cut = cut_of(len(conversations), val_fraction, source, 'conversations')
-text = survey(map(json.dumps, conversations)).mark()
-check_replacing(folder, text, overwrite)
-shuffled = [conversations[i] for i in np.random.default_rng(2357).permutation(len(conversations))]
-coder = coder or make_tokenizer(shuffled if tokenizer == 'char' else shuffled[:cut])
+check_replacing(folder, conversations.mark, overwrite)
+order = np.random.default_rng(2357).permutation(len(conversations))
+coder = coder or make_tokenizer(conversations, order[:cut])
 template = Path(path).is_dir() and folder_template(path) or template_for(coder)
-encoded = encode(shuffled, ChatForm(template, coder))
-cut = cut_of(len(encoded), val_fraction, source, 'conversations')
-parts = {'train': encoded[:cut], 'val': encoded[cut:]}
-ids = {split: [ids for ids, _ in part] for split, part in parts.items()}
-masks = {split: np.concatenate([mask for _, mask in part]) for split, part in parts.items()}
-write_dataset(folder, ids, coder, source, masks, {'chat': template, 'text': text})
-lengths = sorted(len(ids) for ids, _ in encoded)
-print(f'{len(lengths):,} conversations, half of them up to {lengths[len(lengths) // 2]:,} tokens long, the '
-      f'longest {lengths[-1]:,}; a block_size of as many holds each of them whole')
+ids, mask, lengths = encode(conversations, order, ChatForm(template, coder), folder.parent)
+cut = lengths[:cut_of(len(lengths), val_fraction, source, 'conversations')].sum()
+parts = {'train': slice(cut), 'val': slice(cut, None)}
+write_dataset(folder, {split: [ids[part]] for split, part in parts.items()}, coder, source,
+              {split: mask[part] for split, part in parts.items()},
+              {'chat': template, 'text': conversations.mark})
+print(f'{len(lengths):,} conversations, half of them up to {np.sort(lengths)[len(lengths) // 2]:,} tokens '
+      f'long, the longest {lengths.max():,}; a block_size of as many holds each of them whole')

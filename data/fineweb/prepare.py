@@ -19,6 +19,7 @@ from configurator import configure
 from pathlib import Path
 
 from support.errors import UserError
+from support.hub.names import tokenizer_path
 from support.machine.files import explain_failure, go_offline_if_cut_off, link
 from support.text.corpus import prepare_corpus
 from support.text.documents import Corpus
@@ -29,11 +30,12 @@ source = 'HuggingFaceFW/fineweb-edu'  # a Hugging Face dataset, or a local file 
 subset = 'sample-10BT'  # on the hub: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10, ...
 name = ''  # the dataset's folder in data/; empty: fineweb
 text_column = 'text'
-tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), a name of the hub, or a tokenizer.json's path
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first documents; 0: all
 val_fraction = 0.0005  # of the shuffled documents
+strict = False  # refuse rows without text, instead of leaving them out
 shards = 0  # training files to take from shards_from, instead of all the above; 0: none
 shards_from = 'kjj0/fineweb10B-gpt2'  # a Hugging Face dataset, or a local folder, with such files
 
@@ -80,6 +82,6 @@ if shards < 0:
 if shards:
     take_shards(dataset_folder(__file__, name), shards_from, shards)
 else:
-    corpus = Corpus(source, text_column, limit, subset)
-    prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
-                   num_proc)
+    corpus = Corpus(source, text_column, limit, subset, strict=strict)
+    prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer_path(tokenizer), vocab_size,
+                   val_fraction, num_proc)

@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
+from support.hub.names import tokenizer_path
 from support.text.corpus import prepare_corpus
 from support.text.documents import Corpus
 from support.text.prepare import dataset_folder
@@ -23,13 +24,14 @@ source = 'cimec/lambada'  # a Hugging Face dataset, or a local file or folder (p
 subset = ''  # a configuration of the dataset on the hub, if it has several
 name = ''  # the dataset's folder in data/; empty: lambada
 text_column = 'text'
-tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), a name of the hub, or a tokenizer.json's path
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first novels and passages; 0: all
 val_fraction = 0.0005  # of the documents, where the source has no validation split
+strict = False  # refuse rows without text, instead of leaving them out
 
 configure(globals())
-corpus = Corpus(source, text_column, limit, subset, own_splits=True)
-prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
-               num_proc)
+corpus = Corpus(source, text_column, limit, subset, own_splits=True, strict=strict)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer_path(tokenizer), vocab_size,
+               val_fraction, num_proc)

@@ -14,6 +14,7 @@ import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
+from support.hub.names import tokenizer_path
 from support.text.corpus import prepare_corpus
 from support.text.documents import Corpus
 from support.text.prepare import dataset_folder
@@ -23,7 +24,7 @@ subset = ''  # a configuration of the dataset on the hub, if it has several
 revision = 'refs/convert/parquet'  # on the hub, as `datasets` no longer runs scripts; empty: main
 name = ''  # the dataset's folder in data/; empty: ptb
 text_column = 'sentence'
-tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), a name of the hub, or a tokenizer.json's path
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 
@@ -35,5 +36,5 @@ def whole(sentences):
 configure(globals())
 corpus = Corpus(source, text_column, subset=subset, revision=revision, own_splits=True, regroup=whole,
                 rows_are_lines=True)
-prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size,
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer_path(tokenizer), vocab_size,
                num_proc=num_proc)

@@ -8,8 +8,8 @@ Your own text: files, or folders of them in sorted order, joined.
 
 Writes data/<name>/. To train from scratch, tokenizer=char makes a vocabulary of the text's
 characters, and tokenizer=bpe a byte pair encoding of its own, which suits languages that GPT-2's
-doesn't know. Fine-tuning takes the model's: tokenizer=gpt2, a tokenizer.json, or the folder of the
-model or of its data. The text is read in pieces, so it may be larger than the memory.
+doesn't know. Fine-tuning takes the model's: tokenizer=gpt2, a name of the hub, a tokenizer.json, or
+the folder of the model or of its data. The text is read in pieces, so it may be larger than the memory.
 """
 
 import sys
@@ -17,12 +17,13 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 from configurator import configure
 from support.errors import UserError
+from support.hub.names import tokenizer_path
 from support.text.formats import Reading
 from support.text.prepare import dataset_folder, write_text_dataset
 from support.text.reading import TextFiles
 
 name = 'my_text'  # the dataset's folder in data/
-tokenizer = 'char'  # char, gpt2, bpe (trained on the text), or a path: a tokenizer.json, a folder
+tokenizer = 'char'  # char, gpt2, bpe (trained on the text), a name of the hub, or a path
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 val_fraction = 0.1  # of the characters, from the end
 val = ''  # a file or folder for validation, instead of that fraction
@@ -41,5 +42,5 @@ if not name:
     raise UserError('name= must be a plain folder name: the dataset goes to data/<name>')
 how = Reading(text_column, encoding, strict)
 held_out = TextFiles([val], how) if val else None
-write_text_dataset(dataset_folder(__file__, name), TextFiles(paths, how), tokenizer,
+write_text_dataset(dataset_folder(__file__, name), TextFiles(paths, how), tokenizer_path(tokenizer),
                    ', '.join(paths), val_fraction, vocab_size, val=held_out, overwrite=overwrite)

@@ -15,6 +15,7 @@ sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
 import re
 from configurator import configure
+from support.hub.names import tokenizer_path
 from support.text.corpus import prepare_corpus
 from support.text.documents import Corpus
 from support.text.prepare import dataset_folder
@@ -23,7 +24,7 @@ source = 'Salesforce/wikitext'  # a Hugging Face dataset, or a local file or fol
 subset = 'wikitext-103-raw-v1'  # on the hub; raw means: without <unk> for rare words
 name = ''  # the dataset's folder in data/; empty: wikitext
 text_column = 'text'
-tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), or a tokenizer.json or a folder with one
+tokenizer = 'gpt2'  # gpt2, bpe (trained on the training part), a name of the hub, or a tokenizer.json's path
 vocab_size = 4096  # entries of tokenizer=bpe, 257 to 65536
 num_proc = 0  # threads for encoding; 0: one per core
 limit = 0  # use only the first articles of each split; 0: all
@@ -46,5 +47,5 @@ def articles(lines):
 configure(globals())
 corpus = Corpus(source, text_column, limit, subset, own_splits=True, regroup=articles,
                 rows_are_lines=True)
-prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer, vocab_size, val_fraction,
-               num_proc)
+prepare_corpus(dataset_folder(__file__, name, source), corpus, tokenizer_path(tokenizer), vocab_size,
+               val_fraction, num_proc)

@@ -5,7 +5,6 @@ Conversations as tokens: what stands before each role's messages, and what ends 
     form = ChatForm(template, tokenizer)
     ids, mask = form.encode(messages)  # messages: [{'role': 'user', 'content': 'Hello!'}, ...]
     ids = form.ask(messages)           # the assistant's next answer follows
-    conversations = read_conversations('chat.jsonl')
 
 Our own template: a message is its role's marker, its content and the end. A tokenizer of one's own
 has tokens for the markers; with others they are plain text that ends a line. A published model has
@@ -16,13 +15,11 @@ user writes, only the template begins a turn.
 import functools
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from support.errors import UserError
-from support.machine.console import print0
 from support.machine.files import explain_failure, read_text
 from support.text.bpe import END
 from support.text.masks import BEGIN, READ, TARGET
@@ -30,9 +27,6 @@ from support.text.masks import BEGIN, READ, TARGET
 ROLES = ('system', 'user', 'assistant')
 MARKERS = {role: f'<|{role}|>' for role in ROLES}  # tokens
 PLAIN = {role: f'{role.capitalize()}:\n' for role in ROLES}  # text
-SAME_ROLES = {'human': 'user', 'gpt': 'assistant', 'developer': 'system'}  # ShareGPT's, OpenAI's
-SHAPES = ('{"messages": [{"role": "user", "content": "..."}, ...]}, or the fields that docs/chat.md '
-          'lists')
 SPLIT = '\ufdd1'  # around a message's number while a template is rendered; no character of Unicode
 ANSWER_END = 'end of the answer'  # the kind of a text after the assistant's
 
@@ -163,6 +157,7 @@ class ChatForm:
         special = tokenizer.special
         self.end_ids = {*tokenizer.ends, *(special[end] for end in ends if end in special)}
         self.end_strings = [end for end in ends if end not in tokenizer.special]
+        self.of_template = functools.lru_cache(maxsize=64)(tokenizer.encode)
 
     def encode(self, messages, is_question=False):
         """ids, mask: (N,) uint32 and (N,) uint8. What the assistant says and the end of it are
@@ -173,12 +168,22 @@ class ChatForm:
             if kind in ROLES and (found := [mark for mark in self.plain_marks if mark in text]):
                 raise UserError(f'a message holds {found[0]!r}, by which this template parts '
                                 'messages')
-        ids, first, last = encode_parts(self.tokenizer,
-                                        [(text, kind not in ROLES) for text, kind in parts])
+        ids, first, last = self.encode_parts([(text, kind not in ROLES) for text, kind in parts])
         is_target = np.array([kind in ('assistant', ANSWER_END) for _, kind in parts])
         mask = np.where(is_target[first] | is_target[last], TARGET, READ).astype(np.uint8)
         mask[:1] = BEGIN
         return ids, mask
+
+    def encode_parts(self, parts):
+        """ids, (N,) uint32, and the first and last part that each belongs to. parts: (text,
+        is_template); names of special tokens are these tokens in the template's text alone."""
+        if hasattr(self.tokenizer, 'encode_parts'):
+            return self.tokenizer.encode_parts(parts)
+        as_text = getattr(self.tokenizer, 'encode_array', self.tokenizer.encode)
+        encoded = [self.of_template(text) if is_template else as_text(text)
+                   for text, is_template in parts]
+        of_part = np.repeat(np.arange(len(parts)), [*map(len, encoded)])
+        return np.concatenate(encoded).astype(np.uint32), of_part, of_part
 
     def ask(self, messages):
         """Ids of a conversation that the assistant's next answer is to follow, a list."""
@@ -197,99 +202,3 @@ class ChatForm:
         between = [part for part in text.split(SPLIT)[1:-1]
                    if not any(name in part for name in names)]
         return [line.strip() for part in between for line in part.split('\n') if line.strip()]
-
-
-def encode_parts(tokenizer, parts):
-    """ids, (N,) uint32, and the first and last part that each belongs to. parts: (text,
-    is_template); names of special tokens are these tokens in the template's text alone."""
-    if hasattr(tokenizer, 'encode_parts'):
-        return tokenizer.encode_parts(parts)
-    as_text = getattr(tokenizer, 'encode_array', tokenizer.encode)
-    encoded = [tokenizer.encode(text) if is_template else as_text(text)
-               for text, is_template in parts]
-    of_part = np.repeat(np.arange(len(parts)), [len(ids) for ids in encoded])
-    return np.concatenate(encoded).astype(np.uint32), of_part, of_part
-
-
-# ---------------------------------------------------------------------------- files
-
-def read_conversations(path, strict=False):
-    """The conversations of a file of JSON lines, or of one JSON list, as lists of {'role',
-    'content'}. Rows that are none are counted and left out; with `strict`, the first is a
-    ValueError that names it."""
-    text = read_text(path).removeprefix('\ufeff')
-    if text.lstrip().startswith('['):
-        with explain_failure(f'{path} is no JSON list', RecursionError):
-            rows = [(f'item {i}', row) for i, row in enumerate(json.loads(text), 1)]
-    else:
-        rows = [(f'line {i}', line) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
-    found, bad = [], {}  # bad: {where: why}
-    for where, row in rows:
-        try:
-            messages = messages_of(json.loads(row) if isinstance(row, str) else row)
-            reason = why_not(messages)
-        except (ValueError, RecursionError) as error:
-            reason = f'no JSON ({" ".join(str(error).split())[:80]})'
-        if reason:
-            bad[where] = reason
-        else:
-            found.append(messages)
-    report_bad_rows(path, len(found), bad, strict)
-    return found
-
-
-def report_bad_rows(path, n_good, bad, strict):
-    """Print how many rows of a file were left out, and why. bad: {where: why}. ValueError with
-    `strict`, and if no row is left."""
-    if bad and (strict or not n_good):
-        where, reason = next(iter(bad.items()))
-        raise UserError(f'{path}, {where} is no conversation: {reason}')
-    if not n_good:
-        raise UserError(f'{path} has no conversations')
-    if bad:
-        first = {reason: where for where, reason in reversed(bad.items())}
-        print0(f'{path}: left out {len(bad):,} of {n_good + len(bad):,} rows: ' + '; '.join(
-            f'{count:,} with {reason} (first {first[reason]})'
-            for reason, count in Counter(bad.values()).most_common(5))
-            + '. --strict=True refuses them')
-
-
-def messages_of(row):
-    """The messages of a row with chat, ShareGPT, prompt or Alpaca fields; None if it has none of
-    them."""
-    if not isinstance(row, dict):
-        return None
-    if 'messages' in row or isinstance(row.get('conversations'), list):
-        messages = row['messages'] if 'messages' in row else row['conversations']
-        return [*map(message_of, messages)] if isinstance(messages, list) else None
-    if 'prompt' in row and 'completion' in row:
-        asked, answer = row['prompt'], row['completion']
-        if isinstance(asked, list) and isinstance(answer, list):
-            return [*map(message_of, asked + answer)]
-        return [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answer}]
-    if 'instruction' in row and 'output' in row:
-        asked = [text for text in (row['instruction'], row.get('input')) if text]
-        asked = '\n\n'.join(asked) if all(isinstance(text, str) for text in asked) else None
-        return [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': row['output']}]
-    return None
-
-
-def message_of(m):
-    """A message with the names of ours: role and content."""
-    if not isinstance(m, dict):
-        return m
-    role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
-    return {'role': SAME_ROLES.get(str(role), role), 'content': content}
-
-
-def why_not(messages):
-    """Why messages are no conversation; None if they are one."""
-    if not isinstance(messages, list):
-        return f'none of {SHAPES}'
-    for m in messages:
-        if not isinstance(m, dict) or m.get('role') not in ROLES:
-            return f'a message whose role is none of {", ".join(ROLES)}'
-        if not isinstance(m.get('content'), str) or not m['content'].strip():
-            return f'a message of the {m["role"]}\'s without text'
-    has_answer = any(m['role'] == 'assistant' for m in messages)
-    return None if has_answer else 'nothing that the assistant says'

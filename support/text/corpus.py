@@ -24,7 +24,8 @@ from support.errors import UserError
 from support.machine.files import replacing
 from support.text.bpe import END, BPETokenizer, train_bpe
 from support.text.documents import SPLIT_NAMES, has_own_splits, load_documents, report_files_of
-from support.text.prepare import PROBE, SAMPLE, check_fraction, resolve_tokenizer, sample_size
+from support.text.prepare import (SAMPLE, check_fraction, how_many_to_train_on,
+                                  resolve_tokenizer)
 from support.text.stream import Encoded, dtype_for, n_cores
 from support.text.writing import write_dataset, write_tokens
 
@@ -83,9 +84,7 @@ def trained_tokenizer(parts, documents, text_column, vocab_size):
     path, n = parts / 'tokenizer.json', len(documents)
     if not path.is_file():
         some = spread_documents(documents, min(n, PART))
-        mean = max(1, sum(map(len, texts_of(some, text_column))) / len(some))
-        probe = (text[:PROBE // len(some)] for text in texts_of(some, text_column))
-        count = max(1, min(n, int(sample_size(probe, n * mean) / mean)))
+        count = how_many_to_train_on(texts_of(some, text_column), n)
         print(f'the tokenizer is trained on {count:,} of {n:,} documents')
         trained = train_bpe(texts_of(spread_documents(documents, count), text_column), vocab_size)
         with replacing(path) as temporary:

@@ -32,6 +32,7 @@ class Corpus:
     own_splits: bool = False  # use the source's own validation split, where it has one
     regroup: Callable | None = None  # makes documents of a text file's lines; else a file is one
     rows_are_lines: bool = False  # a table's rows are such lines, too
+    strict: bool = False  # refuse rows without text, instead of leaving them out
 
 
 def has_own_splits(source):
@@ -118,7 +119,7 @@ def load_documents(corpus, split=None):
             rows = datasets.Dataset.from_generator(
                 first_documents, gen_kwargs={'rows': rows, **how}, fingerprint=key)
         check_text(source, rows, column, rows.column_names or [column])
-    return with_text(rows.select(range(min(limit or len(rows), len(rows)))), source, column)
+    return with_text(rows.select(range(min(limit or len(rows), len(rows)))), corpus)
 
 
 def how_to_load(corpus, kind, files):
@@ -156,16 +157,21 @@ def check_text(source, rows, text_column, names):
                          '--text_column')
 
 
-def with_text(rows, source, text_column):
-    """The rows that have text. Prints how many don't. UserError if none has."""
-    n_missing = rows.data.column(text_column).null_count
+def with_text(rows, corpus):
+    """The rows that have text. Prints how many don't. UserError if none has, or one hasn't and the
+    corpus is strict."""
+    n_rows, n_missing = len(rows), rows.data.column(corpus.text_column).null_count
     if not n_missing:
         return rows
-    if n_missing == len(rows.data):
-        raise UserError(f'{source} has no row with text in column {text_column}: name another with '
-                        '--text_column')
-    print(f'left out {n_missing:,} of {len(rows.data):,} rows, without text in {text_column}')
-    return rows.filter(lambda text: text is not None, input_columns=text_column)
+    if n_missing == n_rows:
+        raise UserError(f'{corpus.source} has no row with text in column {corpus.text_column}: name '
+                        'another with --text_column')
+    number = f'{n_missing:,} of {n_rows:,} rows'
+    if corpus.strict:
+        raise UserError(f'{corpus.source} has no text in column {corpus.text_column} in {number}. '
+                        'Without --strict=True such rows are left out')
+    print(f'left out {number}: no text in column {corpus.text_column}. --strict=True refuses them')
+    return rows.filter(lambda text: text is not None, input_columns=corpus.text_column)
 
 
 def first_documents(rows, text_column, limit, regroup):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.errors import UserError
+from support.machine.console import print0
 
 PIECE = 1 << 20  # bytes that are read at a time
 LONGEST_ROW = 1 << 26  # characters
@@ -51,6 +52,30 @@ class Reading:
         if not is_text:
             raise UserError(f'encoding={self.encoding} is no encoding that Python knows: utf-8, '
                             'utf-16, latin-1, cp1252, cp949, gb18030, shift_jis, ...')
+
+
+class LeftOut:
+    """Rows that are left out, counted by the reason; with `strict`, the first is a UserError."""
+
+    def __init__(self, strict=False):
+        self.strict, self.rows = strict, {}  # {reason: (number of rows, the first)}
+
+    def add(self, where, reason):
+        if self.strict:
+            raise UserError(f'{where}: {reason}. Without --strict=True such rows are left out')
+        count, first = self.rows.get(reason, (0, where))
+        self.rows[reason] = count + 1, first
+
+    def in_words(self):
+        """The five most frequent reasons."""
+        found = sorted(self.rows.items(), key=lambda item: -item[1][0])[:5]
+        return '; '.join(f'{reason} ({count:,}, the first: {where})'
+                         for reason, (count, where) in found)
+
+    def report(self):
+        if self.rows:
+            n_rows = sum(count for count, _ in self.rows.values())
+            print0(f'left out {n_rows:,} rows: {self.in_words()}. --strict=True refuses them')
 
 
 def suffixes(path):
@@ -168,7 +193,7 @@ def rows_of_json(pieces, path, column, leave_out):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            leave_out(f'{path}, line {number}', 'that is no JSON')
+            leave_out(f'{path}, line {number}', 'no JSON')
             continue
         text = row.get(column) if isinstance(row, dict) else None
         if is_good(text):
@@ -176,7 +201,7 @@ def rows_of_json(pieces, path, column, leave_out):
             yield clean(text)
         else:
             names |= dict.fromkeys(row) if isinstance(row, dict) and not names else {}
-            leave_out(f'{path}, line {number}', f'without text in column {column}')
+            leave_out(f'{path}, line {number}', f'no text in column {column}')
     check_column(n_good, names, path, column)
 
 
@@ -198,7 +223,7 @@ def rows_of_csv(pieces, path, column, leave_out):
             n_good += 1
             yield clean(text)
         elif row:
-            leave_out(f'{path}, line {table.line_num + 1}', f'without text in column {column}')
+            leave_out(f'{path}, line {table.line_num + 1}', f'no text in column {column}')
     check_column(n_good, names, path, column)
 
 
@@ -225,7 +250,7 @@ def rows_of_parquet(raw, path, column, leave_out):
                 n_good += 1
                 yield clean(text)
             else:
-                leave_out(f'{path}, row {number}', f'without text in column {column}')
+                leave_out(f'{path}, row {number}', f'no text in column {column}')
     except pyarrow.ArrowException as error:
         raise UserError(f'{path} can\'t be read ({str(error).splitlines()[0][:200]})') from None
     check_column(n_good, names, path, column)

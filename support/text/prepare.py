@@ -81,6 +81,15 @@ def sample_size(probe, n):
     return int(min(n, SAMPLE, max(SMALL_SAMPLE, WORD_BYTES / max(new, 1e-9))))
 
 
+def how_many_to_train_on(some, n):
+    """How many of n texts a tokenizer can be trained on within a gigabyte. some: strings of them,
+    drawn at random or spread over them."""
+    some = [*some]
+    mean = max(1, sum(map(len, some)) / len(some))  # characters
+    probe = (text[:PROBE // len(some)] for text in some)
+    return max(1, min(n, int(sample_size(probe, n * mean) / mean)))
+
+
 # ---------------------------------------------------------------------------- one text
 
 def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, vocab_size=4096, *,

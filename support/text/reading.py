@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from support.errors import MissingFile, UserError
 from support.machine.files import download, reason_of
-from support.text.formats import (DAMAGED, EXPORT_FIRST, PIECE, ROWS, NotText, Reading, pieces_of,
+from support.text.formats import (DAMAGED, EXPORT_FIRST, PIECE, ROWS, LeftOut, NotText, Reading, pieces_of,
                                   suffixes)
 from support.text.tokens import identity_of
 
@@ -55,7 +55,7 @@ class TextFiles:
         self.how = how or Reading()
         self.how.check()
         self.files, self.left_out = [], []  # (path, identity, may be no text); (path, reason)
-        self.bad_rows = {}  # {reason: (number of rows, the first)}
+        self.bad_rows = LeftOut(self.how.strict)
         self.is_first = True
         for path in (Path(path).expanduser() for path in paths):
             if path.is_dir():
@@ -85,7 +85,7 @@ class TextFiles:
             yield from merged(self.texts(is_first, bar.update))
         if is_first:
             report_files(len(self.files), self.left_out, self.hints())
-            self.report_rows()
+            self.bad_rows.report()
 
     def texts(self, is_first, advance):
         """Yield the texts of all files. The first time, files that turn out to be none are
@@ -118,28 +118,13 @@ class TextFiles:
             with open(path, 'rb') as raw:
                 check_unchanged(path, identity, raw)
                 at = 0
-                for piece in pieces_of(raw, path, self.how, self.leave_out):
+                for piece in pieces_of(raw, path, self.how, self.bad_rows.add):
                     yield piece
                     advance(raw.tell() - at)
                     at = raw.tell()
                 check_unchanged(path, identity, raw)
         except DAMAGED as error:
             raise UserError(f'{path} can\'t be read ({reason_of(error)})') from None
-
-    def leave_out(self, where, reason):
-        """Count a row without text. UserError if `strict`."""
-        if self.how.strict:
-            raise UserError(f'{where} is a row {reason}; without --strict=True it is left out')
-        count, first = self.bad_rows.get(reason, (0, where))
-        self.bad_rows[reason] = count + 1, first
-
-    def report_rows(self):
-        """Print how many rows were left out, and why."""
-        if self.bad_rows:
-            n_rows = sum(count for count, _ in self.bad_rows.values())
-            print(f'left out {n_rows:,} row{"s" * (n_rows != 1)}: ' + ', '.join(
-                f'{count:,} {reason} (the first: {where})'
-                for reason, (count, where) in self.bad_rows.items()) + '. --strict=True refuses them')
 
     def has_rows(self, path):
         return bool(self.how.text_column) and suffixes(path)[0] in ROWS
