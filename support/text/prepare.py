@@ -26,7 +26,7 @@ from support.text.writing import write_dataset
 # ---------------------------------------------------------------------------- tokenizers
 
 SAMPLE = 1 << 28  # characters that a tokenizer is trained on at most
-SMALL_SAMPLE = 1 << 22  # characters of any text that it can be trained on
+SMALL_SAMPLE = 1 << 21  # characters of any text that it can be trained on
 PROBE = 1 << 20  # characters of which the words are counted
 WORD_BYTES = 8e6  # of different words; in training each takes 90 bytes
 
