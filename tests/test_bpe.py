@@ -10,25 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from preparing import ODD, refusal
 
 from support.hub.exporting import write_tokenizer
 from support.sampling.decoding import Text
 from support.text.bpe import BPETokenizer, train_bpe
 from support.text.dataset import Dataset
 from support.text.prepare import write_text_dataset
-from support.text.tokenizer import (CharTokenizer, GPT2Tokenizer, is_same_tokenizer, load_tokenizer,
-                                    tokenizer_from)
+from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer, load_tokenizer, tokenizer_from
 
-SOURCE = Path(__file__).read_text(encoding='utf-8')
-# Latin, Hangul, Han, Kana, Cyrillic, Greek, Arabic, Hebrew, Devanagari, Thai, and odd characters
-ODD = '''  When spring comes, it's the year 1995 or 2026 – they'll say "so".\tTabs,  two  spaces,\r\n
-lines\n\n\n봄이 오면 산과 들에 꽃이 핀다. 春天来了，山上和田野里开满了花。
-春が来ると、野山に花が咲く。 Когда придёт весна, 7 раз; Όταν έρθει η άνοιξη·
-عندما يأتي الربيع، תבוא האביב, जब वसंत आता है, เมื่อฤดูใบไม้ผลิมาถึง cafe\u0301 ﬁn ①½ x²
-🙂👩\u200d👩\u200d👧 \u00a0\u3000\ufeff​ 𝔘𝔫𝔦 $100,000.50 a_b
-__init__(self): -> [x for x in y if x != 'z'] <b>&amp;</b> ½
-'''
-TEXT = ODD * 20
+SOURCE, TEXT = Path(__file__).read_text(encoding='utf-8'), ODD * 20
 
 
 @pytest.fixture(scope='module')
@@ -92,22 +83,19 @@ def content_of(kind):
         library.train_from_iterator([TEXT], trainers.UnigramTrainer(
             vocab_size=400, unk_token='<unk>', special_tokens=['<unk>', '</s>'], show_progress=False))
         return json.loads(library.to_str())
-    content = json.loads(train_bpe([TEXT.replace('\n', ' ')], 500, ('<|endoftext|>', '<|im_start|>',
-                                                                    '<|im_end|>')).json)
-    vocab = content['model']['vocab']
+    special = '<|endoftext|>', '<|im_start|>', '<|im_end|>'
+    content = json.loads(train_bpe([TEXT.replace('\n', ' ')], 500, special).json)
     if kind == 'SmolLM2':  # 21 of the bytes have no entry
-        for name in [n for n in vocab if len(n) == 1 and not any(n in m for m in content['model']['merges'])][
-            :21
-        ]:
+        vocab, merges = content['model']['vocab'], content['model']['merges']
+        for name in [n for n in vocab if len(n) == 1 and not any(n in m for m in merges)][:21]:
             del vocab[name]
-        content['pre_tokenizer'] = in_sequence('pretokenizers', {'type': 'Digits', 'individual_digits': True},
-                                               byte_level(True))
+        digits = {'type': 'Digits', 'individual_digits': True}
+        content['pre_tokenizer'] = in_sequence('pretokenizers', digits, byte_level(True))
     if kind == 'Llama 3':
         content['pre_tokenizer'] = in_sequence('pretokenizers', split(LLAMA3), byte_level(False))
         content['model']['ignore_merges'] = True
-        content['post_processor'] = in_sequence(
-            'processors', byte_level(True), begins_with('<|im_start|>', 1)
-        )
+        begins = begins_with('<|im_start|>', 1)
+        content['post_processor'] = in_sequence('processors', byte_level(True), begins)
     if kind == 'Qwen':
         content |= {'normalizer': {'type': 'NFC'}, 'post_processor': byte_level(False) | {'use_regex': True},
                     'pre_tokenizer': in_sequence('pretokenizers', split(QWEN), byte_level(False))}
@@ -137,8 +125,12 @@ def sentencepiece_like(kind):
 
 KINDS = ['SmolLM2', 'Llama 3', 'Qwen', 'TinyLlama', 'Mistral', 'Unigram']
 published = pytest.fixture(scope='module', params=KINDS)(
-    lambda request: json.dumps(content_of(request.param))
-)
+    lambda request: json.dumps(content_of(request.param)))
+
+
+def changed(tokenizer, **changes):
+    """The text of its tokenizer.json with other entries."""
+    return json.dumps(json.loads(tokenizer.json) | changes)
 
 
 def in_folder(folder, text):
@@ -149,8 +141,7 @@ def in_folder(folder, text):
 
 def test_ids_of_a_published_tokenizer_are_those_of_transformers(published, tmp_path):
     from transformers import PreTrainedTokenizerFast
-    in_folder(tmp_path, published)
-    ours = load_tokenizer(tmp_path)
+    ours = load_tokenizer(in_folder(tmp_path, published))
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
     names = ''.join(ours.special)
     for text in [ODD, names + 'a' + names, *random_texts(300), 'x' * 3000, ' ' * 3000 + 'a', TEXT]:
@@ -163,24 +154,26 @@ def test_ids_of_a_published_tokenizer_are_those_of_transformers(published, tmp_p
     assert again.begin == ours.begin == ([1] if '"TemplateProcessing"' in published else [])
 
 
-def test_streams_and_wholes_of_a_published_tokenizer_are_the_same_text(published):
+def test_pieces_of_a_published_tokenizer_s_text_are_those_of_the_whole(published):
     ours = BPETokenizer(published)
     ids, text, shown = ours.encode(ODD), Text('', 10_000), ''
     for i in ids:
         text.add(ours.decode_bytes([i]))
-        piece = text.take()
-        assert '\ufffd' not in piece
-        shown += piece
-    assert (shown + text.text[len(shown):]).removeprefix(' ' * ours.strips).rstrip('\ufffd') == \
-        ours.decode(ids).rstrip('\ufffd')
+        shown += text.take()
+    assert '\ufffd' not in shown
+    whole = (shown + text.text[len(shown):]).removeprefix(' ' * ours.strips)
+    assert whole.rstrip('\ufffd') == ours.decode(ids).rstrip('\ufffd')
     assert ours.token_bytes()[ids].sum() == len(ours.join(ids)) and ours.token_bytes()[ours.end] == 0
+    long = (TEXT + 'and so on, ' * 5000) * 2  # is encoded in pieces, too
+    ids = ours.of_documents.encode(long, add_special_tokens=False).ids
+    assert len(long) > 120_000 and ours.encode_with(ours.of_documents, long).tolist() == ids
 
 
 def test_names_of_special_tokens_in_a_document_are_text_and_a_line_says_so(published, capsys):
     ours = BPETokenizer(published)
-    if ours.encode_array('a</s>').tolist()[-1] == ours.special.get('</s>'):
-        return  # Unigram's own entries include it
     name = next(name for name, i in ours.special.items() if i == ours.end)
+    if '"Unigram"' in published:
+        return  # whose own entries include it
     text = f'one{name}two one'
     assert ours.encode(text).count(ours.end) == 1
     assert not {*ours.special.values()} & {*ours.encode_array(text).tolist()} - {ours.special.get('<unk>')}
@@ -188,50 +181,33 @@ def test_names_of_special_tokens_in_a_document_are_text_and_a_line_says_so(publi
     assert capsys.readouterr().out.count(f'{name} in the data is encoded as the text that it is') == 1
 
 
-def test_a_long_document_is_encoded_in_pieces_that_change_nothing(published):
-    ours = BPETokenizer(published)
-    text = (TEXT + 'and so on, ' * 5000) * 2
-    whole = ours.of_documents.encode(text, add_special_tokens=False).ids
-    assert len(text) > 120_000 and ours.encode_with(ours.of_documents, text).tolist() == whole
-
-
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize(
-    'text', ['abc' * 1000 + '\x07\x08', 'cafe\u0301 ' * 100, ODD], ids=['control', 'NFD', 'odd']
-)
+@pytest.mark.parametrize('text', ['abc' * 1000 + '\x07\x08', 'cafe\u0301 ' * 100], ids=['control', 'NFD'])
 def test_text_that_a_tokenizer_drops_or_changes_is_said_once(kind, text, capsys):
     ours = BPETokenizer(json.dumps(content_of(kind)))
     try:
         kept = [ours.decode(ours.encode_array(text)) for _ in range(3)]
     except ValueError as error:  # Unigram has no entry for most of it
-        assert 'changes or drops' in str(error) and '\n' not in str(error)
+        assert kind == 'Unigram' and 'changes or drops' in str(error) and '\n' not in str(error)
         return
-    as_it_was = kept[0] == text or kind == 'Qwen' and text != kept[0] and 'e\u0301' in text
-    assert capsys.readouterr().out.count('the tokenizer changes or drops some of the text: ') == (
-        not as_it_was
-    )
+    said = capsys.readouterr().out.count('the tokenizer changes or drops some of the text: ')
+    assert said == (kept[0] != text and kind != 'Qwen')  # which brings texts into NFC
 
 
 @pytest.mark.parametrize('change, text', [
     ({'pre_tokenizer': split(r'\s+') | {'behavior': 'Removed'}}, 'ab cd ' * 500),
     ({'normalizer': {'type': 'Lowercase'}}, 'AB CD ' * 500),
-    ({'added_tokens': [added('b', 999, special=False, lstrip=True, rstrip=True)]}, 'a  b  c  ' * 500),
-])
+    ({'added_tokens': [added('b', 999, special=False, lstrip=True, rstrip=True)]}, 'a  b  c  ' * 500)])
 def test_a_tokenizer_that_loses_more_than_a_hundredth_is_refused_on_the_data(change, text, own):
-    tokenizer = BPETokenizer(json.dumps(json.loads(own.json) | change))
-    with pytest.raises(ValueError, match='changes or drops .* of .* characters: .* came back as') as error:
-        tokenizer.encode_array(text)
-    assert '\n' not in str(error.value)
+    told = refusal(BPETokenizer(changed(own, **change)).encode_array, text)
+    assert 'changes or drops' in told and ' characters: ' in told and 'came back as' in told
 
 
 def test_a_panic_of_the_library_is_one_line(own, tmp_path):
     pattern = in_sequence('pretokenizers', split('(a+)+$'), byte_level(False))
-    in_folder(tmp_path, json.dumps(json.loads(own.json) | {'pre_tokenizer': pattern}))
-    (tmp_path / 'text.txt').write_text('a' * 60 + 'b')
-    code = (
-        'import sys\nsys.path.insert(0, sys.argv[1])\nfrom support.text.tokenizer import load_tokenizer\n'
-        'try: load_tokenizer(sys.argv[2]).encode_array("a" * 60 + "b")\nexcept ValueError as e: print(e)'
-    )
+    in_folder(tmp_path, changed(own, pre_tokenizer=pattern))
+    code = ('import sys\nsys.path.insert(0, sys.argv[1])\nfrom support.text.tokenizer import load_tokenizer\n'
+            'try: load_tokenizer(sys.argv[2]).encode_array("a" * 60 + "b")\nexcept ValueError as e: print(e)')
     done = subprocess.run([sys.executable, '-c', code, ROOT, tmp_path], capture_output=True, text=True)
     assert done.stdout.startswith('the tokenizer fails on the text that begins \'aaa')
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ''
@@ -247,33 +223,24 @@ def test_a_document_of_a_million_blanks_is_encoded(text, own, bpe):
 
 # ---------------------------------------------------------------------------- files
 
-@pytest.mark.parametrize(
-    'text, told',
-    [
-        ('', 'JSONDecodeError'),
-        ('{}', 'model'),
-        ('[]', 'AttributeError|TypeError'),
-        ('5', 'TypeError'),
-        ('[' * 10**5, 'RecursionError'),
-        ('{"model": {}}', 'vocab'),
-        ('{"model": {"vocab": []}}', 'no entries|unread'),
-        ({'model': None}, 'TypeError'),
-        ({'added_tokens': 5}, 'TypeError'),
-        ({'model': {'type': 'BPE', 'vocab': {'a': 1 << 22}, 'merges': []}}, 'its ids'),
-        ({'model': {'type': 'BPE', 'vocab': {'a': -1}, 'merges': []}}, 'unreadable'),
-        ({'model': {'type': 'BPE', 'vocab': {'a': 1, 'b': 1}, 'merges': []}}, 'one id'),
-        ({'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [], 'dropout': 0.1}}, 'dropout'),
-        ({'model': {'type': 'Mine', 'vocab': {'a': 0}}}, 'unreadable'),
-    ],
-    ids=str,
-)
+def model(**entries):
+    return {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': []} | entries}
+
+
+@pytest.mark.parametrize('text, told', [
+    ('', 'JSONDecodeError'), ('{}', 'model'), ('[]', 'Error'), ('5', 'TypeError'),
+    ('[' * 10**5, 'RecursionError'), ('{"model": {}}', 'vocab'), ('{"model": {"vocab": []}}', 'no entries'),
+    ({'model': None}, 'TypeError'), ({'added_tokens': 5}, 'TypeError'),
+    (model(vocab={'a': 1 << 22}), 'its ids'), (model(vocab={'a': -1}), 'unreadable'),
+    (model(vocab={'a': 1, 'b': 1}), 'one id'), (model(dropout=0.1), 'dropout'),
+    (model(type='Mine'), 'unreadable')], ids=str)
 def test_a_file_that_is_no_tokenizer_is_one_line(text, told, own, tmp_path):
-    content = text if isinstance(text, str) else json.dumps(json.loads(own.json) | text)
-    with pytest.raises(
-        ValueError, match=f'tokenizer.json holds no tokenizer that can be used .*({told})'
-    ) as error:
-        load_tokenizer(in_folder(tmp_path, content))
-    assert '\n' not in str(error.value)
+    in_folder(tmp_path, text if isinstance(text, str) else changed(own, **text))
+    line = refusal(load_tokenizer, tmp_path)
+    assert 'tokenizer.json holds no tokenizer that can be used' in line and told in line
+    (tmp_path / 'tokenizer.json').unlink()
+    (tmp_path / 'tokenizer.model').write_bytes(b'\x0a\x0e nonsense')
+    assert 'tokenizer.model holds no tokenizer that can be used' in refusal(load_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize('names', [('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')])
@@ -296,33 +263,22 @@ def test_gpt2_as_openai_published_it_is_gpt2_s_tokenizer(names, bpe, tmp_path):
 
 @pytest.mark.parametrize('has_config', [False, True])
 def test_vocab_json_and_merges_txt_of_another_model_are_read_by_transformers(has_config, own, tmp_path):
-    content = json.loads(own.json)['model']
-    (tmp_path / 'vocab.json').write_text(json.dumps(content['vocab']))
-    (tmp_path / 'merges.txt').write_text(
-        '#version: 0.2\n' + '\n'.join(' '.join(m) for m in content['merges'])
-    )
+    from transformers import GPT2Tokenizer as Theirs
+    content, vocab, merges = json.loads(own.json)['model'], tmp_path / 'vocab.json', tmp_path / 'merges.txt'
+    vocab.write_text(json.dumps(content['vocab']))
+    merges.write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in content['merges']))
     if has_config:
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
-    tokenizer = load_tokenizer(tmp_path)
-    from transformers import GPT2Tokenizer as Theirs
-    theirs = Theirs(vocab=str(tmp_path / 'vocab.json'), merges=str(tmp_path / 'merges.txt'))
-    assert (
-        tokenizer.encode(ODD) == theirs(ODD)['input_ids'] and tokenizer.decode(tokenizer.encode(ODD)) == ODD
-    )
-
-
-def test_a_tokenizer_model_that_nothing_converts_is_one_line(tmp_path):
-    (tmp_path / 'tokenizer.model').write_bytes(b'\x0a\x0e nonsense')
-    with pytest.raises(ValueError, match='tokenizer.model holds no tokenizer that can be used') as error:
-        load_tokenizer(tmp_path)
-    assert '\n' not in str(error.value)
+    ids = load_tokenizer(tmp_path).encode(ODD)
+    assert ids == Theirs(vocab=str(vocab), merges=str(merges))(ODD)['input_ids']
+    assert load_tokenizer(tmp_path).decode(ids) == ODD
 
 
 def test_limits_and_padding_of_a_file_are_ignored(own):
     limits = {'truncation': {'direction': 'Right', 'max_length': 4, 'strategy': 'LongestFirst', 'stride': 0},
               'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None,
                           'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}}
-    tokenizer = BPETokenizer(json.dumps(json.loads(own.json) | limits))
+    tokenizer = BPETokenizer(changed(own, **limits))
     assert tokenizer.encode(ODD) == own.encode(ODD) and tokenizer.encode('a') == own.encode('a')
 
 
@@ -339,10 +295,10 @@ def test_the_quick_encoder_gives_the_library_s_ids_and_every_text_comes_back(siz
 
 
 def test_the_quick_encoder_is_for_tokenizers_of_ours_only(own):
-    content = json.loads(own.json)
-    for changes in ({'model': content['model'] | {'merges': content['model']['merges'][::-1]}},
+    model = json.loads(own.json)['model']
+    for changes in ({'model': model | {'merges': model['merges'][::-1]}},
                     {'normalizer': {'type': 'NFC'}}, {'pre_tokenizer': byte_level(True)}):
-        other = BPETokenizer(json.dumps(content | changes))
+        other = BPETokenizer(changed(own, **changes))
         assert other.quick is None and other.encode_array(TEXT).tolist() == other.encode(TEXT)
     assert own.with_special_tokens(['<|user|>']).quick
 
@@ -360,13 +316,8 @@ def test_training_is_the_same_every_time_and_takes_any_pieces(own):
     assert train_bpe([TEXT], 600).json == own.json and own.n_vocab == 600
     assert train_bpe(iter([TEXT[:1000], TEXT[1000:]]), 600).n_vocab == 600
     assert train_bpe(['abc'], 4096).n_vocab == 257 and train_bpe([], 300).n_vocab == 257  # no more pairs
-
-
-@pytest.mark.parametrize('size', [0, 256, 65537, 10**9])
-def test_a_size_that_no_tokenizer_can_have_is_refused(size):
-    with pytest.raises(ValueError, match=f'vocab_size={size} must be 257 .* to 65536') as error:
-        train_bpe([TEXT], size)
-    assert '\n' not in str(error.value)
+    for size in (0, 256, 65537):
+        assert f'vocab_size={size} must be 257 ' in refusal(train_bpe, [TEXT], size)
 
 
 def test_an_exported_tokenizer_is_the_same_to_transformers_and_to_us(own, tmp_path):
@@ -385,27 +336,9 @@ def test_an_exported_tokenizer_is_the_same_to_transformers_and_to_us(own, tmp_pa
 
 # ---------------------------------------------------------------------------- datasets
 
-def test_a_dataset_s_tokenizer_is_trained_on_its_training_part_and_kept_beside_it(tmp_path):
-    text = TEXT + 'zq' * 1000
-    write_text_dataset(tmp_path, text, 'bpe', 'a test', vocab_size=300)
-    data, cut = Dataset(tmp_path), int(len(text) * 0.9)
-    assert data.tokenizer.json == train_bpe([text[:cut]], 300).json
-    assert (data.vocab_size, data.vocab_path) == (300, tmp_path / 'tokenizer.json')
-    assert [data.tokenizer.decode(data[split][:]) for split in ('train', 'val')] == [text[:cut], text[cut:]]
-
-
-def test_a_tokenizer_that_exists_is_taken_as_it_is(own, tmp_path):
-    write_tokenizer(in_folder(tmp_path / 'there', ''), own, 64)
-    for name in (tmp_path / 'there', tmp_path / 'there' / 'tokenizer.json'):
-        write_text_dataset(tmp_path / 'out', TEXT, str(name), 'a test')
-        assert (tmp_path / 'out/tokenizer.json').read_text(encoding='utf-8') == own.json
-    write_text_dataset(tmp_path / 'out', TEXT, 'char', 'a test')
-    assert not (tmp_path / 'out/tokenizer.json').exists()
-    assert isinstance(Dataset(tmp_path / 'out').tokenizer, CharTokenizer)
-
-
 @pytest.mark.parametrize('file, text, told', [
-    ('dataset.json', '{"tokenizer": "gpt2"}', 'dataset.json says .* GPT-2'), ('dataset.json', None, None),
+    ('dataset.json', '{"tokenizer": "gpt2"}', 'dataset.json says that they are GPT-2'),
+    ('dataset.json', None, None),
     ('tokenizer.json', '{}', 'no tokenizer that can be used'), ('tokenizer.json', 'other', 'SHA-256'),
     ('tokenizer.json', None, 'tokenizer.json is missing, but dataset.json'),
 ])
@@ -414,9 +347,7 @@ def test_files_of_a_dataset_that_contradict_each_other_are_refused(file, text, t
     (tmp_path / file).unlink()
     if text:
         (tmp_path / file).write_text(own.json if text == 'other' else text, encoding='utf-8')
-    if told is None:
+    if told:
+        assert told in refusal(Dataset, tmp_path)
+    else:
         assert Dataset(tmp_path).tokenizer.n_vocab == 300
-        return
-    with pytest.raises(ValueError, match=told) as error:
-        Dataset(tmp_path)
-    assert '\n' not in str(error.value)

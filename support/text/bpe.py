@@ -150,6 +150,8 @@ class BPETokenizer:
         """ids, (N,) uint32, and the first and last part that each belongs to, of a text in parts:
         (text, is_template). Names of added tokens are these tokens in the template's text, and text
         elsewhere."""
+        if self.quick and all(text in self.special for text, is_template in parts if is_template):
+            return self.encode_between_tokens(parts)
         names = sorted((name for name in self.added if name.strip()), key=len, reverse=True)
         texts = [text if is_template else parted(text, names) for text, is_template in parts]
         with explain_panic(texts):
@@ -166,6 +168,13 @@ class BPETokenizer:
         first, last = (np.searchsorted(ends, at, side='right')[keep]
                        for at in (spans[:, 0], np.maximum(spans[:, 0], spans[:, 1] - 1)))
         return ids[keep].astype(np.uint32), first, last
+
+    def encode_between_tokens(self, parts):
+        """The same, much quicker, where each part of the template is a special token."""
+        encoded = [[self.special[text]] if is_template else
+                   self.encode_array(text.replace(NO_TEXT, '')) for text, is_template in parts]
+        of_part = np.repeat(np.arange(len(parts)), [*map(len, encoded)])
+        return np.concatenate(encoded).astype(np.uint32), of_part, of_part
 
     def check_kept(self, text, ids):
         """Print, once, how decoding differs from the text. ValueError if that is too much."""

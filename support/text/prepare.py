@@ -87,7 +87,7 @@ def how_many_to_train_on(some, n):
     some = [*some]
     mean = max(1, sum(map(len, some)) / len(some))  # characters
     probe = (text[:PROBE // len(some)] for text in some)
-    return max(1, min(n, int(sample_size(probe, n * mean) / mean)))
+    return max(1, min(n, round(sample_size(probe, n * mean) / mean)))
 
 
 # ---------------------------------------------------------------------------- one text
