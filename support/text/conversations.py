@@ -92,7 +92,7 @@ class ConversationFile:
             yield json.dumps(messages)
         check_unchanged(self.path, self.identity, self.file)
         if not len(self):
-            raise UserError(f'{self.path} has no conversations. {self.left_out.in_words()}')
+            raise UserError(f'{self.path} has no conversations: {self.left_out.in_words() or "empty"}')
         self.left_out.report()
 
     def items(self):
@@ -140,7 +140,7 @@ def encode_all(conversations, order, form, strict=False):
             n_good += 1
             yield one
     if not n_good:
-        raise UserError(f'no conversation can be encoded. {left_out.in_words()}')
+        raise UserError(f'no conversation can be encoded: {left_out.in_words()}')
     left_out.report()
 
 
