@@ -1,11 +1,9 @@
 """Conversations: templates, files, data/chat, answers of sample.py and export.py, the shipped example."""
 # ruff: noqa: F811 (fixtures)
 
-import builtins
 import itertools
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -277,25 +275,12 @@ def test_prepared_conversations_are_those_of_the_file(tokenizer, prepare, bpe, t
 
 # ---------------------------------------------------------------------------- a dialogue
 
-TEXT = PLAIN | {'end': END}
+def asking(*messages):
+    return [*render([*messages], PLAIN | {'end': END}, is_question=True)]  # a character is a token
 
 
 def dialogue(block_size):
     return Dialogue(lambda messages: asking(*messages), block_size)
-
-
-def asking(*messages):
-    return [*render([*messages], TEXT, is_question=True)]  # a character is a token
-
-
-def test_dialogue_keeps_what_was_said():
-    talk = dialogue(1000)
-    for question, answer in (('Hi', 'Hello'), ('How?', 'Well')):
-        prompt = talk.ask(question, 100)
-        talk.keep(answer)
-    assert prompt == asking(*say('Hi', 'Hello', 'How?'))
-    assert talk.ask('Why?', 100) == asking(*say('Hi', 'Hello', 'How?', 'Well', 'Why?'))
-    assert talk.command('/new') and talk.ask('Why?', 100) == asking(*say('Why?'))
 
 
 def test_full_dialogue_drops_its_oldest_turns_and_keeps_the_instruction():
@@ -322,62 +307,27 @@ def test_full_dialogue_drops_its_oldest_turns_and_keeps_the_instruction():
 
 # ---------------------------------------------------------------------------- the whole path
 
-@pytest.fixture(scope='module')
-def answering(tmp_path_factory):
-    """A folder with data and a run of config/train_chat_cpu.py, shorter, on the example."""
-    return tmp_path_factory.mktemp('answering')
-
-
-LITTLE = ('--block_size=80', '--n_embd=64', '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=120',
-          '--learning_rate=6e-3')
-
-
-@pytest.fixture
-def trained(answering, prepare, train):
-    if not (answering / 'out').exists():
-        prepare('chat')
-        shutil.copytree(prepare.data / 'chat', answering / 'data')
-        train(ROOT / 'config/train_chat_cpu.py', f'--out_dir={answering / "out"}', *LITTLE,
-              data_dir=answering / 'data', out_dir=answering / 'out')
-    return answering / 'out'
-
-
-def first_questions():
-    return [(messages[0]['content'], messages[1]['content']) for messages in Conversations([EXAMPLE])
-            if len(messages) == 2]
-
-
-def test_model_trained_on_the_example_answers_it(trained, run_here, tmp_path):
-    data = Dataset(trained.parent / 'data')
-    learned = data.tokenizer.decode(data['train'][:].tolist())
-    asked = [(q, a) for q, a in first_questions() if render(say(q, a), data.template) in learned][::3]
-    (tmp_path / 'asked.txt').write_text('\n'.join(question for question, _ in asked), encoding='utf-8')
-    log = run_here('sample.py', f'--out_dir={trained}', '--chat=True', f'--prompts={tmp_path / "asked.txt"}',
-                   '--num_samples=1', '--temperature=0', '--device=cpu', '--max_new_tokens=60')['log']
-    answers = log.split('\n---------------\n')[:-1]
-    wrong = [said for said, (_, answer) in zip(answers, asked, strict=True) if said.strip() != answer]
-    assert len(asked) > 30 and len(wrong) <= 1, wrong
-
-
-def test_checkpoint_and_export_know_the_template(trained, run_here, tmp_path):
+def test_model_trained_on_the_example_answers_it_here_and_in_transformers(prepare, train, run_here, tmp_path):
     from transformers import pipeline
-    assert State.load(trained / 'ckpt.pt').chat == template_for(Dataset(trained.parent / 'data').tokenizer)
-    run_here('export.py', f'--out_dir={trained}', f'--export_dir={tmp_path / "exported"}')
+    prepare('chat')
+    data = Dataset(prepare.data / 'chat')
+    run = f'--out_dir={tmp_path / "out"}'
+    train(ROOT / 'config/train_chat_cpu.py', run, '--block_size=80', '--n_embd=64', '--max_iters=120',
+          '--lr_decay_iters=120', '--eval_interval=120', '--learning_rate=6e-3', data_dir=data.folder)
+    learned = data.tokenizer.decode(data['train'][:].tolist())
+    talks = [talk for talk in Conversations([EXAMPLE])
+             if len(talk) == 2 and render(talk, data.template) in learned][::3]
+    (tmp_path / 'asked.txt').write_text('\n'.join(asked['content'] for asked, _ in talks))
+    log = run_here('sample.py', run, '--chat=True', f'--prompts={tmp_path / "asked.txt"}', '--device=cpu',
+                   '--temperature=0', '--num_samples=1', '--max_new_tokens=60')['log']
+    answers = [*map(str.strip, log.split('\n---------------\n')[:-1])]
+    wrong = [said for said, (_, answer) in zip(answers, talks, strict=True) if said != answer['content']]
+    assert len(talks) > 30 and len(wrong) <= 1, wrong
+    assert State.load(tmp_path / 'out/ckpt.pt').chat == template_for(data.tokenizer)
+    run_here('export.py', run, f'--export_dir={tmp_path / "exported"}')
     ask = pipeline('text-generation', model=str(tmp_path / 'exported'), device='cpu')
-    question, answer = first_questions()[0]
-    said = ask(say(question), do_sample=False, max_new_tokens=60, max_length=None)[0]['generated_text'][-1]
-    assert said == {'role': 'assistant', 'content': answer}
-
-
-def test_interactive_chat_keeps_the_conversation(trained, run_here, monkeypatch):
-    question = 'What does top_k do?'
-    lines = iter([question, question, '/new', question, '/quit'])
-    monkeypatch.setattr(builtins, 'input', lambda prompt='': next(lines))
-    found = run_here('sample.py', f'--out_dir={trained}', '--chat=True', '--interactive=True',
-                     '--temperature=0', '--device=cpu')
-    answer = 'It limits the choice of each token to the k likeliest.\n[seed'
-    assert found['log'].count('User:') == 0 and END not in found['log']
-    assert found['log'].count(answer) >= 2 and found['log'].count('ended by end') == 3
+    said = ask(talks[0][:1], do_sample=False, max_new_tokens=60, max_length=None)[0]['generated_text'][-1]
+    assert said == {'role': 'assistant', 'content': answers[0]}
 
 
 def test_chat_with_a_model_of_other_text_is_refused(train, run_here, tmp_path):

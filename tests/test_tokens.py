@@ -67,17 +67,10 @@ def change_a_token(path, at, token):
 ])
 def test_a_resumed_run_reads_what_it_always_did(sampler, seed, at, n_tokens, block_size, starts):
     split = Split('train', range(n_tokens))
-    assert split.train_windows(sampler, seed, at, len(starts), block_size).tolist() == starts
-
-
-@pytest.mark.parametrize('sampler', ['random', 'epoch'])
-def test_windows_follow_from_seed_and_number_alone(sampler):
-    split = Split('train', range(10_000))
-    first = split.train_windows(sampler, 1337, 5, 100, 64)
-    np.random.seed(1)
-    for seed, at in ((1337, 6), (1338, 5), (1338, 4), (-1337, 5)):
-        assert (split.train_windows(sampler, seed, at, 100, 64) != first).any()
-    assert np.array_equal(split.train_windows(sampler, 1337, 5, 100, 64), first)
+    for other in (seed + 1, seed):
+        found = split.train_windows(sampler, other, at, len(starts), block_size).tolist()
+        np.random.seed(1)
+        assert (found == starts) == (other == seed)
 
 
 @pytest.mark.parametrize('n_tokens', [65, 129, 1000, 1024, 1025])
