@@ -122,6 +122,8 @@ def of(content):
     ('a.csv', write_table, ['--text_column=x'], 'no column x, only id, body'),
     ('a.jsonl', write_table, ['--text_column=x'], 'no column x, only id, body'),
     ('a.jsonl', write_table, ['--text_column=id'], 'no row with text in column id'),
+    ('a.jsonl', lambda p: write_table(p, ROWS + BAD_ROWS), ['--text_column=body', '--strict=True'],
+     'a.jsonl, line 5: no text in column body'),
     ('a.json', of(json.dumps(ROWS)), ['--text_column=body'], 'is a JSON list'),
     ('a.pdf', of(SPEECH), [], 'export its text first'),
     ('a.txt', of(b'%PDF-1.7 \xff'), [], 'it is a PDF, export its text first'),
