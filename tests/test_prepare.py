@@ -101,7 +101,10 @@ def test_pieces_of_any_size_give_the_same_characters_and_byte_pairs(size, tmp_pa
     for tokenizer in ('char', 'bpe'):
         write_text_dataset(tmp_path, Sliced(text, size), tokenizer, 'a test', 0.3, vocab_size=400)
         assert read(tmp_path).texts == [text[:at], text[at:]]
-    assert read(tmp_path).tokenizer.json == train_bpe([text[:at]], 400).json
+    found = read(tmp_path)
+    assert found.tokenizer.json == train_bpe([text[:at]], 400).json
+    write_text_dataset(tmp_path, Sliced('x' + text[1:], size), 'char', 'another')
+    assert read(tmp_path).info['text'] != found.info['text']
 
 
 def test_a_stretch_without_a_place_to_cut_is_cut_and_said_to_be(bpe, tmp_path, capsys):

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, write, args, words, 
 
 
 @pytest.mark.parametrize('change', [
-    lambda path: path.write_text(SPEECH * 2, encoding='utf-8'), lambda path: os.utime(path),
+    of(SPEECH * 2), of(b'\xff no text'), os.utime,
     lambda path: path.replace(path.with_name('b')) and path.write_text(SPEECH, encoding='utf-8')])
 def test_file_that_changes_while_it_is_read_or_between_is_refused(change, tmp_path):
     path, told = tmp_path / 'a.txt', 'a.txt was changed while it was read'
