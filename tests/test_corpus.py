@@ -245,41 +245,29 @@ def test_folder_with_both_splits_equals_a_plain_tokenization(dataset, names, cor
     assert_has(corpus, dataset, {split: texts[:2] for split, texts in STORIES.items()})
 
 
-def test_stories_of_a_text_file_are_those_between_its_separators(corpus, tmp_path):
-    for name, texts in zip(('train', 'valid'), STORIES.values()):
-        (tmp_path / 'copy').mkdir(exist_ok=True)
-        path = tmp_path / f'copy/TinyStories-{name}.txt'
-        path.write_text('\n<|endoftext|>\n'.join(texts) + '\n')
-    corpus('tinystories', f'--source={tmp_path / "copy"}')
-    assert_has(corpus, 'tinystories', STORIES)
-    corpus('tinystories', f'--source={tmp_path / "copy/TinyStories-train.txt"}')
-    found = read(corpus.data / 'tinystories')  # one file is cut at random
-    assert sorted(documents_of(found.train + found.val)) == sorted(STORIES['train'])
-
-
-@pytest.mark.parametrize('dataset, column, rows, lines, documents, name', [
-    ('wikitext', 'text', {s: [t if t.strip() else '' for t in texts] for s, texts in LINES.items()},
-     LINES, ARTICLES, 'wiki.{}.raw'),
-    ('ptb', 'sentence', {s: [t.strip() for t in texts] for s, texts in SENTENCES.items()},
-     {s: [t + '\n' for t in texts] for s, texts in SENTENCES.items()}, NEWS, 'ptb.{}.txt')])
-def test_documents_are_the_same_from_the_hub_s_rows_and_from_files_of_lines(
-        dataset, column, rows, lines, documents, name, corpus, tmp_path):
-    for split, texts in rows.items():
-        write_table(tmp_path / f'rows/{split}.parquet', texts, column)
-    (tmp_path / 'files').mkdir()
-    for split, of_file in (('train', 'train'), ('validation', 'valid')):
-        path = tmp_path / 'files' / name.format(of_file)
-        path.write_text(''.join(lines[split]), encoding='utf-8')
-    for folder in ('rows', 'files'):
-        corpus(dataset, f'--source={tmp_path / folder}')
-        assert_has(corpus, dataset, documents)
+@pytest.mark.parametrize('dataset, name, texts, documents', [
+    ('wikitext', 'wiki.{}.raw', {s: ''.join(lines) for s, lines in LINES.items()}, ARTICLES),
+    ('ptb', 'ptb.{}.txt', {s: '\n'.join([*lines, '']) for s, lines in SENTENCES.items()}, NEWS),
+    ('tinystories', '{}.txt', {s: '\n<|endoftext|>\n'.join(t) + '\n' for s, t in STORIES.items()}, STORIES)])
+def test_lines_of_text_files_become_documents(dataset, name, texts, documents, corpus, tmp_path):
+    (tmp_path / 'copy').mkdir()
+    paths = [tmp_path / 'copy' / name.format(split) for split in ('train', 'valid')]
+    for path, text in zip(paths, texts.values()):
+        path.write_text(text, encoding='utf-8')
+    corpus(dataset, f'--source={tmp_path / "copy"}')
+    assert_has(corpus, dataset, documents)
+    if dataset == 'tinystories':
+        corpus(dataset, f'--source={paths[0]}')
+        found = read(corpus.data / dataset)  # one file is cut at random
+        assert sorted(documents_of(found.train + found.val)) == sorted(STORIES['train'])
 
 
 # ---------------------------------------------------------------------------- the hub
 
 @pytest.mark.parametrize('dataset, where, column, rows, documents', [
     ('tinystories', {'path': 'roneneldan/TinyStories'}, 'text', STORIES, STORIES),
-    ('wikitext', {'path': 'Salesforce/wikitext', 'name': 'wikitext-103-raw-v1'}, 'text', LINES, ARTICLES),
+    ('wikitext', {'path': 'Salesforce/wikitext', 'name': 'wikitext-103-raw-v1'}, 'text',
+     {s: [t if t.strip() else '' for t in lines] for s, lines in LINES.items()}, ARTICLES),
     ('lambada', {'path': 'cimec/lambada'}, 'text', STORIES, STORIES),
     ('ptb', {'path': 'ptb-text-only/ptb_text_only', 'revision': 'refs/convert/parquet'}, 'sentence',
      SENTENCES, NEWS)])
