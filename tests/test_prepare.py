@@ -51,7 +51,7 @@ def test_tokens_are_written_as_raw_numbers_or_not_at_all(tmp_path):
 
 
 def test_dataset_json_and_meta_pkl_say_what_the_files_hold(tmp_path, capsys):
-    write_text_dataset(tmp_path, 'é\naa' * 325, 'char', 'a test', val_fraction=0.25)
+    write_text_dataset(tmp_path, 'a\naa' * 324 + 'é\naa', 'char', 'a test', val_fraction=0.25)
     found = read(tmp_path)
     assert found.info == Dataset(tmp_path).info == {
         'tokens': {'train': 975, 'val': 325}, 'largest_id': 2, 'dtype': 'uint16', 'vocab_size': 3,
@@ -59,7 +59,7 @@ def test_dataset_json_and_meta_pkl_say_what_the_files_hold(tmp_path, capsys):
             f'{split}.bin': hashlib.sha256((tmp_path / f'{split}.bin').read_bytes()).hexdigest()
             for split in ('train', 'val')}}
     assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == META  # as nanoGPT reads it
-    assert 'train has 975 tokens of 975 characters (1.25 bytes, 1.00 characters a token)' in \
+    assert 'train has 975 tokens of 975 characters (1.00 bytes, 1.00 characters a token)' in \
         capsys.readouterr().out
     text = ''.join(map(chr, [*range(0x4e00, 0x9fff), *range(0xac00, 0xd7a3), *range(0x20000, 0x2a6d6)]))
     write_text_dataset(tmp_path, text * 2, 'char', 'a test')
@@ -242,6 +242,11 @@ def test_interrupted_preparation_leaves_what_was_there(tokenizer, tmp_path):
             write_text_dataset(tmp_path, Broken(SPEECH), tokenizer, 'second', vocab_size=300)
         assert files_below(tmp_path) == before and sorted(p.name for p in tmp_path.iterdir()) == expected
         write_text_dataset(tmp_path, 'abc' * 100, 'char', 'first')
+    broken = CharTokenizer({0: 'a'})
+    broken.stoi = lambda: None  # can't be written to meta.pkl, which comes after the tokens
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        write_dataset(tmp_path, {'train': [[0]], 'val': [[0]]}, broken, 'second')
+    assert 'broken off; prepare it again' in refusal(Dataset, tmp_path)
 
 
 PREPARE_FOREVER = """
