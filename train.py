@@ -75,16 +75,23 @@ optimizer = 'adamw'  # adamw, muon (for the matrices of the blocks, with AdamW f
 muon_lr = 0.02  # Muon's highest learning rate; learning_rate is then AdamW's
 learning_rate = 6e-4  # the highest, after the warm-up
 embedding_lr = 0.0  # that of the token embedding, with tie_weights=False; 0: learning_rate
+scalar_lr = 0.0  # that of biases, factors of norms and the like; 0: learning_rate
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
+adam_weight_decay: float | None = None  # of what AdamW trains; None: weight_decay
 beta1 = 0.9
 beta2 = 0.95
+adam_eps = 0.0  # AdamW's epsilon; 0: PyTorch's, 1e-8
+newton_schulz = 'steep'  # of Muon: steep (5 steps, about orthogonal), exact (12 steps)
+normuon = False  # of Muon: rows of an update are made equally large
+cautious_decay = False  # of Muon: weights decay only where the update makes them smaller, too
 grad_clip = 1.0  # clip gradients to this norm; 0: don't
 lora_rank = 0  # train low-rank adapters only: fine-tuning in little memory; 0: train all weights
 lora_alpha = 16.0  # the adapters' output is scaled by alpha / rank
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
 lr_schedule = 'cosine'  # cosine, linear, wsd, constant
+wsd_decay = 0.2  # wsd: the last share of the schedule, in which the rate decays
 warmup_iters = 2000
 lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
@@ -213,7 +220,7 @@ def get_lr(it):
     share = {
         'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017, eq. 5, one period
         'linear': 1 - progress,
-        'wsd': min(1.0, (1 - progress) / 0.2),  # stable, decaying in the last fifth (Hu et al. 2024)
+        'wsd': min(1.0, (1 - progress) / max(wsd_decay, 1e-9)),  # stable, then decaying (Hu et al. 2024)
     }[lr_schedule]
     return min_lr + share * (learning_rate - min_lr)
 
