@@ -146,3 +146,70 @@ def test_state_of_normuon_continues_bit_for_bit():
 def test_setting_that_no_optimizer_has_is_one_line(settings, reason):
     with pytest.raises(UserError, match=reason):
         make_optimizer(tiny(), SETTINGS | settings, 'cpu')
+
+
+# ---------------------------------------------------------------------------- depth
+
+DEPTH = ROOT / 'config/depth.py'
+
+
+@pytest.fixture
+def at_depth(monkeypatch, capsys):
+    """A function that gives the settings of command-line arguments, among them config/depth.py."""
+    def settings(*args):
+        monkeypatch.setattr('sys.argv', ['train.py', *map(str, args)])
+        found = settings_of(*args)
+        return found | {'log': capsys.readouterr().out}
+    return settings
+
+
+def test_settings_of_a_depth_are_the_same_wherever_it_stands(at_depth):
+    flags = ('--n_layer=8', '--block_size=512', '--batch_size=16', '--max_iters=100')
+    before, after = at_depth(*flags, DEPTH), at_depth(DEPTH, *flags)
+    differing = [k for k in before if before[k] != after[k] and k != 'log']
+    assert not differing and (before['n_embd'], before['n_head'], before['batch_size']) == (512, 4, 16)
+    assert before['gradient_accumulation_steps'] * 16 * 512 == 2 ** 19
+    assert before['max_iters'] == before['lr_decay_iters'] == 100
+
+
+@pytest.mark.parametrize('depth, width', [(4, 256), (8, 512), (11, 768), (12, 768), (20, 1280)])
+def test_depth_names_the_parameters_and_flops_of_its_model_and_12_tokens_for_each(depth, width, at_depth):
+    found = at_depth(f'--n_layer={depth}', DEPTH)
+    with torch.device('meta'):
+        model = GPT(config_from_settings(found, 50304))
+    n, n_scaling = model.get_num_params(non_embedding=False), 12 * depth * width ** 2 + 50304 * width
+    each = found['gradient_accumulation_steps'] * found['batch_size'] * 1024
+    flops = 312e12 * model.estimate_mfu(each / 1024 * found['max_iters'], 1.0)
+    assert f'{width} channels, {width // 128} heads, {n / 1e6:.1f}M parameters' in found['log']
+    assert f'{each:,} an iteration, {found["max_iters"]:,} iterations, {flops:.1e} FLOPs' in found['log']
+    assert each * found['max_iters'] == pytest.approx(12 * n_scaling, rel=0.01)
+    assert each & (each - 1) == 0  # a power of 2
+
+
+def test_rates_and_decay_at_depth_12_are_those_of_the_recipe(recipe, at_depth):
+    found = at_depth('--n_layer=12', DEPTH)
+    for name in ('muon_lr', 'embedding_lr', 'learning_rate', 'scalar_lr', 'n_embd', 'n_head'):
+        assert found[name] == pytest.approx(recipe[name]), name
+    assert found['weight_decay'] == pytest.approx(0.05, rel=0.001)
+    deep = at_depth('--n_layer=20', DEPTH)  # twice the batch, 3.7 times the tokens
+    assert deep['muon_lr'] == pytest.approx(0.025 * 2 ** 0.5)
+    assert deep['learning_rate'] == pytest.approx(4e-3 * 2 ** 0.5 / (1280 / 768) ** 0.5)
+    assert deep['weight_decay'] == pytest.approx(0.05 * 2 ** 0.5 / 3.70, rel=0.01)
+
+
+def test_depth_4_trains_on_a_cpu(train, monkeypatch):
+    flags = ('--n_layer=4', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
+             '--max_iters=6')
+    monkeypatch.setattr('sys.argv', ['train.py', *flags])
+    log = train(str(DEPTH), *flags, '--n_embd=128', '--n_head=1', '--warmup_iters=0', '--learning_rate=1e-3',
+                '--eval_interval=6', '--log_interval=1')['log']
+    first, last = (float(line.split('loss ')[1].split(',')[0]) for line in log.splitlines()
+                   if line.startswith(('iter 0', 'iter 6')))
+    assert first == pytest.approx(math.log(21), abs=0.01) and last < first
+
+
+@pytest.mark.parametrize('flag', ['--n_layer=0', '--max_iters=many'])
+def test_depth_that_is_none_is_one_line(flag, at_depth):
+    name, _, value = flag.lstrip('-').partition('=')
+    with pytest.raises(ValueError, match=f'{name}.*{value}'):
+        at_depth(DEPTH, flag)
