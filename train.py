@@ -13,6 +13,7 @@ those are the fields of GPTConfig in model.py. --help lists them all.
 
 from configurator import configure  # import first: reports missing packages
 
+import gc
 import itertools
 import math
 import os
@@ -103,6 +104,8 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
+cuda_graphs = False  # with compile, on one GPU: replay recorded kernels, faster where a model is small
+residual_16bit = False  # the residual stream in dtype's 16 bits, not in float32: less memory traffic
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
 seed = 1337
 
@@ -149,6 +152,9 @@ if window < model.config.block_size:
 if activation_checkpointing:
     start.check_offers(model, 'activation_checkpointing')
     model.activation_checkpointing = True
+if residual_16bit:
+    start.check_offers(model, 'residual_16bit')
+    model.residual_16bit = True
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_cpu_linears(model, run)
 lean = lean_loss(model, run)  # arguments of the forward pass: a loss that never holds all logits
@@ -181,12 +187,15 @@ first_iter = saved_iter = iter_num
 
 # ---------------------------------------------------------------------------- compilation, processes
 
+if cuda_graphs:
+    optim.keep_gradients(model, run, parallel)
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     if parallel == 'fsdp':
         fsdp.compile_blocks(model)
     else:
-        model.compile()  # torch.compile in place: no prefix on the parameters' names
+        model.compile(mode='reduce-overhead' if cuda_graphs else None)
+        # torch.compile in place: no prefix on the parameters' names
 parallel_model, no_sync = model, nullcontext
 if parallel == 'fsdp':
     no_sync = partial(fsdp.no_sync, model)
@@ -245,7 +254,7 @@ def update(lr, vitals=None):
     for micro_step in range(n_micro):
         x, y, share = next(batches)
         with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
-            with autocast:
+            with autocast, hardware.attention_kernels(run.device, window):
                 micro_loss = parallel_model(x, y, **lean)[1] * share / n_micro
             meter.begin_waiting()
             scaler.scale(micro_loss).backward()
@@ -257,7 +266,7 @@ def update(lr, vitals=None):
         if guard.allows(iter_num, loss, grad_norm, opt):
             scaler.step(opt)
     scaler.update()
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=not cuda_graphs)
     meter.end_iteration(n_micro * sequences * window)
     return loss, grad_norm
 
@@ -275,6 +284,8 @@ def evaluate_and_save(lr):
         return None
     vitals = None
     with meter.pause() as seconds:
+        if not gc.isenabled():
+            gc.collect()
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating:
             data.check_unchanged()
@@ -419,6 +430,9 @@ try:
             print0(f'stopping: no better validation loss in {patience} evaluations')
             break
         loss, grad_norm = update(lr, vitals)
+        if iter_num == first_iter:
+            gc.freeze()
+            gc.disable()  # it may stop an iteration for half a second; evaluate_and_save collects
         if iter_num % log_interval == 0:
             log_iteration(loss, grad_norm, lr)
         iter_num += 1
@@ -426,6 +440,9 @@ except (UserError, OSError):  # data that changed under the run, a disk that is 
     if run.is_master and is_alone and iter_num > saved_iter and folder.is_claimed(out_dir):
         write_state('latest.pt', 'previous.pt')
     raise
+finally:
+    gc.unfreeze()
+    gc.enable()
 
 # ---------------------------------------------------------------------------- the end
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from support.errors import UserError
+from support.machine.console import print0
 from support.machine.hardware import fastest_float32, has_bfloat16
 
 
@@ -97,6 +98,19 @@ def block_matrices(model):
                 rows = [p.shape[1]] * 3
             matrices[p] = rows
     return matrices
+
+
+def keep_gradients(model, run, parallel='ddp'):
+    """Give each trained parameter a gradient that keeps its place, for zero_grad(set_to_none=False). A graph
+    of PyTorch's would otherwise hand out its own buffer as the first micro-step's gradient, and the next
+    micro-step would write over it (pytorch/pytorch#169545). UserError for several processes."""
+    if run.world_size > 1 or parallel == 'fsdp':
+        raise UserError('cuda_graphs=True is for a single process with parallel=ddp')
+    if not run.compile or run.device_type != 'cuda':
+        print0('cuda_graphs: nothing is recorded without CUDA and compile=True; gradients keep their memory')
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
 
 
 def set_lr(opt, lr, highest):
