@@ -2,6 +2,7 @@
 16 bits, the kernel of attention, garbage collection, larger micro-batches, texts of one recorded step."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from model import GPT, GPTConfig
 from support.errors import UserError
 from support.machine.hardware import GPUS, attention_kernels, kernel_order
+from support.sampling.decoding import Sampling, stream
 from support.training.loss import ChunkedLoss
 from support.training.plan import RESERVED, Setup, fewer_micro_steps, memory_needed
 
@@ -157,3 +159,85 @@ def test_micro_batch_that_fits_and_makes_the_same_batch_is_proposed(gpu, setup, 
     assert f'--batch_size={proposed} --gradient_accumulation_steps={sequences // proposed} ' in text
     larger = Setup(setup.n_processes, proposed, setup.batch_size * setup.micro_steps // proposed)
     assert RESERVED < memory_needed(model, larger) <= 0.9 * GPUS[gpu].memory
+
+
+# ---------------------------------------------------------------------------- a decoding step's memory
+
+MODELS = [{}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residual': True},
+          {'pos_emb': 'alibi', 'norm': 'rmsnorm', 'x0_residual': True, 'embd_norm': True},
+          {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50}, {'attn_type': 'GK'}]
+
+
+def sampled(model, idx, n, static, **how):
+    pieces = [*stream(model, idx, Sampling(0.8, 20, max_new_tokens=n, repetition_penalty=1.1),
+                      static=static, **how)]
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize('options', MODELS, ids=str)
+def test_texts_of_one_memory_after_the_other_are_those_of_growing_caches(options, capsys):
+    """Of different prompts, lengths and seeds, two samples each, up to the end of block_size and past it."""
+    model = scrambled(tiny(**options | {'block_size': 140}), 0.3).double().eval()
+    for T, n in ((9, 60), (5, 128), (40, 3), (9, 133), (139, 3), (140, 2)):
+        how = {'n_samples': 2, 'seeds': range(T, T + 6), 'lengths': torch.tensor([max(1, T - 4), T, T])}
+        idx = tokens(3, T)
+        assert torch.equal(sampled(model, idx, n, True, **how), sampled(model, idx, n, False, **how))
+    assert 'without a CUDA graph' not in capsys.readouterr().out
+
+
+def test_texts_that_are_made_in_turns_do_not_share_a_memory():
+    model, prompts = scrambled(tiny(block_size=200), 0.3).double().eval(), [tokens(1, 4), tokens(1, 4)]
+    expected = [sampled(model, idx, 20, False, seeds=[1]) for idx in prompts]
+    for _ in range(2):  # the second time on what the first left behind
+        both = [stream(model, idx, Sampling(0.8, 20, max_new_tokens=20, repetition_penalty=1.1), seeds=[1],
+                       static=True) for idx in prompts]
+        made = zip(*both)
+        for found, text in zip(zip(*made), expected):
+            assert torch.equal(torch.cat(found, dim=1), text)
+
+
+def test_memory_of_a_shape_is_used_again_and_of_few_shapes_is_kept():
+    """By other calls of the same shape, weights and sampling, as the keys of attention show."""
+    model, seen = scrambled(tiny(block_size=200)).eval(), []
+
+    class Seen(type(model.transformer.h[0].attn)):
+        def attend(self, q, k, v, cache=None):
+            if q.shape[2] == 1:
+                seen.append((k.data_ptr(), k.shape[2]))
+            return super().attend(q, k, v, cache)
+    for block in model.transformer.h[:1]:
+        block.attn.__class__ = Seen
+
+    def places(T, n, rows=1):
+        seen.clear()
+        sampled(model, tokens(rows, T), n, True)
+        return {place for place, _ in seen[2:]}, {n for _, n in seen[2:]}  # the first two compare
+    first, lengths = places(4, 170)
+    assert lengths == {128, 200} and len(first) == 1
+    assert places(7, 150)[0] == first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)  # in place, as an optimizer does
+    assert places(4, 160)[0] == first
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert places(4, 160)[0] != first
+
+
+def test_kept_memory_ends_with_its_model():
+    model = tiny().eval()
+    sampled(model, tokens(1, 4), 5, True)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.cuda
+def test_second_text_of_a_shape_is_that_of_the_first_and_makes_no_graph():
+    model, idx = scrambled(tiny(block_size=256), 0.3).eval().cuda(), tokens(2, 3).cuda()
+    with torch.autocast('cuda', torch.bfloat16):
+        first = sampled(model, idx, 200, None, seeds=[1, 2])
+        with torch.profiler.profile() as profiler:
+            second = sampled(model, idx, 200, None, seeds=[1, 2])
+    names = [event.key for event in profiler.key_averages()]
+    assert torch.equal(first, second) and 'cudaGraphLaunch' in names
+    assert not any('StreamBeginCapture' in name for name in names)
