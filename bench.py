@@ -58,6 +58,7 @@ prompt_tokens = 1
 weights = 'full'  # full; with mode=decode int8, int4
 activation_checkpointing = False  # in training
 residual_16bit = False  # in training: the residual stream in dtype's 16 bits
+cudnn_attention = True  # in training, where it is faster; False: FlashAttention's kernel
 cuda_graphs = False  # in training, with compile: replay recorded kernels
 optimizer = 'adamw'  # adamw, muon
 seed = 1337
@@ -136,7 +137,7 @@ batches = prefetch(get_batch, ((i,) for i in itertools.count()))
 def train_step(iteration):
     """As train.py makes it: batches ahead of their use, clipping, the guard."""
     x, y = next(batches)
-    with run.autocast(), hardware.attention_kernels(run.device, block_size):
+    with run.autocast(), hardware.attention_kernels(run.device, cudnn_attention and block_size):
         _, loss = model(x, y, **lean)
     scaler.scale(loss).backward()
     scaler.unscale_(opt)

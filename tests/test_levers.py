@@ -2,6 +2,7 @@
 16 bits, the kernel of attention, garbage collection, larger micro-batches, texts of one recorded step."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -241,3 +242,17 @@ def test_second_text_of_a_shape_is_that_of_the_first_and_makes_no_graph():
     names = [event.key for event in profiler.key_averages()]
     assert torch.equal(first, second) and 'cudaGraphLaunch' in names
     assert not any('StreamBeginCapture' in name for name in names)
+
+
+# ---------------------------------------------------------------------------- the report
+
+def test_report_has_the_levers_in_the_order_of_worth_and_the_cuda_tests_last(run_script, char_data, tmp_path):
+    only = '--only=its attention|fast_shakespeare_char, cuda_graphs=True|124M --decode_batch=1|CUDA tests'
+    output = run_script('scripts/gpu_report.py', '--tiny=True', '--device=cpu', f'--data_dir={char_data}',
+                        f'--out_dir={tmp_path}', only).stdout
+    attention, graphs, decoding, cuda_tests = map(
+        json.loads, (tmp_path / 'results.jsonl').read_text().splitlines())
+    assert attention['kernel'] == 'FlashAttention' and graphs['ms'] > 0
+    assert 0 < decoding['first_token_ms'] < decoding['ms'] and 0 < decoding['of_bandwidth'] <= 1
+    assert 'skipped' in cuda_tests['tests'] or 'passed' in cuda_tests['tests']
+    assert 'measurements are left' not in output and not list(tmp_path.glob('*.json'))
