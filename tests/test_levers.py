@@ -15,6 +15,7 @@ from model import GPT, GPTConfig
 from support.errors import UserError
 from support.machine.hardware import GPUS, attention_kernels, kernel_order
 from support.sampling.decoding import Sampling, stream
+from support.sampling.graphs import KEPT
 from support.training.loss import ChunkedLoss
 from support.training.plan import RESERVED, Setup, fewer_micro_steps, memory_needed
 
@@ -28,8 +29,9 @@ RUN = ('--max_iters=8', '--eval_interval=4', '--checkpoint_interval=4', '--gradi
                          ids=['adamw', 'muon'])
 def test_run_whose_gradients_keep_their_place_is_the_same_and_resumes_bit_for_bit(args, train, tmp_path):
     train(*RUN, *args, out_dir=tmp_path / 'plain')
-    log = train(*RUN, *args, '--cuda_graphs=True', out_dir=tmp_path / 'kept')['log']
-    assert 'cuda_graphs: nothing is recorded without CUDA' in log
+    kept = train(*RUN, *args, '--cuda_graphs=True', out_dir=tmp_path / 'kept')
+    assert 'cuda_graphs: nothing is recorded without CUDA' in kept['log']
+    assert not any(p.grad.any() for p in kept['model'].parameters())  # still there
     assert logged(tmp_path / 'plain') == logged(tmp_path / 'kept')
     train(*RUN, *args, '--cuda_graphs=True', '--max_iters=3')
     train(*RUN, *args, '--cuda_graphs=True', '--init_from=resume')
@@ -169,8 +171,8 @@ MODELS = [{}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'value_residu
           {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50}, {'attn_type': 'GK'}]
 
 
-def sampled(model, idx, n, static, **how):
-    pieces = [*stream(model, idx, Sampling(0.8, 20, max_new_tokens=n, repetition_penalty=1.1),
+def sampled(model, idx, n, static, temperature=0.8, **how):
+    pieces = [*stream(model, idx, Sampling(temperature, 20, max_new_tokens=n, repetition_penalty=1.1),
                       static=static, **how)]
     return torch.cat(pieces, dim=1)
 
@@ -209,9 +211,9 @@ def test_memory_of_a_shape_is_used_again_and_of_few_shapes_is_kept():
     for block in model.transformer.h[:1]:
         block.attn.__class__ = Seen
 
-    def places(T, n, rows=1):
+    def places(T, n, rows=1, **how):
         seen.clear()
-        sampled(model, tokens(rows, T), n, True)
+        sampled(model, tokens(rows, T), n, True, **how)
         return {place for place, _ in seen[2:]}, {n for _, n in seen[2:]}  # the first two compare
     first, lengths = places(4, 170)
     assert lengths == {128, 200} and len(first) == 1
@@ -219,8 +221,12 @@ def test_memory_of_a_shape_is_used_again_and_of_few_shapes_is_kept():
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)  # in place, as an optimizer does
     assert places(4, 160)[0] == first
+    assert places(4, 160, temperature=0.9)[0] != first != places(4, 160, n_vocab=60)[0]
+    assert places(4, 160)[0] != places(4, 160, rows=2)[0]
+    first = places(4, 160)[0]
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     assert places(4, 160)[0] != first
+    assert len(KEPT[model]) == 2
 
 
 def test_kept_memory_ends_with_its_model():

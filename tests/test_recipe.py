@@ -117,11 +117,14 @@ def test_cautious_decay_acts_where_the_update_makes_a_weight_smaller():
     assert 0.3 < (cautious == plain).float().mean() < 0.7
 
 
-def test_normuon_makes_rows_equally_large_and_keeps_the_norm():
-    (before, plain, _), (_, even, _) = step_of({}, n=1), step_of({'normuon': True}, n=1)
-    plain, even = (before * (1 - 0.03 * 0.5) - after for after in (plain, even))
-    expected = plain / plain.norm(dim=1, keepdim=True)  # the first step knows its own rows only
-    torch.testing.assert_close(even, expected * plain.norm() / expected.norm(), rtol=1e-3, atol=1e-6)
+def test_normuon_divides_rows_by_their_size_so_far_and_keeps_the_norm():
+    squares = 0
+    for n in (1, 2, 3):
+        (before, plain, _), (before_even, even, _) = step_of({}, n), step_of({'normuon': True}, n)
+        plain, even = before * (1 - 0.03 * 0.5) - plain, before_even * (1 - 0.03 * 0.5) - even
+        squares = 0.95 * squares + 0.05 * plain.square().mean(dim=1, keepdim=True)
+        expected = plain / squares.sqrt()
+        torch.testing.assert_close(even, expected * plain.norm() / expected.norm(), rtol=1e-3, atol=1e-5)
 
 
 def test_state_of_normuon_continues_bit_for_bit():
