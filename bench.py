@@ -137,9 +137,10 @@ batches = prefetch(get_batch, ((i,) for i in itertools.count()))
 def train_step(iteration):
     """As train.py makes it: batches ahead of their use, clipping, the guard."""
     x, y = next(batches)
-    with run.autocast(), hardware.attention_kernels(run.device, cudnn_attention and block_size):
-        _, loss = model(x, y, **lean)
-    scaler.scale(loss).backward()
+    with hardware.attention_kernels(run.device, cudnn_attention and block_size):
+        with run.autocast():
+            _, loss = model(x, y, **lean)
+        scaler.scale(loss).backward()
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if guard.allows(iteration, loss.detach(), grad_norm, opt):

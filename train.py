@@ -253,8 +253,9 @@ def update(lr, vitals=None):
     meter.begin_iteration()
     for micro_step in range(n_micro):
         x, y, share = next(batches)
-        with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
-            with autocast, hardware.attention_kernels(run.device, window):
+        synced = no_sync() if micro_step < n_micro - 1 else nullcontext()  # exchange gradients at the end
+        with synced, hardware.attention_kernels(run.device, window):
+            with autocast:
                 micro_loss = parallel_model(x, y, **lean)[1] * share / n_micro
             meter.begin_waiting()
             scaler.scale(micro_loss).backward()

@@ -188,6 +188,15 @@ def test_texts_of_one_memory_after_the_other_are_those_of_growing_caches(options
     assert 'without a CUDA graph' not in capsys.readouterr().out
 
 
+def test_compiler_takes_a_step_of_one_memory_whole_and_for_any_length_to_read():
+    model, idx = scrambled(tiny(block_size=200, pos_emb='rope'), 0.3).double().eval(), tokens(2, 5)
+    expected = sampled(model, idx, 140, False, seeds=[1, 2])
+    torch._dynamo.reset()  # what other tests compiled counts towards a limit
+    model.compile(dynamic=True, fullgraph=True, backend='eager')
+    for _ in range(2):
+        assert torch.equal(sampled(model, idx, 140, True, seeds=[1, 2]), expected)
+
+
 def test_texts_that_are_made_in_turns_do_not_share_a_memory():
     model, prompts = scrambled(tiny(block_size=200), 0.3).double().eval(), [tokens(1, 4), tokens(1, 4)]
     expected = [sampled(model, idx, 20, False, seeds=[1]) for idx in prompts]

@@ -86,8 +86,9 @@ def test_architectures_of_others_refuse_what_they_do_not_compute(options, name, 
 
 # ---------------------------------------------------------------------------- Muon's settings
 
-def step_of(options, n=3):
-    """(weights before, weights after, momentum) of the last of n steps of one matrix, (64, 32)."""
+def step_of(options, n=3, spread=1.0):
+    """(weights before, weights after, momentum) of the last of n steps of one matrix, (128, 32), whose columns
+    of gradients are 1 to `spread` times as large."""
     torch.manual_seed(1)
     model, momentum = scrambled(tiny()), 0
     p = model.transformer.h[0].mlp.c_fc.weight
@@ -96,6 +97,7 @@ def step_of(options, n=3):
         mu = 0.85 + 0.1 * (step + 1) / 301
         for q in model.parameters():
             q.grad = torch.randn_like(q)
+        p.grad *= torch.logspace(0, math.log10(spread), 32)
         grad, before = p.grad.clone(), p.detach().clone()
         momentum = mu * momentum + (1 - mu) * grad
         opt.step()
@@ -107,6 +109,9 @@ def test_exact_steps_of_newton_schulz_give_an_orthogonal_matrix():
     update = (before * (1 - 0.03 * 0.5) - after) / 0.03 / 2  # sqrt(128 / 32)
     u, _, vh = torch.linalg.svd(momentum, full_matrices=False)
     torch.testing.assert_close(update, u @ vh, rtol=0, atol=0.02)  # products may be in 16 bits
+    before, after, _ = step_of({'newton_schulz': 'exact'}, spread=50)
+    update = (before * (1 - 0.03 * 0.5) - after) / 0.03 / 2
+    torch.testing.assert_close(torch.linalg.svdvals(update), torch.ones(32), rtol=0, atol=0.03)
 
 
 def test_cautious_decay_acts_where_the_update_makes_a_weight_smaller():

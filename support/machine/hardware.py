@@ -105,7 +105,8 @@ class Peak:
 
 def attention_kernels(device, window=None):
     """A context in which scaled_dot_product_attention has the kernels of `kernel_order`. window: the
-    tokens of each sequence in training; None where lengths differ from call to call."""
+    tokens of each sequence in training; None where lengths differ from call to call. The backward pass
+    belongs into it, too, as checkpointing computes attention again there."""
     if not device.startswith('cuda'):
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
