@@ -22,7 +22,6 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
-from itertools import product
 from json import dumps
 
 import torch
@@ -175,7 +174,7 @@ def add(token, row):
 
 def print_samples():
     n_prompts = max(1, batch_size // num_samples)  # at once
-    parts = product(range(0, len(pairs), n_prompts), range(0, num_samples, batch_size))
+    parts = ((i, j) for i in range(0, len(pairs), n_prompts) for j in range(0, num_samples, batch_size))
     for i, j in parts:
         first = replace(sampling, seed=seed + i * num_samples + j)
         n_samples = min(batch_size, num_samples - j)
