@@ -200,12 +200,13 @@ def test_compiler_takes_a_step_of_one_memory_whole_and_for_any_length_to_read():
 def test_texts_that_are_made_in_turns_do_not_share_a_memory():
     model, prompts = scrambled(tiny(block_size=200), 0.3).double().eval(), [tokens(1, 4), tokens(1, 4)]
     expected = [sampled(model, idx, 20, False, seeds=[1]) for idx in prompts]
+    made = []
     for _ in range(2):  # the second time on what the first left behind
         both = [stream(model, idx, Sampling(0.8, 20, max_new_tokens=20, repetition_penalty=1.1), seeds=[1],
                        static=True) for idx in prompts]
-        made = zip(*both)
-        for found, text in zip(zip(*made), expected):
-            assert torch.equal(torch.cat(found, dim=1), text)
+        made.append([*zip(*zip(*both))])
+    for texts in made:
+        assert all(torch.equal(torch.cat(found, dim=1), text) for found, text in zip(texts, expected))
 
 
 def test_memory_of_a_shape_is_used_again_and_of_few_shapes_is_kept():

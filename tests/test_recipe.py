@@ -87,8 +87,8 @@ def test_architectures_of_others_refuse_what_they_do_not_compute(options, name, 
 # ---------------------------------------------------------------------------- Muon's settings
 
 def step_of(options, n=3, spread=1.0):
-    """(weights before, weights after, momentum) of the last of n steps of one matrix, (128, 32), whose columns
-    of gradients are 1 to `spread` times as large."""
+    """(weights before, weights after, momentum) of the last of n steps of one matrix, (128, 32). Its gradients'
+    columns are 1 to `spread` times as large."""
     torch.manual_seed(1)
     model, momentum = scrambled(tiny()), 0
     p = model.transformer.h[0].mlp.c_fc.weight
