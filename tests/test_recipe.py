@@ -87,8 +87,8 @@ def test_architectures_of_others_refuse_what_they_do_not_compute(options, name, 
 # ---------------------------------------------------------------------------- Muon's settings
 
 def step_of(options, n=3, spread=1.0):
-    """(weights before, weights after, momentum) of the last of n steps of one matrix, (128, 32). Its gradients'
-    columns are 1 to `spread` times as large."""
+    """(weights before, weights after, momentum) of the last of n steps of one matrix, (128, 32). The columns
+    of its gradients are 1 to `spread` times as large."""
     torch.manual_seed(1)
     model, momentum = scrambled(tiny()), 0
     p = model.transformer.h[0].mlp.c_fc.weight
@@ -102,6 +102,21 @@ def step_of(options, n=3, spread=1.0):
         momentum = mu * momentum + (1 - mu) * grad
         opt.step()
     return before, p.detach(), mu * momentum + (1 - mu) * grad
+
+
+def test_momentum_of_all_matrices_is_bit_for_bit_that_of_each_alone():
+    model, alone = scrambled(tiny()), {}
+    opt = make_optimizer(model, SETTINGS, 'cpu')
+    for step in range(3):
+        mu = 0.85 + (step + 1) / 301 * (0.95 - 0.85)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            alone.setdefault(name, torch.zeros_like(p)).lerp_(p.grad, 1 - mu)
+        opt.step()
+    for name, p in model.named_parameters():
+        if 'momentum_buffer' in opt.state[p]:
+            assert torch.equal(opt.state[p]['momentum_buffer'], alone.pop(name)), name
+    assert len(alone) == len([*model.parameters()]) - 8
 
 
 def test_exact_steps_of_newton_schulz_give_an_orthogonal_matrix():
