@@ -1,7 +1,7 @@
 # make demo    train a small GPT on this machine and read what it writes
 # make test    run the tests
 # make lint    check the style
-# make gpu     test and measure a CUDA GPU; it continues where it stopped
+# make gpu     measure a CUDA GPU for ten minutes, then test it; the same command continues
 
 ifeq ($(OS),Windows_NT)
 BASE_PYTHON ?= python

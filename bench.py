@@ -6,6 +6,7 @@ Measure how fast this machine trains a model, generates from it, and reads its d
     python bench.py --dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
     python bench.py --mode=decode --real_data=False --decode_batch=8
     python bench.py --mode=decode --real_data=False --weights=int8
+    python bench.py --batch_size=64 --residual_16bit=True    # beside the run without it
     python bench.py --profile=True                           # a trace, and the ten most expensive operators
 
 Prints a table, then the same and a description of the machine as one line of JSON.
@@ -19,6 +20,7 @@ import platform
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -26,7 +28,7 @@ from model import GPTConfig
 from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
-from support.sampling.decoding import for_sampling, generate
+from support.sampling.decoding import Sampling, for_sampling, stream
 from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB
@@ -34,7 +36,7 @@ from support.text.windows import Split, prefetch
 from support.training import models
 from support.training.diagnostics import Guard
 from support.training.loss import lean_loss
-from support.training.optim import make_optimizer
+from support.training.optim import keep_gradients, make_optimizer
 from support.training.plan import parameters_in_words
 
 # ---------------------------------------------------------------------------- settings
@@ -51,9 +53,14 @@ dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin; empty: data/<dataset>
 num_steps = 20  # timed, after half as many to warm up
 decode_batch = 1  # samples generated at once
-decode_tokens = 100  # in each sample, after a prompt of one token
+decode_tokens = 100  # in each sample, after the prompt
+prompt_tokens = 1
 weights = 'full'  # full; with mode=decode int8, int4
 activation_checkpointing = False  # in training
+residual_16bit = False  # in training: the residual stream in dtype's 16 bits
+cudnn_attention = True  # in training, where it is faster; False: FlashAttention's kernel
+cuda_graphs = False  # in training, with compile: replay recorded kernels
+optimizer = 'adamw'  # adamw, muon
 seed = 1337
 device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
@@ -63,15 +70,17 @@ profile = False  # write bench_trace.json and print the ten most expensive opera
 peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or measured
 
 settings = configure(globals(), GPTConfig)
-ADAMW = {'optimizer': 'adamw', 'learning_rate': 1e-4, 'weight_decay': 1e-2, 'beta1': 0.9, 'beta2': 0.95,
-         'embedding_lr': 0.0}
+OPTIMIZER = {'optimizer': optimizer, 'learning_rate': 1e-4, 'muon_lr': 1e-4, 'weight_decay': 1e-2,
+             'beta1': 0.9, 'beta2': 0.95, 'embedding_lr': 0.0}
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise UserError(f'mode={mode} is not one of train, decode, data, all')
-for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_tokens'):
+for name in ('batch_size', 'block_size', 'num_steps', 'decode_batch', 'decode_tokens', 'prompt_tokens'):
     if globals()[name] < 1:
         raise UserError(f'{name}={globals()[name]} must be at least 1')
 
+if optimizer not in ('adamw', 'muon'):
+    raise UserError(f'optimizer={optimizer} is not one of adamw, muon')
 if mode == 'decode' and compile == 'auto':
     compile = False  # as sample.py does
 check_weights(weights)
@@ -98,18 +107,20 @@ run = runtime.start(device, dtype, compile, seed=seed, threads=threads)
 tokens, vocab_size = load_tokens()
 config = models.config_from_settings(settings, vocab_size)
 model = models.make_model(config).to(run.device)
-model.activation_checkpointing = activation_checkpointing
+model.activation_checkpointing, model.residual_16bit = activation_checkpointing, residual_16bit
 if weights != 'full':
     model = build_quantized(config, model.state_dict().items(), weights)
 use_cpu_linears(model, run)
 lean = lean_loss(model, run)
-optimizer = None
+opt = None
 if weights == 'full':
-    optimizer = make_optimizer(model, ADAMW, run.device_type)
+    opt = make_optimizer(model, OPTIMIZER, run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 guard = Guard(run.device, 1.0, scaler.is_enabled())
+if cuda_graphs:
+    keep_gradients(model, run)
 if run.compile:
-    model.compile()
+    model.compile(mode='reduce-overhead' if cuda_graphs else None)
 print(parameters_in_words(model))
 
 
@@ -126,28 +137,33 @@ batches = prefetch(get_batch, ((i,) for i in itertools.count()))
 def train_step(iteration):
     """As train.py makes it: batches ahead of their use, clipping, the guard."""
     x, y = next(batches)
-    with run.autocast():
-        _, loss = model(x, y, **lean)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    with hardware.attention_kernels(run.device, cudnn_attention and block_size):
+        with run.autocast():
+            _, loss = model(x, y, **lean)
+        scaler.scale(loss).backward()
+    scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if guard.allows(iteration, loss.detach(), grad_norm, optimizer):
-        scaler.step(optimizer)
+    if guard.allows(iteration, loss.detach(), grad_norm, opt):
+        scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=not cuda_graphs)
 
 
-def decode(_):
+def decode(_, n_tokens=decode_tokens):
     model.eval()
+    prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64, device=run.device)
     with run.autocast():
-        generate(model, torch.zeros(1, 1, dtype=torch.int64, device=run.device), decode_tokens, top_k=200,
-                 n_samples=decode_batch)
+        sampling = Sampling(1.0, 200, max_new_tokens=decode_tokens)
+        pieces = stream(model, prompt, sampling, n_samples=decode_batch)
+        for _ in range(n_tokens):
+            next(pieces)
+    pieces.close()
     model.train()
 
 
-def time_calls(function, n):
-    """Seconds of each of n calls, after a warm-up; the device is idle before and after each."""
-    for i in range(max(1, n // 2)):
+def time_calls(function, n, n_warm=None):
+    """Seconds of each of n calls, after half as many; the device is idle before and after each."""
+    for i in range(max(1, n // 2) if n_warm is None else n_warm):
         function(i)
     times = []
     for i in range(n):
@@ -182,14 +198,17 @@ def measure_training():
 
 def measure_decoding():
     for_sampling(model, run, decode_batch)
+    first_call, *_ = time_calls(decode, 1, n_warm=0)
+    first_token = statistics.median(time_calls(partial(decode, n_tokens=1), 5))
     # each token reads every weight once for all samples, and on average half the final keys and values
-    cached = 2 * n_layer * n_embd * decode_tokens // 2 * decode_batch
+    cached = 2 * n_layer * n_embd * (prompt_tokens + decode_tokens // 2) * decode_batch
     size = hardware.DTYPES[run.dtype].itemsize
     n, n_output = model.get_num_params(), model.lm_head.weight.numel()
     weight_bytes = {'full': size * n, 'int8': n, 'int4': n_output + (n - n_output) * 5 / 8}[weights]
     n_bytes = decode_tokens * (weight_bytes + size * cached)
-    return row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
-               n_bytes=n_bytes)
+    found = row('decode', time_calls(decode, max(3, num_steps // 4)), decode_tokens * decode_batch,
+                n_bytes=n_bytes)
+    return found | {'first_call_s': first_call, 'first_token_s': first_token}
 
 
 def measure_reading():
@@ -218,6 +237,9 @@ for r in rows:
     rate = 'flops_per_s' if r['flops_per_s'] else 'bytes_per_s'
     limits[rate] = max(limits[rate], r[rate])
     r['share'] = r[rate] / limits[rate]
+    if r['work'] == 'decode':
+        print(f'time to first token: {1000 * r["first_token_s"]:.2f}ms, {r["tokens_per_s"]:,.0f} tokens/s, '
+              f'{r["share"]:.1%} of the memory\'s bandwidth; first call: {1000 * r["first_call_s"]:.0f}ms')
     if r['work'] == 'train':
         peak = peak_flops or hardware.data_sheet_flops(run.device, run.dtype) or limits[rate]
         print(f'time per iteration: {1000 * r["median_s"]:.4f}ms, MFU: {100 * r[rate] / peak:.2f}%')

@@ -51,7 +51,12 @@ class GPTConfig:
     rope_scaling: tuple = ()  # rope: Llama 3's factor, low and high frequency factor, original block_size
     ngram: int = 1  # add embeddings of the last 2 to `ngram` tokens; 1: none
     ngram_rows: int = 16384  # rows of the table into which n-grams are hashed
-    init: str = 'gpt2'  # gpt2, zero_proj
+    init: str = 'gpt2'  # gpt2, zero_proj (see GPT._init_weights)
+    init_gain: float = 1.0  # zero_proj: linear layers start with a deviation of this / sqrt(inputs)
+    zero_head: bool = False  # the output layer starts at 0: the first loss is ln(vocab_size)
+    embd_norm: bool = False  # a normalisation after the embeddings
+    x0_residual: bool = False  # add the embedding to each block's output, times a learned weight
+    attn_scale: float = 0.0  # of q.k in the softmax; 0: 1 / sqrt(head_size)
     attn_type: str = 'SM'  # SM (softmax), GK, GKpoly-n, PA_f (support/attention.py)
     pa_norm: str = 'length'  # divisor of PA_f: length (the tokens so far), block_size, none
 
@@ -77,7 +82,7 @@ def check_config(c):
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'):
         if getattr(c, name) < 1:
             raise ValueError(f'{name}={getattr(c, name)} must be at least 1')
-    for name in ('logit_softcap', 'n_kv_head', 'head_size', 'n_inner'):
+    for name in ('logit_softcap', 'n_kv_head', 'head_size', 'n_inner', 'init_gain', 'attn_scale'):
         if getattr(c, name) < 0:
             raise ValueError(f'{name}={getattr(c, name)} must not be negative')
     choices = {
@@ -99,6 +104,11 @@ def check_config(c):
     head_size = c.head_size or c.n_embd // c.n_head
     if c.pos_emb == 'rope' and head_size % 2:
         raise ValueError(f'pos_emb=rope turns pairs of channels: a head\'s {head_size} must be even')
+    if c.zero_head and c.tie_weights:
+        raise ValueError('zero_head=True needs an output layer of its own: tie_weights=False')
+    if c.attn_scale and c.attn_type.upper() != 'SM':
+        raise ValueError(f'attn_scale={c.attn_scale} is of a softmax, which attn_type={c.attn_type} has '
+                         'none of')
     if c.pos_emb == 'alibi' and c.attn_type.upper() != 'SM':
         raise ValueError(f'pos_emb=alibi biases a softmax, which attn_type={c.attn_type} has none of')
 
@@ -174,8 +184,8 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q, k, v, cache=None):
-        """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1).
-        q: (B, nh, T, hs), k, v: (B, n_kv_head, n_keys, hs) -> (B, nh, T, hs)"""
+        """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1); attn_scale
+        may stand for 1 / sqrt(hs). q: (B, nh, T, hs), k, v: (B, n_kv_head, n_keys, hs) -> (B, nh, T, hs)"""
         (B, nh, T, hs), n_keys = q.shape, k.shape[2]
         dropout = self.dropout if self.training else 0.0
         if self.weigh is not None:
@@ -191,7 +201,8 @@ class CausalSelfAttention(nn.Module):
             is_grouped, q = False, q.reshape(B, self.n_kv_head, -1, hs)  # (B, n_kv_head, nh / n_kv_head, hs)
             if self.config.pos_emb == 'alibi':
                 mask = mask.view(self.n_kv_head, -1, n_keys)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal,
+                                           scale=self.config.attn_scale or None, enable_gqa=is_grouped)
         return y.reshape(B, nh, T, hs)
 
 
@@ -375,15 +386,21 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: less memory in training, a third more arithmetic
-        wpe = wne = None
+        self.residual_16bit = False  # True: under autocast the residual stream has its 16 bits too
+        self.x0_weights = wpe = wne = ln_embd = None
         if config.pos_emb == 'learned':
             wpe = nn.Embedding(config.block_size, config.n_embd)
         if config.ngram > 1:
             wne = NgramEmbedding(config)
+        if config.embd_norm:
+            ln_embd = make_norm(config)
+        if config.x0_residual:
+            self.x0_weights = nn.Parameter(torch.zeros(config.n_layer))
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             'wpe': wpe,
             'wne': wne,
+            'ln_embd': ln_embd,
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             'ln_f': make_norm(config),
@@ -397,20 +414,26 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, module, name=''):
-        """Initial weights, normal with mean 0; biases are 0, factors of norms 1, and value_mix is 0.5.
+        """Initial weights, normal with mean 0; biases are 0, factors of norms 1, value_mix is 0.5.
 
         standard deviation of              init=gpt2                  init=zero_proj
         c_proj, into the residual stream   0.02 / sqrt(2 n_layer)     0: each block begins as the identity
-        other linear layers                0.02                       1 / sqrt(inputs)
+        other linear layers                0.02                       init_gain / sqrt(inputs)
+        ... lm_head with zero_head         0                          0
         embeddings, a tied output layer    0.02                       0.02
+        ... untied, with embd_norm         1                          1
         """
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             return
         std, is_residual = 0.02, name.endswith('c_proj')
+        if isinstance(module, nn.Embedding) and self.config.embd_norm and not self.config.tie_weights:
+            std = 1.0
         if self.config.init == 'gpt2' and is_residual:
             std = 0.02 / math.sqrt(2 * self.config.n_layer)
         elif self.config.init == 'zero_proj' and isinstance(module, nn.Linear):
-            std = 0.0 if is_residual else module.in_features ** -0.5
+            std = 0.0 if is_residual else self.config.init_gain * module.in_features ** -0.5
+        if name == 'lm_head' and self.config.zero_head:
+            std = 0.0
         module.weight.normal_(std=std)
         if getattr(module, 'bias', None) is not None:
             module.bias.zero_()
@@ -427,13 +450,19 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions_of(T, cache, idx.device))
         if self.transformer.wne is not None:
             x = x + self.transformer.wne(idx, cache)
-        x = self.transformer.drop(x)
+        if self.transformer.ln_embd is not None:
+            x = self.transformer.ln_embd(x)
+        if self.residual_16bit and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x0 = self.transformer.drop(x)
         context = self.context(x, cache)
-        for block in self.transformer.h:
+        for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
+            if self.x0_weights is not None:  # Jordan et al. 2024, modded-nanogpt
+                x = x + self.x0_weights[i] * x0
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.advance(T)

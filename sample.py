@@ -155,10 +155,9 @@ def continue_texts(batch, n_samples, sampling):
             yield row.take(), None
             with run.autocast():
                 tokens = next(steps)[:, 0].tolist()
-            for j, token in enumerate(tokens):
-                if t >= len(repeated[j][1]) and not rows[j].ended:
-                    add(token, rows[j])
-                    seconds[j] = time.perf_counter() - began
+            for j in (j for j in range(len(rows)) if t >= len(repeated[j][1]) and not rows[j].ended):
+                add(tokens[j], rows[j])
+                seconds[j] = time.perf_counter() - began
             t += 1
         rate = row.n_tokens / seconds.get(i, 1)
         yield row.take(), {'prompt': repeated[i][0], 'text': row.made, 'seed': seeds[i],
@@ -175,15 +174,20 @@ def add(token, row):
 
 def print_samples():
     n_prompts = max(1, batch_size // num_samples)  # at once
-    for i in range(0, len(pairs), n_prompts):
-        for j in range(0, num_samples, batch_size):
-            n_samples = min(batch_size, num_samples - j)
-            first = replace(sampling, seed=seed + i * num_samples + j)
-            for piece, sample in continue_texts(pairs[i:i + n_prompts], n_samples, first):
-                if not json:
-                    print(piece, end='\n---------------\n' if sample else '', flush=True)
-                elif sample:
-                    print(dumps(sample), flush=True)
+    parts = ((i, j) for i in range(0, len(pairs), n_prompts) for j in range(0, num_samples, batch_size))
+    for i, j in parts:
+        first = replace(sampling, seed=seed + i * num_samples + j)
+        n_samples = min(batch_size, num_samples - j)
+        for piece, sample in continue_texts(pairs[i:i + n_prompts], n_samples, first):
+            show(piece, sample)
+
+
+def show(piece, sample):
+    """Print a piece of a sample; with its last piece there is the sample."""
+    if not json:
+        print(piece, end='\n---------------\n' if sample else '', flush=True)
+    elif sample:
+        print(dumps(sample), flush=True)
 
 
 def answer(prompt, changed):

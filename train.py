@@ -13,6 +13,7 @@ those are the fields of GPTConfig in model.py. --help lists them all.
 
 from configurator import configure  # import first: reports missing packages
 
+import gc
 import itertools
 import math
 import os
@@ -75,16 +76,23 @@ optimizer = 'adamw'  # adamw, muon (for the matrices of the blocks, with AdamW f
 muon_lr = 0.02  # Muon's highest learning rate; learning_rate is then AdamW's
 learning_rate = 6e-4  # the highest, after the warm-up
 embedding_lr = 0.0  # that of the token embedding, with tie_weights=False; 0: learning_rate
+scalar_lr = 0.0  # that of biases, factors of norms and the like; 0: learning_rate
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
+adam_weight_decay: float | None = None  # of what AdamW trains; None: weight_decay
 beta1 = 0.9
 beta2 = 0.95
+adam_eps = 0.0  # AdamW's epsilon; 0: PyTorch's, 1e-8
+newton_schulz = 'steep'  # of Muon: steep (5 steps, about orthogonal), exact (12 steps)
+normuon = False  # of Muon: rows of an update are made equally large
+cautious_decay = False  # of Muon: weights decay only where the update makes them smaller, too
 grad_clip = 1.0  # clip gradients to this norm; 0: don't
 lora_rank = 0  # train low-rank adapters only: fine-tuning in little memory; 0: train all weights
 lora_alpha = 16.0  # the adapters' output is scaled by alpha / rank
 # learning rate: linear warm-up, then a cosine down to min_lr
 decay_lr = True  # False: learning_rate throughout
 lr_schedule = 'cosine'  # cosine, linear, wsd, constant
+wsd_decay = 0.2  # wsd: the last share of the schedule, in which the rate decays
 warmup_iters = 2000
 lr_decay_iters = 600000  # where min_lr is reached
 min_lr = 6e-5
@@ -96,6 +104,8 @@ device = 'auto'  # cuda, cuda:1, mps, cpu
 threads = 0  # of a CPU; 0: one a core, or what OMP_NUM_THREADS says
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool | str = 'auto'  # torch.compile: takes a minute, makes the iterations faster
+cuda_graphs = False  # with compile, on one GPU: replay recorded kernels, faster where a model is small
+residual_16bit = False  # the residual stream in dtype's 16 bits, not in float32: less memory traffic
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
 seed = 1337
 
@@ -142,6 +152,9 @@ if window < model.config.block_size:
 if activation_checkpointing:
     start.check_offers(model, 'activation_checkpointing')
     model.activation_checkpointing = True
+if residual_16bit:
+    start.check_offers(model, 'residual_16bit')
+    model.residual_16bit = True
 lora.add_adapters(model, lora_rank, lora_alpha)
 use_cpu_linears(model, run)
 lean = lean_loss(model, run)  # arguments of the forward pass: a loss that never holds all logits
@@ -174,12 +187,15 @@ first_iter = saved_iter = iter_num
 
 # ---------------------------------------------------------------------------- compilation, processes
 
+if cuda_graphs:
+    optim.keep_gradients(model, run, parallel)
 if run.compile:
     print0('compiling the model (the first iterations wait for it)')
     if parallel == 'fsdp':
         fsdp.compile_blocks(model)
     else:
-        model.compile()  # torch.compile in place: no prefix on the parameters' names
+        model.compile(mode='reduce-overhead' if cuda_graphs else None)
+        # torch.compile in place: no prefix on the parameters' names
 parallel_model, no_sync = model, nullcontext
 if parallel == 'fsdp':
     no_sync = partial(fsdp.no_sync, model)
@@ -213,7 +229,7 @@ def get_lr(it):
     share = {
         'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017, eq. 5, one period
         'linear': 1 - progress,
-        'wsd': min(1.0, (1 - progress) / 0.2),  # stable, decaying in the last fifth (Hu et al. 2024)
+        'wsd': min(1.0, (1 - progress) / max(wsd_decay, 1e-9)),  # stable, then decaying (Hu et al. 2024)
     }[lr_schedule]
     return min_lr + share * (learning_rate - min_lr)
 
@@ -237,7 +253,8 @@ def update(lr, vitals=None):
     meter.begin_iteration()
     for micro_step in range(n_micro):
         x, y, share = next(batches)
-        with no_sync() if micro_step < n_micro - 1 else nullcontext():  # exchange gradients at the end
+        synced = no_sync() if micro_step < n_micro - 1 else nullcontext()  # exchange gradients at the end
+        with synced, hardware.attention_kernels(run.device, window):
             with autocast:
                 micro_loss = parallel_model(x, y, **lean)[1] * share / n_micro
             meter.begin_waiting()
@@ -250,7 +267,7 @@ def update(lr, vitals=None):
         if guard.allows(iter_num, loss, grad_norm, opt):
             scaler.step(opt)
     scaler.update()
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=not cuda_graphs)
     meter.end_iteration(n_micro * sequences * window)
     return loss, grad_norm
 
@@ -268,6 +285,8 @@ def evaluate_and_save(lr):
         return None
     vitals = None
     with meter.pause() as seconds:
+        if not gc.isenabled():
+            gc.collect()
         guard.stop_if_not_finite(iter_num, last_state())
         if evaluating:
             data.check_unchanged()
@@ -412,6 +431,9 @@ try:
             print0(f'stopping: no better validation loss in {patience} evaluations')
             break
         loss, grad_norm = update(lr, vitals)
+        if iter_num == first_iter:
+            gc.freeze()
+            gc.disable()  # it may stop an iteration for half a second; evaluate_and_save collects
         if iter_num % log_interval == 0:
             log_iteration(loss, grad_norm, lr)
         iter_num += 1
@@ -419,6 +441,9 @@ except (UserError, OSError):  # data that changed under the run, a disk that is 
     if run.is_master and is_alone and iter_num > saved_iter and folder.is_claimed(out_dir):
         write_state('latest.pt', 'previous.pt')
     raise
+finally:
+    gc.unfreeze()
+    gc.enable()
 
 # ---------------------------------------------------------------------------- the end
 

@@ -8,7 +8,8 @@ For one node of 8 GPUs with 40 GB. nanoGPT reports a loss of about 2.85 after ab
 With fewer GPUs, lower --nproc_per_node: the losses stay the same, and the run takes longer.
 """
 
-# 12 sequences * 1024 tokens * 40 micro-steps = 491,520 tokens an iteration
+# 12 sequences * 1024 tokens * 40 micro-steps = 491,520 tokens an iteration. GPUs of 80 GB and more are faster
+# with --batch_size=60 --gradient_accumulation_steps=8, the same batch
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8  # a multiple of the number of GPUs

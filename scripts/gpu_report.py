@@ -1,10 +1,10 @@
 """
-Is this GPU set up well, and how fast is it? Runs the CUDA tests, then measures, the most telling first.
+How fast is this GPU? Measures the most telling first, for ten minutes, and runs the CUDA tests last.
 
-    make gpu
-    python scripts/gpu_report.py --limit=540               # stop after nine minutes; the next call continues
-    python scripts/gpu_report.py --peer=../nanoGPT         # the same work in nanoGPT's files, side by side
-    python scripts/gpu_report.py --tiny=True --device=cpu  # a rehearsal, in tiny sizes
+    make gpu                                                # the same command continues where it stopped
+    python scripts/gpu_report.py --peer=../nanoGPT          # the same work in nanoGPT's files, side by side
+    python scripts/gpu_report.py --only='seed|block_size'   # more: attention types, sizes, settings
+    python scripts/gpu_report.py --tiny=True --device=cpu   # a rehearsal, in tiny sizes
 
 Each result is a line of out_dir/results.jsonl as soon as it is there; what is in it isn't measured again.
 The end is a table in Markdown, out_dir/report.md. It needs no data but data/shakespeare_char for the parts on
@@ -23,6 +23,7 @@ import re
 import signal
 import subprocess
 import time
+from functools import partial
 
 import torch
 
@@ -35,11 +36,11 @@ from support.text.tokenizer import PADDED_GPT2_VOCAB
 out_dir = 'out-gpu-report'
 peer = ''  # a checkout of nanoGPT to measure beside this repository; empty: none
 data_dir = ''  # a folder with Shakespeare by characters; empty: data/shakespeare_char
-limit = 0.0  # seconds for this call; 0: until all is measured
+limit = 600.0  # seconds for this call; 0: until all is measured
 patience = 300.0  # seconds that a single measurement may take
 tiny = False  # tiny sizes, to see that all of it runs
 device = 'auto'  # cuda, cuda:1, cpu
-only = ''  # a regular expression for the names of what to measure; empty: all
+only = ''  # a regular expression for names, of MORE too; empty: all of the report
 
 configure(globals())
 
@@ -47,6 +48,13 @@ SIZES = {'124M': (12, 12, 768, 8), '350M': (24, 16, 1024, 4), '774M': (36, 20, 1
          '1558M': (48, 25, 1600, 1)}  # layers, heads, channels, sequences of a micro-batch
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2']
 TINY_RUN = [*TINY, '--max_iters=4', '--eval_interval=2', '--eval_iters=2']
+SHAKESPEARE = {  # what a step of these configs computes
+    'train_shakespeare_char': ['--dropout=0.2'],
+    'fast_shakespeare_char': ['--dropout=0.3', '--optimizer=muon', '--pos_emb=rope', '--qk_norm=True',
+                              '--value_residual=True'],
+}
+KERNELS = {'cuDNN': 'cudnn_attention|cudnn_generated', 'FlashAttention': 'flash',
+           'memory-efficient': 'efficient_attention|fmha', 'by products': 'dot_product_attention_math'}
 TARGET = 1.4697  # nats a character, nanoGPT's best validation loss of its Shakespeare config
 
 
@@ -65,7 +73,10 @@ def read_bench(output):
     report = json.loads(output.splitlines()[-1])
     r = report['rows'][0]
     found = {'tokens_per_s': r['tokens_per_s'], 'ms': 1000 * r['median_s'],
-             'memory': report['peak_memory_bytes']}
+             'memory': report['peak_memory_bytes'], 'first_token_ms': in_ms(r.get('first_token_s')),
+             'first_call_ms': in_ms(r.get('first_call_s'))}
+    if r['bytes_per_s']:
+        found['of_bandwidth'] = r['share']
     if r['flops_per_s']:
         peak = hardware.peak_flops(run.device, run.dtype)
         found |= {'mfu': r['flops_per_s'] / peak if peak else None,
@@ -73,10 +84,23 @@ def read_bench(output):
     return found
 
 
-def read_peer_bench(output):
-    """nanoGPT's bench.py, or ours: time per iteration and share of an A100's peak."""
+def in_ms(seconds):
+    return seconds and 1000 * seconds
+
+
+def read_peer_bench(output, batch):
+    """nanoGPT's bench.py: time per iteration."""
     ms = float(re.search(r'^time per iteration: ([\d.]+)ms', output, re.M)[1])
-    return {'tokens_per_s': BATCH * BLOCK / ms * 1000, 'ms': ms}
+    return {'tokens_per_s': batch * BLOCK / ms * 1000, 'ms': ms}
+
+
+def read_trace(output):
+    """bench.py's line, and whose attention is in its trace."""
+    with open(os.path.join(folder, 'bench_trace.json'), encoding='utf-8') as file:
+        names = file.read()
+    os.remove(file.name)
+    found = [kernel for kernel, pattern in KERNELS.items() if re.search(pattern, names)]
+    return read_bench(output) | {'kernel': first(found) or 'none found'}
 
 
 def read_losses(output):
@@ -108,8 +132,16 @@ def read_tests(output):
 # ---------------------------------------------------------------------------- what to measure
 
 def bench(*args):
-    return [sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}', *args,
+    return [sys.executable, str(ROOT / 'bench.py'), '--real_data=False', f'--device={run.device}', *args,
             *(TINY + ['--num_steps=2', '--decode_tokens=4'] if tiny else [])]
+
+
+def peer_bench(batch, *flags):
+    """nanoGPT's step, without its data."""
+    batch = BATCH if tiny else batch
+    command = [sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}',
+               f'--dtype={run.dtype}', f'--batch_size={batch}', f'--block_size={BLOCK}', *flags]
+    return command, peer, partial(read_peer_bench, batch=batch), {}
 
 
 def train(config, *args):
@@ -128,17 +160,52 @@ def planned(n_layer, n_head, n_embd, batch, **how):
     return plan.memory_needed(model, plan.Setup(1, batch, 1, reserved=0, device_type=run.device_type, **how))
 
 
-def speed_rows():
-    compiled = (True, False) if run.device_type == 'cuda' else (False,)
-    for flag in (f'--compile={c}' for c in compiled):
-        yield f'training 124M, {flag}', bench(f'--batch_size={BATCH}', flag), ROOT, read_bench, {}
+def step_rows():
+    """A compiled step of 124M. Each micro-batch is one of the whole batches of config/train_gpt2.py."""
+    for batch in (12, 32, 64):
+        flag = f'--batch_size={batch}'
+        yield f'step of 124M, {flag}', bench(flag), ROOT, read_bench, {}
         if peer:
-            yield (f'nanoGPT: training 124M, {flag}', [
-                sys.executable, 'bench.py', '--real_data=False', f'--device={run.device}', flag,
-                f'--dtype={run.dtype}', f'--batch_size={BATCH}', f'--block_size={BLOCK}'],
-                peer, read_peer_bench, {})
-    for flag in ('--decode_batch=1', '--decode_batch=64', '--weights=int8'):
-        yield f'decoding 124M, {flag}', bench('--mode=decode', flag), ROOT, read_bench, {}
+            yield f'nanoGPT: step of 124M, {flag}', *peer_bench(batch)
+        if batch == 12:
+            yield (f'its attention, {flag}', bench(flag, '--num_steps=3', '--profile=True'), folder,
+                   read_trace, {})
+    for flag in ('--cudnn_attention=False', '--residual_16bit=True'):
+        yield f'step of 124M, --batch_size=64 {flag}', bench('--batch_size=64', flag), ROOT, read_bench, {}
+    for config, options in SHAKESPEARE.items():
+        for graphs in (False, True):
+            yield (f'step of {config}, cuda_graphs={graphs}', bench(
+                '--n_layer=6', '--n_head=6', '--n_embd=384', '--block_size=256', '--batch_size=64', *options,
+                '--real_data=True', f'--data_dir={shakespeare}', f'--cuda_graphs={graphs}'), ROOT,
+                read_bench, {})
+
+
+def decode_rows():
+    """The first call records; ms are those of later ones."""
+    xl = ['--n_layer=48', '--n_head=25', '--n_embd=1600', '--num_steps=4']
+    for name, flags in (('124M', ['--decode_batch=1']), ('124M', ['--decode_batch=64']),
+                        ('124M', ['--compile=True'] if run.device_type == 'cuda' else ['--num_steps=5']),
+                        ('124M', ['--weights=int8']), ('1558M', xl), ('1558M', [*xl, '--weights=int8'])):
+        shown = ' '.join(f for f in flags if f not in xl)
+        command = bench('--mode=decode', '--decode_tokens=256', *flags)
+        yield f'decoding {name} {shown}'.strip(), command, ROOT, read_bench, {}
+
+
+def run_rows():
+    flags = ['--cuda_graphs=True']
+    yield 'fast_shakespeare_char with graphs', train('fast_shakespeare_char', *flags), ROOT, read_run, {}
+
+
+def test_rows():
+    where = ['tests/test_cuda.py', '-p', 'no:xdist'] if tiny else ['tests', '-n', '4']
+    tests = [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', *where]
+    yield 'CUDA tests', tests, ROOT, read_tests, {}
+
+
+def plain_rows():
+    yield 'training 124M, --compile=False', bench('--compile=False'), ROOT, read_bench, {}
+    if peer:
+        yield 'nanoGPT: training 124M, --compile=False', *peer_bench(12, '--compile=False')
 
 
 def shakespeare_rows():
@@ -180,10 +247,12 @@ def sweep_rows():
 
 def measurements():
     """(name, command, folder to run it in, reader, what is known beforehand), in order of worth."""
-    tests = [sys.executable, '-m', 'pytest', '-q', '-n', '4', '-m', 'cuda', 'tests']
-    yield 'CUDA tests', tests, ROOT, read_tests, {}
-    for rows in (speed_rows, shakespeare_rows, attention_rows, size_rows, sweep_rows):
+    for rows in REPORT + (MORE if only else ()):
         yield from rows()
+
+
+REPORT = step_rows, decode_rows, run_rows, test_rows
+MORE = plain_rows, shakespeare_rows, attention_rows, size_rows, sweep_rows  # for `only`
 
 
 def measure(command, where, reader, seconds):
@@ -217,6 +286,10 @@ COLUMNS = {  # title: key of results.jsonl, how to write it
     'tokens/s': ('tokens_per_s', '{:,.0f}'.format),
     'ms': ('ms', '{:.2f}'.format),
     'share of the peak': ('mfu', '{:.1%}'.format),
+    'of the bandwidth': ('of_bandwidth', '{:.1%}'.format),
+    'first token, ms': ('first_token_ms', '{:.2f}'.format),
+    'first call, ms': ('first_call_ms', '{:.0f}'.format),
+    'attention': ('kernel', str),
     'peak memory': ('memory', gigabytes),
     'planned': ('planned', gigabytes),
     'best loss': ('val_loss', '{:.4f}'.format),
@@ -229,9 +302,10 @@ COLUMNS = {  # title: key of results.jsonl, how to write it
 
 def table(rows):
     """rows: the lines of results.jsonl -> Markdown"""
-    lines = [f'{about}\n', '| what | ' + ' | '.join(COLUMNS) + ' | |', '|---' * (len(COLUMNS) + 2) + '|']
+    used = {title: column for title, column in COLUMNS.items() if any(column[0] in r for r in rows)}
+    lines = [f'{about}\n', '| what | ' + ' | '.join(used) + ' | |', '|---' * (len(used) + 2) + '|']
     for r in rows:
-        cells = [form(r[key]) if r.get(key) is not None else '' for key, form in COLUMNS.values()]
+        cells = [form(r[key]) if key in r else '' for key, form in used.values()]
         cells = [r['name'], *cells, r.get('tests') or r.get('failed') or '']
         lines.append('| ' + ' | '.join(cell.replace('|', '/') for cell in cells) + ' |')
     return '\n'.join(lines)
@@ -259,7 +333,7 @@ for name, command, where, reader, beforehand in left:
     seconds = min(patience, deadline - time.monotonic())
     if seconds < 1:
         break
-    found = measure(command, where, reader, seconds)
+    found = {k: v for k, v in measure(command, where, reader, seconds).items() if v is not None}
     if found.pop('too_slow', False) and seconds < patience:
         break  # it gets its whole time in the next call
     done.append({'name': name, 'about': about} | beforehand | found)

@@ -32,7 +32,9 @@ def logits_of_text(c, w, ids, vitals):
         x = x + w['transformer.wpe.weight'][:len(ids)]
     for rows in ngram_rows(c, ids):
         x = x + w['transformer.wne.weight'][rows]
-    first_v, layers = None, []
+    if c.embd_norm:
+        x = norm(c, w, 'transformer.ln_embd', x)
+    x0, first_v, layers = x, None, []
     for i in range(c.n_layer):
         h = f'transformer.h.{i}'
         y, first_v, sizes = attention(c, w, f'{h}.attn', norm(c, w, f'{h}.ln_1', x), first_v)
@@ -40,6 +42,8 @@ def logits_of_text(c, w, ids, vitals):
         y = activation(c, linear(w, f'{h}.mlp.c_fc', norm(c, w, f'{h}.ln_2', x)))
         x = x + linear(w, f'{h}.mlp.c_proj', y)
         layers.append((x, sizes))
+        if c.x0_residual:
+            x = x + w['x0_weights'][i] * x0
     if vitals is not None:
         vitals.append(layers)
     y = linear(w, 'lm_head', norm(c, w, 'transformer.ln_f', x))
@@ -146,7 +150,7 @@ def distances(q, k):
 
 def weights(c, head, q, k):
     """What each position takes of each up to it: q, k: (T, hs) -> (T, T)"""
-    T, dot = len(q), q @ k.T / math.sqrt(q.shape[1])
+    T, dot = len(q), q @ k.T * (c.attn_scale or 1 / math.sqrt(q.shape[1]))
     kind, _, n = c.attn_type.partition('-')
     if kind == 'SM':
         if c.pos_emb == 'alibi':

@@ -32,6 +32,9 @@ OPTIONS = {
     'untied': {'tie_weights': False},
     'value residuals': {'value_residual': True, 'n_layer': 3},
     'softcap': {'logit_softcap': 3.0},
+    'norm of the embedding': {'embd_norm': True, 'ngram': 2, 'ngram_rows': 512},
+    'embedding added to each block': {'x0_residual': True},
+    'scale of attention': {'attn_scale': 0.12, 'n_head': 4, 'n_kv_head': 2},
     'grouped queries': {'n_head': 4, 'n_kv_head': 2},
     'n-grams': {'ngram': 4, 'ngram_rows': 512},
     'Gaussian kernel': {'attn_type': 'GK', 'n_head': 4, 'n_kv_head': 2},
@@ -40,7 +43,8 @@ OPTIONS = {
                   'qk_norm': True},
     'all': {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True,
             'n_layer': 3, 'tie_weights': False, 'value_residual': True, 'logit_softcap': 3.0,
-            'n_head': 4, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 512, 'bias': False},
+            'n_head': 4, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 512, 'bias': False,
+            'embd_norm': True, 'x0_residual': True, 'attn_scale': 0.12},
 }
 each_option = pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -207,6 +211,11 @@ def test_dropout_of_an_iteration_is_what_it_was_when_runs_began(
                              'wte': 0.02}),
     ({'init': 'zero_proj', 'tie_weights': False, 'ngram': 2}, {
         'lm_head': 128 ** -0.5, 'c_proj': 0.0, 'wte': 0.02, 'wne': 0.02, 'wpe': 0.02}),
+    ({'init': 'zero_proj', 'init_gain': 0.5, 'embd_norm': True}, {
+        'c_proj': 0.0, 'c_attn': 0.5 * 128 ** -0.5, 'wte': 0.02, 'wpe': 0.02}),
+    ({'init': 'zero_proj', 'zero_head': True, 'embd_norm': True, 'tie_weights': False}, {
+        'lm_head': 0.0, 'c_proj': 0.0, 'c_fc': 128 ** -0.5, 'wte': 1.0, 'wpe': 1.0}),
+    ({'zero_head': True, 'tie_weights': False}, {'lm_head': 0.0, 'c_fc': 0.02, 'wte': 0.02}),
 ])
 def test_initial_weights_have_the_spread_of_the_table(options, spread):
     options = {'n_layer': 4, 'n_embd': 128, 'n_head': 4, 'block_size': 128,
@@ -282,6 +291,9 @@ def test_sizes_that_are_not_given_follow_from_the_others():
     ({'n_head': 4, 'n_kv_head': 3}, 'n_kv_head=3 must be a divisor of n_head=4'),
     ({'n_head': 32, 'pos_emb': 'rope'}, 'must be even'),
     ({'logit_softcap': -1.0}, 'logit_softcap=-1.0 must not be negative'),
+    ({'zero_head': True}, 'zero_head=True needs an output layer of its own: tie_weights=False'),
+    ({'attn_scale': -0.1}, 'attn_scale=-0.1 must not be negative'),
+    ({'attn_scale': 0.1, 'attn_type': 'GK'}, 'attn_scale=0.1 is of a softmax'),
     ({'ngram': 0}, 'ngram=0 must be at least 1'),
     ({'ngram': 2, 'ngram_rows': 0}, 'ngram_rows=0 must be at least 1'),
     ({'attn_type': 'GK', 'pos_emb': 'alibi'}, 'alibi biases a softmax'),

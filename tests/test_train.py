@@ -282,6 +282,16 @@ SHOWN_ELSEWHERE = {  # settings, the test that shows what they change
     'device': 'test_mistake_is_one_line',
     'threads': 'test_threads_are_those_asked_for',
     'compile': 'test_compiled_run_equals_the_uncompiled_one',
+    'attn_scale embd_norm x0_residual': 'test_logits_loss_and_gradients_are_those_of_the_formulas',
+    'init_gain zero_head': 'test_initial_weights_have_the_spread_of_the_table',
+    'scalar_lr adam_eps adam_weight_decay':
+        'test_recipe_has_the_rates_decays_and_betas_of_each_kind_of_parameter',
+    'newton_schulz': 'test_exact_steps_of_newton_schulz_give_an_orthogonal_matrix',
+    'normuon': 'test_normuon_divides_rows_by_their_size_so_far_and_keeps_the_norm',
+    'cautious_decay': 'test_cautious_decay_acts_where_the_update_makes_a_weight_smaller',
+    'wsd_decay': 'test_rate_of_wsd_stays_and_then_falls_to_0',
+    'cuda_graphs': 'test_run_whose_gradients_keep_their_place_is_the_same_and_resumes_bit_for_bit',
+    'residual_16bit': 'test_residual_stream_in_16_bits_differs_by_rounding',
 }
 
 

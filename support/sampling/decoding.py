@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from support.errors import UserError
-from support.machine.hardware import DTYPES
+from support.machine.hardware import DTYPES, attention_kernels
 from support.machine.linear import is_watched, keep_weights
 from support.settings import parse
 
@@ -81,7 +81,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options)
 
 
 @torch.inference_mode()
-def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_vocab=None):
+def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_vocab=None, static=None):
     """Continue each row of idx, (B, T) int64, n_samples times. Yields the tokens of each position,
     (B n_samples, 1), as they are made, from position T (or the shortest of `lengths`) on.
 
@@ -92,37 +92,85 @@ def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_voc
 
     Keys and values of past tokens are cached while the text fits into block_size. Past it the
     window slides and every position changes, so each token costs a whole window. The weights must
-    not change meanwhile.
+    not change meanwhile. static: whether each step has the memory of the one before, as a CUDA graph
+    needs it; None: on CUDA.
     """
-    block_size = model.config.block_size
     rows = Rows(idx, sampling, n_samples, lengths, seeds, n_vocab)
-    rows.reserve(min(rows.end, max(idx.shape[1], block_size) + 1))
-    cache = None
-    if rows.first < block_size and hasattr(model, 'make_cache'):
-        cache = model.make_cache(min(block_size, rows.end))
+    positions = Positions(model, idx, rows, n_samples, idx.is_cuda if static is None else static)
+    try:
+        for t in range(rows.first, rows.end):
+            positions.make(t)
+            yield rows.ids[:, t:t + 1].clone()  # the memory may be used again
+    finally:
+        positions.close()
 
-    def step():
-        """One more position, from the cache."""
-        last = rows.ids.index_select(1, rows.at - 1)
-        rows.fill(model(last, cache=cache)[0])
 
-    for t in range(rows.first, rows.end):
+class Positions:
+    """Makes the positions of `stream`: the first from the prompt, the next from the cache, and past
+    block_size each from a whole window."""
+
+    def __init__(self, model, idx, rows, n_samples, static):
+        self.model, self.rows, self.n_samples, self.static = model, rows, n_samples, static
+        self.block_size, self.device = model.config.block_size, str(idx.device)
+        self.prompt = idx[:, max(0, rows.first - self.block_size):rows.first]  # once for all its samples
+        self.cache, self.kept, self.step = None, None, self.cached_step
+        n = min(self.block_size, rows.end)
+        if rows.first < self.block_size and hasattr(model, 'make_cache'):
+            if static:
+                from support.sampling.graphs import length_to_read
+                n = length_to_read(n, self.block_size)  # one shape for prompts of many lengths
+            self.cache = model.make_cache(n)
+        is_one_shape = static and self.cache is not None
+        rows.reserve(max(idx.shape[1], n) + 1 if is_one_shape else
+                     min(rows.end, max(idx.shape[1], self.block_size) + 1))
+
+    def make(self, t):
+        """Position t of each row."""
+        rows = self.rows
         if t == rows.ids.shape[1]:
             rows.reserve(min(rows.end, 2 * t))
-        if t == rows.first:  # the prompt, once for all its samples
-            prompt = idx[:, max(0, t - block_size):t]
-            logits, _ = model(prompt) if cache is None else model(prompt, cache=cache)
-            if cache is not None:
-                repeat_rows(cache, n_samples)
-                if idx.is_cuda:
-                    from support.sampling.graphs import in_cuda_graph
-                    cache, step = in_cuda_graph(model, cache, rows.at, step)
-            rows.fill(logits.repeat_interleave(n_samples, dim=0))
-        elif cache is not None and t <= block_size:
-            step()
+        if t == rows.first:
+            self.read_prompt()
+        elif self.cache is not None and t <= self.block_size:
+            self.step()
         else:
-            rows.fill(model(rows.ids[:, max(0, t - block_size):t])[0])
-        yield rows.ids[:, t:t + 1]
+            rows.fill(self.forward(rows.ids[:, max(0, t - self.block_size):t], None))
+
+    def read_prompt(self):
+        logits = self.forward(self.prompt, self.cache)
+        if self.cache is not None:
+            repeat_rows(self.cache, self.n_samples)
+        self.rows.fill(logits.repeat_interleave(self.n_samples, dim=0))
+        if self.static and self.cache is not None:
+            self.use_static_memory()
+
+    def cached_step(self):
+        last = self.rows.ids.index_select(1, self.rows.at - 1)
+        self.rows.fill(self.forward(last, self.cache))
+
+    def forward(self, ids, cache):
+        """Logits of the last position, (B, 1, V)."""
+        with attention_kernels(self.device):
+            return (self.model(ids) if cache is None else self.model(ids, cache=cache))[0]
+
+    def use_static_memory(self):
+        """Go on in the memory of an earlier call of this shape, or have later ones go on in this."""
+        from support.sampling import graphs
+        self.shape = graphs.shape_of(self.model, self.rows, self.cache.n_positions)
+        kept = graphs.take(self.model, self.shape)
+        if kept is None:
+            cache, step = graphs.in_cuda_graph(self.model, self.cache, self.rows.at, self.cached_step)
+            if cache is self.cache:
+                return
+            kept = graphs.Kept(self.rows, cache, step)
+        else:
+            kept.load(self.rows, self.cache, self.cached_step)
+        self.kept, self.cache, self.step = kept, kept.cache, kept.step
+
+    def close(self):
+        if self.kept:
+            from support.sampling import graphs
+            graphs.give_back(self.model, self.shape, self.kept)
 
 
 def for_sampling(model, run, n_rows):

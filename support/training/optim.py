@@ -8,34 +8,63 @@ Each group has a name and its own initial_lr, and each parameter that is trained
 """
 
 import inspect
+import math
 
 import torch
 import torch.distributed as dist
 
 from support.errors import UserError
+from support.machine.console import print0
 from support.machine.hardware import fastest_float32, has_bfloat16
 
 
+OFF = {'scalar_lr': 0.0, 'adam_eps': 0.0, 'adam_weight_decay': None, 'newton_schulz': 'steep',
+       'normuon': False, 'cautious_decay': False}  # settings of make_optimizer that may be missing
+NEWTON_SCHULZ = {  # iterations, and the coefficients of the polynomial a s + b s^3 + c s^5
+    'steep': (5, (3.4445, -4.7750, 2.0315)),  # Jordan et al. 2024: singular values of 0.7 to 1.2
+    'exact': (12, (2.0, -1.5, 0.5)),  # converges: all but the smallest become 1
+}
+
+
 def make_optimizer(model, settings, device_type):
-    """The optimizer for train.py's settings: optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr
-    and embedding_lr. UserError where the model lacks what they need."""
-    lr, weight_decay = settings['learning_rate'], settings['weight_decay']
-    how = {}
+    """The optimizer for train.py's settings: optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr,
+    embedding_lr, and those of OFF. UserError where the model lacks what they need."""
+    settings = OFF | settings
+    lr, weight_decay, how = settings['learning_rate'], settings['weight_decay'], {}
+    adam_decay = weight_decay if settings['adam_weight_decay'] is None else settings['adam_weight_decay']
+    check(settings)
     if 'cls' in inspect.signature(model.configure_optimizers).parameters:
         how = {'cls': AdamW}
     betas = (settings['beta1'], settings['beta2'])
-    opt = model.configure_optimizers(weight_decay, lr, betas, device_type, **how)
+    opt = model.configure_optimizers(adam_decay, lr, betas, device_type, **how)
     if settings['embedding_lr']:
-        separate_embedding(opt, model, settings['embedding_lr'], weight_decay)
+        separate_embedding(opt, model, settings['embedding_lr'], adam_decay)
     if settings['optimizer'] == 'muon':
         opt = Muon(opt, block_matrices(model), settings['muon_lr'], weight_decay)
+        opt.newton_schulz, opt.normuon = settings['newton_schulz'], settings['normuon']
+        opt.cautious_decay = settings['cautious_decay']
     for i, group in enumerate(opt.param_groups):
         group.setdefault('name', ('decayed', 'non-decayed')[i] if i < 2 else f'group {i}')
+        if group['name'] == 'non-decayed' and settings['scalar_lr']:
+            group['lr'] = settings['scalar_lr']
+        if 'eps' in group and settings['adam_eps']:
+            group['eps'] = settings['adam_eps']
         group.setdefault('initial_lr', group['lr'] * group.get('lr_scale', 1.0))  # lr_scale: of muP
     counts = [sum(p is q for group in opt.param_groups for q in group['params'])
               for p in model.parameters() if p.requires_grad]
     assert set(counts) == {1}, f'parameters in {set(counts)} groups of the optimizer, not in one'
     return opt
+
+
+def check(settings):
+    """UserError for settings that no optimizer has."""
+    if settings['newton_schulz'] not in NEWTON_SCHULZ:
+        raise UserError(f'newton_schulz={settings["newton_schulz"]} is not one of {", ".join(NEWTON_SCHULZ)}')
+    for name in ('scalar_lr', 'adam_eps', 'adam_weight_decay'):
+        if settings[name] is not None and not 0 <= settings[name] < math.inf:
+            raise UserError(f'{name}={settings[name]} must be at least 0 and finite')
+    if settings['optimizer'] != 'muon' and (settings['normuon'] or settings['cautious_decay']):
+        raise UserError('normuon and cautious_decay are of optimizer=muon: add --optimizer=muon')
 
 
 def separate_embedding(opt, model, lr, weight_decay):
@@ -69,6 +98,19 @@ def block_matrices(model):
                 rows = [p.shape[1]] * 3
             matrices[p] = rows
     return matrices
+
+
+def keep_gradients(model, run, parallel='ddp'):
+    """Give each trained parameter a gradient that keeps its place, for zero_grad(set_to_none=False). A graph
+    of PyTorch's would otherwise hand out its own buffer as the first micro-step's gradient, and the next
+    micro-step would write over it (pytorch/pytorch#169545). UserError for several processes."""
+    if run.world_size > 1 or parallel == 'fsdp':
+        raise UserError('cuda_graphs=True is for a single process with parallel=ddp')
+    if not run.compile or run.device_type != 'cuda':
+        print0('cuda_graphs: nothing is recorded without CUDA and compile=True; gradients keep their memory')
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
 
 
 def set_lr(opt, lr, highest):
@@ -106,6 +148,9 @@ class Muon(PlainOptimizer):
     approximated. The momentum rises from 0.85 to `momentum` in the first `momentum_warmup` steps. Several
     processes share the work and exchange the results.
     """
+    newton_schulz = 'steep'  # a key of NEWTON_SCHULZ
+    normuon = False  # see `even_rows`
+    cautious_decay = False  # decay a weight only where the update makes it smaller, too (Chen et al. 2025)
 
     def __init__(self, adamw, matrices, lr, weight_decay=0.0, momentum=0.95, momentum_warmup=300):
         """adamw: over all parameters. matrices: {parameter: the rows of each matrix in it}."""
@@ -143,39 +188,65 @@ class Muon(PlainOptimizer):
         warm = min(1.0, (group['step'] + 1) / (group['momentum_warmup'] + 1))
         momentum = 0.85 + warm * (group['momentum'] - 0.85)
         group['step'] += 1
-        new = (1 - momentum) * keep
-        for b, g in zip(buffers, grads, strict=True):
-            b.lerp_(g, new)
+        if found_inf is None:
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        else:
+            for b, g in zip(buffers, grads, strict=True):
+                b.lerp_(g, (1 - momentum) * keep)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
         matrices = [m for g, rows in zip(grads, parts, strict=True) for m in g.split(rows)]
-        each = iter(orthogonalize(matrices))
+        found = orthogonalize(matrices, self.newton_schulz)
+        if self.normuon:
+            squares = [s for p, rows in used for s in self.row_squares(p).split(rows)]
+            found = [even_rows(u, s, keep) for u, s in zip(found, squares, strict=True)]
+        each = iter(found)
         updates = [torch.cat([next(each) for _ in rows]) if len(rows) > 1 else next(each) for rows in parts]
-        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'] * keep)
+        decay = group['lr'] * group['weight_decay'] * keep
+        if self.cautious_decay:
+            torch._foreach_mul_(params, [
+                torch.where(p * u > 0, 1 - decay, 1.0) for p, u in zip(params, updates)])
+        else:
+            torch._foreach_mul_(params, 1 - decay)
         torch._foreach_mul_(updates, group['lr'] * keep)
         torch._foreach_sub_(params, updates)
 
+    def row_squares(self, p):
+        """NorMuon's buffer of a parameter, (rows, 1)."""
+        if 'row_squares' not in self.state[p]:
+            self.state[p]['row_squares'] = p.new_zeros(len(p), 1)
+        return self.state[p]['row_squares']
 
-def orthogonalize(matrices):
+
+def even_rows(update, squares, keep=1.0):
+    """NorMuon (Li et al. 2025, "NorMuon: Making Muon more efficient and scalable"): each row of an update,
+    which is a neuron's, over the root of its mean square so far; the norm of the whole stays. squares:
+    (rows, 1), which moves on by a twentieth."""
+    squares.lerp_(update.square().mean(dim=1, keepdim=True), 0.05 * keep)
+    even = update / squares.sqrt().clamp(min=1e-10)
+    return even * (update.norm() / even.norm().clamp(min=1e-10))
+
+
+def orthogonalize(matrices, how='steep'):
     """The (semi-)orthogonal matrix nearest to each matrix, approximately, times sqrt(max(1, rows / columns)).
-    Matrices of equal shape are batched, and shared equally by the processes."""
+    Matrices of equal shape are batched, and shared equally by the processes. how: of NEWTON_SCHULZ."""
     results = [None] * len(matrices)
     by_shape = {}
     for i, m in enumerate(matrices):
         by_shape.setdefault(tuple(m.shape), []).append(i)
     for (rows, columns), members in by_shape.items():
         x = torch.stack([matrices[i] for i in members])  # (n, rows, columns)
-        x = newton_schulz_by_all(x) if dist.is_initialized() else newton_schulz(x)
+        x = newton_schulz_by_all(x, how) if dist.is_initialized() else newton_schulz(x, how)
         for i, update in zip(members, x * max(1, rows / columns) ** 0.5):
             results[i] = update
     return results
 
 
-def newton_schulz_by_all(x):
-    """newton_schulz(x): each process computes its part of x and sends it to the others."""
+def newton_schulz_by_all(x, how):
+    """newton_schulz(x, how): each process computes its part of x and sends it to the others."""
     world_size = dist.get_world_size()
     part = -(-len(x) // world_size)
     padded = torch.cat([x, x.new_zeros(part * world_size - len(x), *x.shape[1:])])
-    mine = newton_schulz(padded[dist.get_rank() * part:][:part])
+    mine = newton_schulz(padded[dist.get_rank() * part:][:part], how)
     gather = dist.all_gather_single if hasattr(dist, 'all_gather_single') else dist.all_gather_into_tensor
     gather(padded, mine)  # the second name is that of PyTorch before 2.13
     return padded[:len(x)]
@@ -185,13 +256,13 @@ def newton_schulz_dtype(device_type):
     return torch.bfloat16 if has_bfloat16(device_type) else torch.float32
 
 
-def newton_schulz(x, steps=5):
-    """x: (n, rows, columns) -> the same with singular values between 0.7 and 1.2.
+def newton_schulz(x, how='steep'):
+    """x: (n, rows, columns) -> the same with singular values near 1, as how of NEWTON_SCHULZ says.
 
-    Iterates the polynomial a s + b s^3 + c s^5 of the singular values; Jordan et al. (2024) chose its
-    coefficients for a steep slope at 0, not for convergence. In bfloat16 where the device multiplies it.
+    Iterates the polynomial a s + b s^3 + c s^5 of the singular values. In bfloat16 where the device
+    multiplies it.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    steps, (a, b, c) = NEWTON_SCHULZ[how]
     is_tall = x.shape[1] > x.shape[2]
     dtype, x = x.dtype, x.to(newton_schulz_dtype(x.device.type))
     x = x.mT.contiguous() if is_tall else x

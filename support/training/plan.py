@@ -55,6 +55,8 @@ def describe(model, run, data, to_do, settings):
     }
     if disk > free:
         rows['disk'] += '  <- TOO LITTLE'
+    if run.device_type == 'cuda' and rows['memory'] and not settings['batch_ramp_iters']:
+        rows['batch'] = fewer_micro_steps(model, setup_of(run, to_do, settings), total_memory(run.device))
     speedup = bfloat16_speedup(c, run, batch_size, settings['parallel'])
     if speedup >= 1.5:
         rows['dtype'] = f'--dtype=bfloat16 would be about {speedup:.1f} times as fast on this machine'
@@ -65,19 +67,36 @@ def memory_in_words(model, run, to_do, settings):
     """What a device will hold; '' for a model whose blocks are of another kind than ours."""
     if not isinstance(model, GPT) or not hasattr(model, 'activation_checkpointing'):
         return ''
-    batch_size, n_iters = settings['batch_size'], max(1, to_do.end - to_do.first)
-    micro_steps = -(-to_do.sequences // (n_iters * batch_size * run.world_size))
-    setup = Setup(run.world_size, batch_size, micro_steps, sharded=settings['parallel'] == 'fsdp',
-                  checkpointing=settings['activation_checkpointing'],
-                  dtype_size=DTYPES[run.dtype].itemsize, device_type=run.device_type,
-                  reserved=RESERVED if run.device_type == 'cuda' else 0)
-    needed, there = memory_needed(model, setup), total_memory(run.device)
+    needed, there = memory_needed(model, setup_of(run, to_do, settings)), total_memory(run.device)
     text = f'about {size(needed)}'
     if there:
         text += f' of {size(there)} on {run.device}'
     if there and needed > there:
         text += '  <- TOO LITTLE: a smaller batch_size, activation_checkpointing, or parallel=fsdp'
     return text
+
+
+def setup_of(run, to_do, settings):
+    """The Setup of train.py's settings."""
+    batch_size, n_iters = settings['batch_size'], max(1, to_do.end - to_do.first)
+    micro_steps = -(-to_do.sequences // (n_iters * batch_size * run.world_size))
+    return Setup(run.world_size, batch_size, micro_steps, sharded=settings['parallel'] == 'fsdp',
+                 checkpointing=settings['activation_checkpointing'],
+                 dtype_size=DTYPES[run.dtype].itemsize, device_type=run.device_type,
+                 reserved=RESERVED if run.device_type == 'cuda' else 0)
+
+
+def fewer_micro_steps(model, setup, memory):
+    """The settings of the largest micro-batch that fits and makes the same batch, in words; '' if that is
+    the setup's own."""
+    share, T = setup.batch_size * setup.micro_steps, model.config.block_size
+    larger = [dataclasses.replace(setup, batch_size=b, micro_steps=share // b)
+              for b in range(setup.batch_size + 1, min(share, ENOUGH_TOKENS // T) + 1) if share % b == 0]
+    fitting = [s for s in larger if memory_needed(model, s) <= ROOM * memory]
+    if not fitting:
+        return ''
+    return (f'{as_settings(fitting[-1])} is the same batch in fewer micro-steps, and faster: about '
+            f'{size(memory_needed(model, fitting[-1]))}')
 
 
 def parameters_in_words(model):
@@ -138,6 +157,8 @@ def head_gradient(model):
 
 # ---------------------------------------------------------------------------- memory
 
+ENOUGH_TOKENS = 1 << 16  # of a micro-batch: with more, a GPU of 80 GB is hardly faster
+ROOM = 0.9  # share of a device's memory to fill, as the formulas are within 5 %
 RESERVED = 2e9  # bytes for CUDA, libraries' workspaces and gaps between allocations: an assumption
 
 
