@@ -120,8 +120,9 @@ def loss_of_split(model):
     data = Dataset(data_folder(), splits=(split,))
     if not is_same_tokenizer(data.tokenizer.to_dict(), tokenizer.to_dict()):
         raise UserError(f'{data.folder} was prepared with another tokenizer than the model\'s')
-    data.check(model.config.block_size, model.config.vocab_size)
-    windows = Windows(model.config.block_size, batch_size, -(-limit // batch_size))
+    window = min(model.config.block_size, state.config.get('block_size', model.config.block_size))
+    data.check(window, model.config.vocab_size)
+    windows = Windows(window, batch_size, -(-limit // batch_size))  # as in training
     bar = partial(tqdm, desc=f'{split}.bin', disable=None)
     loss = mean_loss(model, run, data[split], windows, lean_loss(model, run), watch=bar)
     n_targets, n_bytes = count_targets(run, data[split], tokenizer.token_bytes(), windows)

@@ -147,6 +147,9 @@ if padding := data['train'].padding(window):
     print0(f'padding: {padding:.1%} of the training windows')
 print0(f'tokens per iteration will be: {gradient_accumulation_steps * batch_size * window:,}')
 
+longest = window  # texts that the saved model can have; where positions are computed, as long as before
+if getattr(model.config, 'pos_emb', 'learned') != 'learned':
+    longest = model.config.block_size
 if window < model.config.block_size:
     model.crop_block_size(window)
 if activation_checkpointing:
@@ -170,18 +173,19 @@ for group in opt.param_groups:
 
 # what one iteration hands to the next, besides the weights; batches and dropout follow from (seed, iteration)
 iter_num, best_val_loss, wandb_id = 0, math.inf, os.urandom(4).hex()
-n_worse = 0  # evaluations since the best one
+best_iter = 0  # of the evaluation with best_val_loss
 meter = Meter(run)
 guard = diagnostics.Guard(run.device, grad_clip or math.inf, scaler.is_enabled())
 if is_resumed:
     iter_num, best_val_loss, wandb_id = state.iter_num, state.best_val_loss, state.wandb_id or wandb_id
-    n_worse = state.n_worse
+    best_iter = iter_num if state.best_iter is None else state.best_iter
     start.restore(state, meter, guard, gradient_accumulation_steps * batch_size * window)
     if not eval_only:
         if state.trained:  # then state.model has adapters merged in
             models.load_weights(model, state.trained)
         models.load_optimizer(opt, state.optimizer)
         scaler.load_state_dict(state.scaler or scaler.state_dict())
+lora.shrink_frozen(model, hardware.DTYPES[run.dtype])
 del state
 first_iter = saved_iter = iter_num
 
@@ -229,7 +233,7 @@ def get_lr(it):
     share = {
         'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017, eq. 5, one period
         'linear': 1 - progress,
-        'wsd': min(1.0, (1 - progress) / max(wsd_decay, 1e-9)),  # stable, then decaying (Hu et al. 2024)
+        'wsd': min(1.0, (1 - progress) / wsd_decay),  # stable, then decaying (Hu et al. 2024)
     }[lr_schedule]
     return min_lr + share * (learning_rate - min_lr)
 
@@ -306,7 +310,7 @@ def evaluate_and_save(lr):
 
 def evaluate(seconds, lr):
     """Losses of both splits, the state of the layers, and ckpt.pt. Returns the vitals."""
-    global best_val_loss, n_worse
+    global best_val_loss, best_iter
     losses = estimate_loss(stop.watch)
     guard.stop_if_not_finite(iter_num, last_state(), *losses.values())
     log.evaluation({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'],
@@ -319,7 +323,7 @@ def evaluate(seconds, lr):
             log.write_later(iter_num, vitals)
     before, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
     is_best = best_val_loss < before
-    n_worse = 0 if is_best else n_worse + 1
+    best_iter = iter_num if is_best else best_iter
     if iter_num > 0 and (is_best or always_save_checkpoint):
         print0(f'saving checkpoint to {out_dir}')
         if not save_state('ckpt.pt', with_optimizer=ckpt_with_optimizer):
@@ -342,10 +346,10 @@ def write_state(name, keep=None, with_optimizer=True):
         model=weights,
         trained=trained,
         optimizer=fsdp.full_optimizer_state(model, opt),
-        model_args=models.model_args(model.config),
+        model_args=models.model_args(model.config) | {'block_size': longest},
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        n_worse=n_worse,
+        best_iter=best_iter,
         config=dict(config),
         tokenizer=data.tokenizer.to_dict(),
         chat=data.template,
@@ -427,7 +431,7 @@ try:
             vitals = evaluate_and_save(lr)
         except signals.Stopped:  # in an evaluation or a sample, which then doesn't count
             continue
-        if patience and n_worse >= patience:
+        if patience and iter_num - best_iter >= patience * eval_interval:
             print0(f'stopping: no better validation loss in {patience} evaluations')
             break
         loss, grad_norm = update(lr, vitals)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, go_offline_if_cut_off, read_text
+from support.machine.hardware import attention_kernels
 
 MAX_LOGITS = 1 << 28  # in memory at once: 1 GiB of float32
 
@@ -55,7 +56,7 @@ def mean_loss(model, run, split, windows, lean=None, watch=iter):
     try:
         for starts in watch(batches[run.rank::run.world_size]):
             x, y = split.read(starts, windows.block_size)
-            with run.autocast():
+            with run.autocast(), attention_kernels(run.device, windows.block_size):
                 _, loss = model(run.to_device(x), run.to_device(y), **(lean or {}))
             if (y >= 0).any():
                 losses.append(loss.clone())  # a CUDA graph writes the next one over it
@@ -145,7 +146,7 @@ class Scorer:
                 batch, left = left[-n:], left[:-n]
                 counts = [len(pairs[i][1]) for i in batch]
                 x, y = map(self.run.to_device, pad_rows([rows[i] for i in batch], counts, T))
-                with self.run.autocast():
+                with self.run.autocast(), attention_kernels(self.run.device):
                     logits, _ = self.model(x, y)
                 logits, targets = logits[y >= 0].float(), y[y >= 0]  # (N, V), (N,): row after row
                 log_p = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().double()

@@ -22,9 +22,9 @@ from support.text.chat import check_template, jinja
 from support.text.tokenizer import PAD, GPT2Tokenizer, gpt2_json
 
 HF_NAMES = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != 'gelu_pytorch_tanh'}
-# settings with any value in every architecture; the last two say nothing of a trained model
+# settings with any value in every architecture; the last four say nothing of a trained model
 FREE = {'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'norm_eps',
-        'tie_weights', 'n_inner', 'init', 'ngram_rows'}
+        'tie_weights', 'n_inner', 'init', 'init_gain', 'zero_head', 'ngram_rows'}
 LLAMA_FREE = FREE | {'n_kv_head', 'head_size', 'rope_theta', 'rope_scaling'}
 NO_TOKENS = {'bos_token_id': None, 'eos_token_id': None}  # defaults may be beyond the vocabulary
 FILES = ('model.safetensors', 'config.json', 'generation_config.json')

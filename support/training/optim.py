@@ -58,11 +58,6 @@ def make_optimizer(model, settings, device_type):
 
 def check(settings):
     """UserError for settings that no optimizer has."""
-    if settings['newton_schulz'] not in NEWTON_SCHULZ:
-        raise UserError(f'newton_schulz={settings["newton_schulz"]} is not one of {", ".join(NEWTON_SCHULZ)}')
-    for name in ('scalar_lr', 'adam_eps', 'adam_weight_decay'):
-        if settings[name] is not None and not 0 <= settings[name] < math.inf:
-            raise UserError(f'{name}={settings[name]} must be at least 0 and finite')
     if settings['optimizer'] != 'muon' and (settings['normuon'] or settings['cautious_decay']):
         raise UserError('normuon and cautious_decay are of optimizer=muon: add --optimizer=muon')
 

@@ -23,10 +23,11 @@ from support.training.lora import check_adapters
 from support.training.state import State, find_trained
 
 CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
-           'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
+           'newton_schulz': ('steep', 'exact'), 'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
 RANGES = {  # (least, first value that is too large): settings
-    (0, math.inf): ('learning_rate', 'embedding_lr', 'muon_lr', 'min_lr', 'weight_decay',
-                    'grad_clip', 'lora_alpha', 'logit_softcap', 'dist_timeout'),
+    (0, math.inf): ('learning_rate', 'embedding_lr', 'scalar_lr', 'muon_lr', 'min_lr',
+                    'weight_decay', 'adam_weight_decay', 'adam_eps', 'grad_clip', 'lora_alpha', 'logit_softcap',
+                    'init_gain', 'attn_scale', 'dist_timeout'),
     (0, 1): ('dropout', 'beta1', 'beta2'),
     (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'keep_interval',
                  'patience', 'batch_ramp_iters', 'max_iters', 'warmup_iters', 'lr_decay_iters',
@@ -44,8 +45,11 @@ def check_settings(config, run):
             raise UserError(f'{name}={config[name]} is not one of {", ".join(known)}')
     for (least, end), names in RANGES.items():
         for name in names:
-            if name in config and not least <= config[name] < end:  # nan isn't
-                raise UserError(f'{name}={config[name]} must be {range_in_words(least, end)}')
+            value = config.get(name)
+            if value is not None and not least <= value < end:  # nan isn't
+                raise UserError(f'{name}={value} must be {range_in_words(least, end)}')
+    if not 0 < config['wsd_decay'] <= 1:
+        raise UserError(f'wsd_decay={config["wsd_decay"]} must be above 0 and at most 1')
     if config['learning_rate'] == 0 and (config['optimizer'] == 'muon' or config['embedding_lr']):
         raise UserError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its '
                         'schedule: it must be above 0')
@@ -181,7 +185,7 @@ CHANGES = ('seed', 'sampler', 'batch_size', 'gradient_accumulation_steps', 'dtyp
 
 def report_start(config, state, is_resumed, model_config):
     """Print which settings the checkpoint overrides, and which a resumed run has changed."""
-    asked = {*REPORTED, *config.given} - {'block_size', 'dropout', 'init'}
+    asked = {*REPORTED, *config.given} - {'block_size', 'dropout', 'init', 'init_gain', 'zero_head'}
     kept = {k: v for k, v in vars(model_config).items() if k in asked and k in config}
     overridden = [f'{k}={v} (not {config[k]})' for k, v in kept.items()
                   if v != config[k] and not (k in RESOLVED and config[k] == 0)]
@@ -221,7 +225,8 @@ def check_resumed(config, state, data):
         raise UserError(f'optimizer={config["optimizer"]}, but {out_dir} was trained with '
                         f'{optimizer}: resume with --optimizer={optimizer}; {copy}')
     block_size = state.model_args.get('block_size', 0)
-    if config['block_size'] < block_size:
+    has_table = state.model_args.get('pos_emb', 'learned') == 'learned'
+    if has_table and config['block_size'] < block_size:
         raise UserError(f'block_size={config["block_size"]} would cut the model of {out_dir}, '
                         f'which has {block_size}, for good: resume with --block_size={block_size}; '
                         f'{copy}')

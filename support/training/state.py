@@ -52,7 +52,7 @@ class State:
     data: dict | None = None  # {split: SHA-256 of its tokens}
     seconds: float = 0.0  # of training
     n_tokens: int | None = None  # trained on
-    n_worse: int = 0  # evaluations since the best one, for `patience`
+    best_iter: int | None = None  # of best_val_loss, for `patience`
     wandb_id: str = ''
     trained: dict | None = None  # {name: tensor}, what is being trained, if not `model`
     file = None  # of a loaded state: the open file that its tensors are mapped from
@@ -307,7 +307,7 @@ def as_state(content):
     names = {f.name for f in fields(State)}
     content = {k: v for k, v in content.items() if k in names and v is not None}
     for name, kind in (('iter_num', int), ('best_val_loss', float), ('seconds', float),
-                       ('n_tokens', int), ('n_worse', int), ('wandb_id', str)):
+                       ('n_tokens', int), ('best_iter', int), ('wandb_id', str)):
         if name in content:
             content[name] = kind(content[name])
     content['model'] = model = clean_names(model)
