@@ -40,6 +40,7 @@ class GPTConfig:
     norm: str = 'layernorm'  # layernorm, rmsnorm
     norm_eps: float = 1e-5  # added to the variance in each normalisation
     qk_norm: bool = False  # scale queries and keys to length sqrt(hs)
+    qk_norm_weights: bool = False  # with a learned weight for each channel of a head, as in Qwen 3
     qkv_bias: bool = False  # biases for queries, keys and values also where bias=False
     tie_weights: bool = True  # one matrix for the token embedding and the output layer
     value_residual: bool = False  # each layer mixes its values with those of the first layer
@@ -57,6 +58,7 @@ class GPTConfig:
     embd_norm: bool = False  # a normalisation after the embeddings
     x0_residual: bool = False  # add the embedding to each block's output, times a learned weight
     attn_scale: float = 0.0  # of q.k in the softmax; 0: 1 / sqrt(head_size)
+    document_end: int = -1  # a token at which attention stops, so that a document sees itself alone; -1: none
     attn_type: str = 'SM'  # SM (softmax), GK, GKpoly-n, PA_f (support/attention.py)
     pa_norm: str = 'length'  # divisor of PA_f: length (the tokens so far), block_size, none
 
@@ -109,6 +111,10 @@ def check_config(c):
     if c.attn_scale and c.attn_type.upper() != 'SM':
         raise ValueError(f'attn_scale={c.attn_scale} is of a softmax, which attn_type={c.attn_type} has '
                          'none of')
+    if not -1 <= c.document_end < c.vocab_size:
+        raise ValueError(f'document_end={c.document_end} must be -1 or a token of vocab_size={c.vocab_size}')
+    if c.document_end >= 0 and (c.attn_type.upper() != 'SM' or c.pos_emb == 'alibi'):
+        raise ValueError(f'document_end={c.document_end} masks a softmax, without pos_emb=alibi')
     if c.pos_emb == 'alibi' and c.attn_type.upper() != 'SM':
         raise ValueError(f'pos_emb=alibi biases a softmax, which attn_type={c.attn_type} has none of')
 
@@ -147,22 +153,26 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.flash = True  # code written for nanoGPT reads it: attention is a fused kernel
-        self.value_mix = self.weigh = None
+        self.value_mix = self.weigh = self.q_norm = self.k_norm = None
+        if config.qk_norm_weights:
+            self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps)
         if config.value_residual and layer > 0:
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
         if config.attn_type != 'SM':
             self.weigh = attention_types().attention(config)  # instead of a softmax
 
-    def forward(self, x, cache=None, first_v=None):
+    def forward(self, x, cache=None, first_v=None, begins=None):
         """x: (B, T, C) -> (B, T, C). cache: a KVCache with what came before x. first_v: the first layer's
-        values, (B, n_kv_head, T, hs), for value residuals; without them a layer's own stand in."""
+        values, (B, n_kv_head, T, hs), for value residuals; without them a layer's own stand in. begins: the
+        first position that each one sees, (B, T)."""
         B, T, C = x.shape
         q, k, v = self.heads(x, cache)
         if self.value_mix is not None:  # Zhou et al. 2024, "Value Residual Learning", eq. 6
             v = self.value_mix[0] * v + self.value_mix[1] * (v if first_v is None else first_v)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, cache)  # (B, nh, T, hs)
+        y = self.attend(q, k, v, cache, begins)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, nh hs)
         return self.resid_dropout(self.c_proj(y))
 
@@ -175,7 +185,9 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x, cache=None):
         """What the positions of x, (B, T, C), attend with: q, k, v as in `project`, normed and turned."""
         q, k, v = self.project(x)
-        if self.config.qk_norm:  # Henry et al. 2020, "Query-Key Normalization for Transformers"
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        elif self.config.qk_norm:  # Henry et al. 2020, "Query-Key Normalization for Transformers"
             q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
             q, k = q.type_as(v), k.type_as(v)  # autocast on CUDA normalises in float32
         if self.config.pos_emb == 'rope':
@@ -183,7 +195,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v
 
-    def attend(self, q, k, v, cache=None):
+    def attend(self, q, k, v, cache=None, begins=None):
         """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1); attn_scale
         may stand for 1 / sqrt(hs). q: (B, nh, T, hs), k, v: (B, n_kv_head, n_keys, hs) -> (B, nh, T, hs)"""
         (B, nh, T, hs), n_keys = q.shape, k.shape[2]
@@ -193,6 +205,9 @@ class CausalSelfAttention(nn.Module):
         mask = None  # each query sees the keys up to its own position
         if self.config.pos_emb == 'alibi':
             mask = alibi(positions_of(T, cache, q.device), n_keys, self.n_head).type_as(q)
+        elif begins is not None:
+            key, last = torch.arange(n_keys, device=q.device), positions_of(T, cache, q.device)
+            mask = (key >= begins[:, None, :, None]) & (key <= last[:, None])  # (B, 1, T, n_keys)
         elif cache is not None:
             mask = cache.mask(T, n_keys, q.device)
         is_causal = True if mask is None and T > 1 else False  # noqa: SIM210, SDPA rejects a SymBool
@@ -344,6 +359,7 @@ class KVCache:
         self.n_positions, self.length = n_positions, 0
         self.kv = {}  # {layer: (k, v)}, (B, n_kv_head, n_positions, hs) each
         self.last_ids = None  # (B, ngram - 1), for NgramEmbedding
+        self.document_begin = None  # of the last token's document, (B, 1), with document_end
         self.angles = None  # of the positions that are being appended, for rotary embeddings
 
     def positions(self, T, device):
@@ -455,7 +471,7 @@ class GPT(nn.Module):
         if self.residual_16bit and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x0 = self.transformer.drop(x)
-        context = self.context(x, cache)
+        context = self.context(idx, x, cache)
         for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
                 x = checkpoint(block, x, *context, use_reentrant=False)
@@ -470,11 +486,25 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         return (loss or self.loss)(x, targets)
 
-    def context(self, x, cache):
-        """What the blocks get besides x: nothing in GPT-2's training; a cache, the first layer's values."""
+    def context(self, idx, x, cache):
+        """What the blocks get besides x: nothing in GPT-2's training, else what attention's forward takes."""
+        context = [cache, None, None]
         if self.config.value_residual:
-            return cache, self.transformer.h[0].values(x)  # computed there once more
-        return () if cache is None else (cache,)
+            context[1] = self.transformer.h[0].values(x)  # computed there once more
+        if self.config.document_end >= 0:
+            context[2] = self.document_begins(idx, cache)
+        while context and context[-1] is None:
+            context.pop()
+        return context
+
+    def document_begins(self, idx, cache):
+        """Where each token's document begins, (B, T): an end is the first token of the next one."""
+        positions = positions_of(idx.shape[1], cache, idx.device)
+        before = 0 if cache is None or cache.document_begin is None else cache.document_begin
+        begins = torch.where(idx == self.config.document_end, positions, before).cummax(dim=1).values
+        if cache is not None:
+            cache.document_begin = begins[:, -1:]
+        return begins
 
     def logits(self, x):
         """x: (..., C) -> (..., V)"""

@@ -56,6 +56,7 @@ dry_run = False  # print what the run needs, time a few iterations, write nothin
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
+tensorboard = False  # event files in out_dir/tensorboard, for TensorBoard
 # data
 dataset = 'openwebtext'  # a folder of data/
 data_dir = ''  # any other folder with train.bin and val.bin; empty: data/<dataset>

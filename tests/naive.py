@@ -37,7 +37,7 @@ def logits_of_text(c, w, ids, vitals):
     x0, first_v, layers = x, None, []
     for i in range(c.n_layer):
         h = f'transformer.h.{i}'
-        y, first_v, sizes = attention(c, w, f'{h}.attn', norm(c, w, f'{h}.ln_1', x), first_v)
+        y, first_v, sizes = attention(c, w, f'{h}.attn', norm(c, w, f'{h}.ln_1', x), first_v, sees(c, ids))
         x = x + y
         y = activation(c, linear(w, f'{h}.mlp.c_fc', norm(c, w, f'{h}.ln_2', x)))
         x = x + linear(w, f'{h}.mlp.c_proj', y)
@@ -87,7 +87,14 @@ def activation(c, x):
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attention(c, w, name, x, first_v):
+def sees(c, ids):
+    """Whether each position attends to each one up to it: (T, T). An end begins a document."""
+    document = [ids[:t + 1].count(c.document_end) for t in range(len(ids))]
+    return torch.tensor([[s <= t and document[s] == document[t] for s in range(len(ids))]
+                         for t in range(len(ids))])
+
+
+def attention(c, w, name, x, first_v, seen):
     """What the layer adds to x, the first layer's values, and the sizes of all heads' logits."""
     hs, groups, heads, sizes = c.head_size, c.n_head // c.n_kv_head, [], []
     qkv, kv = linear(w, f'{name}.c_attn', x), c.n_kv_head * hs
@@ -100,11 +107,14 @@ def attention(c, w, name, x, first_v):
     for head in range(c.n_head):
         q_h, at = q[:, head * hs:(head + 1) * hs], head // groups * hs
         k_h, v_h = k[:, at:at + hs], v[:, at:at + hs]
-        if c.qk_norm:
+        if c.qk_norm_weights:
+            q_h, k_h = (t / (t.square().mean(dim=1, keepdim=True) + c.norm_eps).sqrt()
+                        * w[f'{name}.{kind}.weight'] for t, kind in ((q_h, 'q_norm'), (k_h, 'k_norm')))
+        elif c.qk_norm:
             q_h, k_h = (t / t.square().mean(dim=1, keepdim=True).sqrt() for t in (q_h, k_h))
         if c.pos_emb == 'rope':
             q_h, k_h = turned(c, q_h), turned(c, k_h)
-        heads.append(weights(c, head, q_h, k_h) @ v_h)
+        heads.append(weights(c, head, q_h, k_h, seen) @ v_h)
         size = (q_h @ k_h.T).abs() / math.sqrt(hs)
         if c.attn_type.startswith('GK'):
             size = distances(q_h, k_h)
@@ -148,7 +158,7 @@ def distances(q, k):
     return (q[:, None] - k[None]).square().sum(dim=-1) / (2 * math.sqrt(q.shape[1]))
 
 
-def weights(c, head, q, k):
+def weights(c, head, q, k, seen):
     """What each position takes of each up to it: q, k: (T, hs) -> (T, T)"""
     T, dot = len(q), q @ k.T * (c.attn_scale or 1 / math.sqrt(q.shape[1]))
     kind, _, n = c.attn_type.partition('-')
@@ -156,7 +166,7 @@ def weights(c, head, q, k):
         if c.pos_emb == 'alibi':
             t = torch.arange(T)
             dot = dot - slopes(c.n_head)[head] * (t[:, None] - t)
-        e = torch.exp(dot - dot.tril().amax(dim=1, keepdim=True)).tril()
+        e = torch.exp(dot - dot.tril().amax(dim=1, keepdim=True)) * seen
         return e / e.sum(dim=1, keepdim=True)
     if kind == 'GK':
         return torch.exp(-distances(q, k)).tril()

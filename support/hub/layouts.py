@@ -26,6 +26,7 @@ LLAMA_NAMES = {  # ours: theirs, whose rows are stacked in ours
     'ln_1': ('input_layernorm',), 'ln_2': ('post_attention_layernorm',),
     'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
     'attn.c_proj': ('self_attn.o_proj',),
+    'attn.q_norm': ('self_attn.q_norm',), 'attn.k_norm': ('self_attn.k_norm',),  # Qwen 3's
     'mlp.c_fc': ('mlp.gate_proj', 'mlp.up_proj'), 'mlp.c_proj': ('mlp.down_proj',),
 }
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
@@ -223,6 +224,12 @@ class Qwen2Layout(LlamaLayout):
         self.has_bias['attn'] = True
 
 
+class Qwen3Layout(LlamaLayout):
+    def __init__(self, config):
+        super().__init__(config, 'Qwen3Config')
+        self.args['qk_norm_weights'] = True
+
+
 class OwnLayout(Layout):
     """An export with its own code, which isn't run."""
 
@@ -238,4 +245,4 @@ class OwnLayout(Layout):
 
 
 LAYOUTS = {'gpt2': GPT2Layout, 'llama': LlamaLayout, 'mistral': MistralLayout, 'qwen2': Qwen2Layout,
-           OWN_CODE: OwnLayout}
+           'qwen3': Qwen3Layout, OWN_CODE: OwnLayout}

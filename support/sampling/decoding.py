@@ -194,8 +194,9 @@ def repeat_rows(cache, n):
         return
     cache.kv = {layer: [t.repeat_interleave(n, dim=0) for t in kv]
                 for layer, kv in cache.kv.items()}
-    if cache.last_ids is not None:
-        cache.last_ids = cache.last_ids.repeat_interleave(n, dim=0)
+    for name in ('last_ids', 'document_begin'):
+        rows = getattr(cache, name)
+        setattr(cache, name, None if rows is None else rows.repeat_interleave(n, dim=0))
 
 
 class Rows:

@@ -24,8 +24,8 @@ MOST_KEPT = 2  # shapes of a model whose memory and recordings stay
 def in_cuda_graph(model, cache, at, step):
     """A StaticCache and a step that repeats recordings. at: the next position to fill, (1,) int64."""
     is_sharded = hasattr(model, 'set_requires_gradient_sync')
-    is_softmax = getattr(model.config, 'attn_type', 'SM') == 'SM'
-    is_ours = type(cache) is KVCache and is_softmax  # attention must take the cache's mask
+    has_mask = getattr(model.config, 'attn_type', 'SM') == 'SM' and cache.document_begin is None
+    is_ours = type(cache) is KVCache and has_mask  # attention must take the cache's mask
     if is_sharded or not is_ours or any(is_watched(m) for m in model.modules()):
         return cache, step
     if not agrees(model, cache, at):

@@ -269,9 +269,10 @@ TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'encoder.json', 'vocab.txt', 
 GPT2_VOCAB_SHA256 = '99fdfb25c091e0100c3c8e9acc75ccae2ae79452a199debf51d54f915043cd04'
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, ends=()):
     """The tokenizer of a file of TOKENIZER_FILES, or of a folder with one. None if a folder has
-    none. ValueError for one that can't be used."""
+    none. ends: ids at which samples end; by default those of the model beside it. ValueError for
+    one that can't be used."""
     path = Path(path)
     if path.is_dir():
         file = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
@@ -285,7 +286,7 @@ def load_tokenizer(path):
             return GPT2Tokenizer()
         if path.name != 'tokenizer.json' and not isinstance(content.get('model'), dict):
             text = converted(path)
-        return of_json(text, end_ids(path.parent))
+        return of_json(text, ends or end_ids(path.parent))
 
 
 def of_json(text, ends=()):

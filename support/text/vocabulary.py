@@ -43,7 +43,7 @@ def read_vocabulary(data_dir, info):
 
 def read_own_tokenizer(path, info, meta):
     """Like `read_vocabulary`, of a tokenizer.json, the dataset.json and the meta.pkl beside it."""
-    tokenizer, kind = load_tokenizer(path), info.get('tokenizer', 'bpe')
+    tokenizer, kind = load_tokenizer(path, info.get('ends', ())), info.get('tokenizer', 'bpe')
     found, digest = tokenizer.to_dict()['kind'], info.get('sha256', {}).get(path.name)
     if kind == 'gpt2' and found != 'gpt2' or meta and meta['itos']:
         other = 'meta.pkl has characters'

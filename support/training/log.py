@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from support.errors import UserError
 from support.machine.console import ROOT, keep_line, print0
 from support.machine.files import replacing
 from support.sampling import decoding
@@ -40,6 +41,8 @@ class RunLog:
         self.wandb = Wandb(wandb if is_writing and settings['wandb_log'] else None)
         self.lines = JsonLines(Path(out_dir, 'log.jsonl') if is_writing else None, first_iter)
         self.drawing = Drawing(draw if is_writing and settings['plot'] else None)
+        board = Path(out_dir, 'tensorboard') if is_writing and settings.get('tensorboard') else None
+        self.board = open_tensorboard(board, first_iter)
         self.progress = Progress(settings['max_iters'])
         self.first_iter, self.vitals = first_iter, []
 
@@ -60,6 +63,8 @@ class RunLog:
         for iteration, tensors in vitals:
             self.write(health_entry(iteration, tensors))
         self.wandb.log(entry)
+        if self.board is not None:
+            write_scalars(self.board, entry)
         self.lines.write({k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)})
 
     def write_later(self, iteration, vitals):
@@ -79,6 +84,8 @@ class RunLog:
             self.lines.write(health_entry(iteration, tensors))
         self.lines.close()
         self.wandb.call('finish')
+        if self.board is not None:
+            self.board.close()
         self.drawing.close(patience)
 
     def summary(self, figures):
@@ -276,6 +283,23 @@ def entry_of(line):
 def is_before(line, first_iter):
     iteration = entry_of(line).get('iter')
     return isinstance(iteration, int) and iteration < first_iter
+
+
+def open_tensorboard(folder, first_iter):
+    """A writer of event files, None for no folder. A resumed run's replace those from first_iter on."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('tensorboard=True needs the package: pip install tensorboard') from None
+    return SummaryWriter(folder, purge_step=first_iter)
+
+
+def write_scalars(board, entry):
+    for name, value in entry.items():
+        if isinstance(value, int | float) and name != 'iter':
+            board.add_scalar(name, value, entry['iter'])
 
 
 class Wandb:

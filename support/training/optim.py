@@ -8,7 +8,6 @@ Each group has a name and its own initial_lr, and each parameter that is trained
 """
 
 import inspect
-import math
 
 import torch
 import torch.distributed as dist

@@ -26,8 +26,8 @@ CHOICES = {'sampler': SAMPLERS, 'optimizer': ('adamw', 'muon'),
            'newton_schulz': ('steep', 'exact'), 'lr_schedule': ('cosine', 'linear', 'wsd', 'constant')}
 RANGES = {  # (least, first value that is too large): settings
     (0, math.inf): ('learning_rate', 'embedding_lr', 'scalar_lr', 'muon_lr', 'min_lr',
-                    'weight_decay', 'adam_weight_decay', 'adam_eps', 'grad_clip', 'lora_alpha', 'logit_softcap',
-                    'init_gain', 'attn_scale', 'dist_timeout'),
+                    'weight_decay', 'adam_weight_decay', 'adam_eps', 'grad_clip', 'lora_alpha',
+                    'logit_softcap', 'init_gain', 'attn_scale', 'dist_timeout'),
     (0, 1): ('dropout', 'beta1', 'beta2'),
     (0, 2**63): ('eval_iters', 'sample_interval', 'checkpoint_interval', 'keep_interval',
                  'patience', 'batch_ramp_iters', 'max_iters', 'warmup_iters', 'lr_decay_iters',
