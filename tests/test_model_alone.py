@@ -20,18 +20,15 @@ class OnlyTorch(PathFinder):  # hides what isn't PyTorch's
 
 sys.meta_path = [OnlyTorch if finder is PathFinder else finder for finder in sys.meta_path]
 import torch
-import model
 from model import GPT, GPTConfig
 
-files = {name: str(getattr(m, '__file__', '')) for name, m in sys.modules.items()}
-ours = [name for name, path in files.items() if path.startswith(sys.path[0])]
-print('imported', *(name for name in ours if 'main__' not in name))
+files = {name: str(getattr(m, '__file__', '')) for name, m in sys.modules.items() if 'main__' not in name}
+print('imported', *(name for name, path in files.items() if path.startswith(sys.path[0])))
 ALL = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'qk_norm': True,
        'value_residual': True, 'n_kv_head': 1, 'ngram': 3, 'ngram_rows': 256, 'tie_weights': False,
        'logit_softcap': 10.0, 'init': 'zero_proj'}
 text = torch.arange(400) % 17
-OTHERS = {'bias': False, 'dropout': 0.1, 'pos_emb': 'alibi', 'activation': 'relu2'}
-for options in ({}, OTHERS, ALL):
+for options in ({}, {'bias': False, 'dropout': 0.1, 'pos_emb': 'alibi', 'activation': 'relu2'}, ALL):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32, **options))
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
@@ -49,12 +46,17 @@ except ValueError as error:
     print(error)
 OnlyTorch.hidden = OnlyTorch.hidden[-3:]
 from transformers import GPT2Config, GPT2LMHeadModel
-config = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=3, n_head=4)
-theirs = GPT2LMHeadModel(config).eval()
+theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=3, n_head=4)).eval()
 theirs.save_pretrained('gpt2')
 ours, idx = GPT.from_pretrained('gpt2').eval(), torch.randint(300, (3, 64))
-difference = (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item()
-print('loaded', ours.config.bias, difference < 1e-4)
+print('loaded', ours.config.bias, (ours(idx, idx)[0] - theirs(idx).logits).abs().max().item() < 1e-4)
+'''
+INSIDE = '''
+import torch
+from nanoGPT.model import GPT, GPTConfig
+for attn_type in ('SM', 'GK'):
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attn_type=attn_type))
+    print(model.generate(torch.zeros(1, 1, dtype=torch.int64), 12).shape)
 '''
 
 
@@ -62,27 +64,20 @@ def run(folder, program):
     (folder / 'main.py').write_text(program)
     done = subprocess.run([sys.executable, 'main.py'], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 def test_alone_it_trains_generates_and_loads_a_gpt2(tmp_path):
     shutil.copy(ROOT / 'model.py', tmp_path)
-    assert run(tmp_path, ALONE).splitlines() == [
+    assert run(tmp_path, ALONE) == [
         'imported model', *['trained True True'] * 3,
         'an attn_type other than SM needs support/attention.py', 'loaded True True']
 
 
 def test_it_works_inside_a_package_whatever_else_has_its_names(tmp_path):
     (tmp_path / 'nanoGPT/support').mkdir(parents=True)
-    shutil.copy(ROOT / 'model.py', tmp_path / 'nanoGPT')
-    shutil.copy(ROOT / 'support/attention.py', tmp_path / 'nanoGPT/support')
+    for name in ('model.py', 'support/attention.py'):
+        shutil.copy(ROOT / name, tmp_path / 'nanoGPT' / name)
     for name in ('model', 'attention', 'decoding', 'support'):
         (tmp_path / f'{name}.py').write_text('raise ImportError("a file of somebody else")')
-    assert run(tmp_path, '''
-import torch
-from nanoGPT.model import GPT, GPTConfig
-for attn_type in ('SM', 'GK'):
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16,
-                          attn_type=attn_type))
-    print(model.generate(torch.zeros(1, 1, dtype=torch.int64), 12).shape)
-''') == 2 * 'torch.Size([1, 13])\n'
+    assert run(tmp_path, INSIDE) == 2 * ['torch.Size([1, 13])']
