@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from test_configurator import config_file, configure_script
+from test_configurator import configure_script
 
 from configurator import configure
 from support.settings import OTHER_NAMES, REMOVED
@@ -53,11 +53,15 @@ def test_every_other_name_leads_to_a_setting_and_is_none_itself(configured):
     'add_lora = False', 'add_lora = None', 'add_lora = 0', "add_lora = ''", 'use_rope = False',
     'residual_scale = False', 'skip_spikes = 0', 'muon_weight_decay = 0.0', "finetune_from = ''",
     'cpu_offload = False'])
-def test_unknown_setting_that_is_off_is_dropped_with_a_line(line, configured):
+def test_unknown_setting_that_is_off_is_dropped_with_a_line(line, configured, tmp_path):
     found, out = configured(f'n_layer = 3\n{line}\n')
     assert found['n_layer'] == 3 and line.split()[0] not in found
     assert [x for x in out.splitlines() if x.startswith('Ignoring')] == [
         f'Ignoring {line}: there is no such setting here, and it is off']
+    script = {'CONSTANT': 5, 'batch_size': 1}
+    (tmp_path / 'theirs.py').write_text(f'CONSTANT = 0\n{line}')
+    configure(script, args=[str(tmp_path / 'theirs.py')])
+    assert script['CONSTANT'] == 5 and line.split()[0] not in script
 
 
 @pytest.mark.parametrize('line', [
@@ -67,37 +71,21 @@ def test_setting_that_is_on_or_misspelt_or_changes_the_model_is_refused(line, co
     assert message(configured, line).startswith(f'Unknown config key: {line.split()[0]}')
 
 
-def test_dropped_name_leaves_the_script_as_it_was(tmp_path, capsys):
-    script = {'CONSTANT': 5, 'batch_size': 1}
-    configure(script, args=[config_file(tmp_path, 'CONSTANT = 0\nother = None')])
-    assert script['CONSTANT'] == 5 and 'other' not in script
-
-
-# ---------------------------------------------------------------------------- no config
-
-NOT_UTF8 = 'theirs.py is not UTF-8 text .*: save it as UTF-8'
-
-
 @pytest.mark.parametrize('text, shown', [
-    ('batch_size: 32\n',
-     'line 1: batch_size: 32 assigns nothing; a config is Python: name = value$'),
+    ('batch_size: 32\n', 'line 1: batch_size: 32 assigns nothing; a config is Python: name = value$'),
     ('# YAML\nlearning_rate: 6e-4\n', 'line 2: learning_rate: 6e-4 assigns nothing'),
-    ('{"batch_size": 32, "compile": false}',
-     'line 1: {"batch_size": 32, "compile": false} assigns'),
+    ('{"batch_size": 32, "compile": false}', 'line 1: {"batch_size": 32, "compile": false} assigns'),
     ('[1, 2]', r'line 1: \[1, 2\] assigns nothing'), ('batch_size', 'line 1: batch_size assigns'),
     ('n_layer = 2\nbatch_size == 32', 'line 2: batch_size == 32 assigns nothing'),
     ('batch_size = 3\nn_layer = = 4\n', r'theirs.py, line 2: invalid syntax: n_layer = = 4$'),
-    ('model:\n  n_layer: 4\n', r'theirs.py, line 1: '),
-    ('if 1:\nx = 3\n', r'line 2: expected an indented'),
-    ('return 3\n', "line 1: 'return' outside function"),
-    ('a = "\n', 'line 1: unterminated string'),
+    ('model:\n  n_layer: 4\n', r'theirs.py, line 1: '), ('if 1:\nx = 3\n', r'line 2: expected an indented'),
+    ('return 3\n', "line 1: 'return' outside function"), ('a = "\n', 'line 1: unterminated string'),
     ('a = ' + '(' * 999, 'line 1: too many nested parentheses'),
     ('a = ' + '-' * 99999 + '1', 'theirs.py'), ('a = 1\0', 'theirs.py.*null'),
-    ('# café\nbatch_size = 3\n'.encode('latin-1'), NOT_UTF8),
-    ('\n\n\nn = 1\n# café\n'.encode('latin-1'), NOT_UTF8),
-    ('batch_size = 3\n'.encode('utf-16'), NOT_UTF8),
+    *((text, 'theirs.py is not UTF-8 text .*: save it as UTF-8') for text in (
+        '# café\nbatch_size = 3\n'.encode('latin-1'), '\n\n\nn = 1\n# café\n'.encode('latin-1'),
+        'batch_size = 3\n'.encode('utf-16'), bytes(range(256)))),
     (b'# coding: nonsense\n', 'theirs.py is not UTF-8 text .*unknown encoding'),
-    (bytes(range(256)), 'theirs.py is not UTF-8 text'),
 ], ids=lambda value: str(value)[:20])
 def test_file_that_is_no_config_is_one_line_with_file_and_line(text, shown, configured):
     assert re.search(shown, message(configured, text))
@@ -112,5 +100,6 @@ def test_calls_texts_annotations_and_named_encodings_are_read(configured):
 
 
 def test_user_sees_one_line(run_script, tmp_path):
-    error = run_script('sample.py', config_file(tmp_path, 'batch_size: 32'), ok=False).stderr
+    (tmp_path / 'theirs.py').write_text('batch_size: 32')
+    error = run_script('sample.py', tmp_path / 'theirs.py', ok=False).stderr
     assert error.startswith('ValueError: ') and error.count('\n') == 1 and str(ROOT) not in error
