@@ -9,25 +9,27 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-WILD = Path(__file__).parent
-CONFIG = ('n_embd = int(math.sqrt(4096)) // 2\nbatch_size = 3\n'
-          'def double(x):\n    return 2 * x\nmax_iters = double(1)\n')
 BEGINNING = 'n = 1\nexec(open("configurator.py").read())\n'
+TEXTS = {
+    'config/mine.py': 'n_embd = int(math.sqrt(4096)) // 2\nbatch_size = 3\n'
+                      'def double(x):\n    return 2 * x\nmax_iters = double(1)\n',
+    'wrong.py': 'N = 3\nbatch_sizes = 2\n', 'idle.py': 'batch_size: 3\n', 'three.py': 'batch_size = 3',
+    'broken.py': BEGINNING + 'print(1 / (n - 1))', 'tools/count.py': BEGINNING + 'print(n)',
+    'imports.py': 'import sys\nhook = sys.excepthook\nimport configurator\nprint(sys.excepthook is hook)'}
 
 
-@pytest.fixture
-def folder(tmp_path, char_data):
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, char_data):
     """A folder as somebody has it: our files, scripts and a config of their own, data."""
-    for path in [ROOT / 'configurator.py', ROOT / 'model.py', *WILD.glob('own_*.py')]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / 'support', tmp_path / 'support')
-    for name, text in {'config/mine.py': CONFIG, 'wrong.py': 'N = 3\nbatch_sizes = 2\n',
-                       'idle.py': 'batch_size: 3\n', 'broken.py': BEGINNING + 'print(1 / (n - 1))',
-                       'tools/count.py': BEGINNING + 'print(n)'}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    shutil.copytree(char_data, tmp_path / 'data/tiny')
-    return tmp_path
+    folder = tmp_path_factory.mktemp('own')
+    for path in [ROOT / 'configurator.py', ROOT / 'model.py', *Path(__file__).parent.glob('own_*.py')]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / 'support', folder / 'support')
+    for name, text in TEXTS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    shutil.copytree(char_data, folder / 'data/tiny')
+    return folder
 
 
 def run(*command, cwd, ok=True, **env):
@@ -52,61 +54,47 @@ def test_training_script_takes_config_files_and_keys_and_keeps_its_names(folder)
 
 
 def test_scripts_work_without_arguments_and_from_elsewhere_and_ours_reads_their_checkpoint(
-        folder, run_script):
+        folder, run_here, monkeypatch):
     out = run('own_train.py', cwd=folder).stdout
     assert "'batch_size': 4" in out and 'Overriding' not in out and "new names: ['sys']" in out
     sampling = (f'--out_dir={folder / "out"}', '--start=king', '--max_new_tokens=9', '--device=cpu')
-    out = run(str(folder / 'own_sample.py'), *sampling, '--compile=True', '--top_k=1',
-              cwd='/').stdout
+    out = run(str(folder / 'own_sample.py'), *sampling, '--compile=True', '--top_k=1', cwd='/').stdout
     text, line = out.splitlines()[-2:]
     assert eval(text).startswith('king') and len(eval(text)) == 13 and line == '---------------'
-    ours = run_script('sample.py', *sampling, '--num_samples=1', '--temperature=0',
-                      cwd=folder).stdout
-    assert eval(text) in ours
+    monkeypatch.chdir(folder)
+    assert eval(text) in run_here('sample.py', *sampling, '--num_samples=1', '--temperature=0')['log']
 
 
 @pytest.mark.parametrize('command, last_line', [
     (['own_function.py', '--batch_size=7', "--words=['b']", '--types=d'], "(7, ['b'], 'd')"),
-    (['-m', 'own_function', '--batch_size=7', 'config/mine.py'], "(3, ['a'], 'a setting')"),
+    (['-m', 'own_function', '--batch_size=7', 'three.py'], "(3, ['a'], 'a setting')"),
     (['-c', BEGINNING + 'print(n, "configure" in globals())', '--n=5'], '5 False'),
     (['tools/count.py', '--n=5'], '5'), (['-c', BEGINNING, '--n=2', '--help'], '  n=2'),
     (['own_bench.py', '--batch_size=2', '--real_data=False', '--profile'],
-     '2 False True: time per iteration: '),
-])
+     '2 False True: time per iteration: ')])
 def test_settings_may_be_read_in_a_function_a_block_a_module_or_a_text(command, last_line, folder):
-    if command[1:3] == ['own_function', '--batch_size=7']:
-        (folder / 'config/mine.py').write_text('batch_size = 3')
     assert run(*command, cwd=folder).stdout.splitlines()[-1].startswith(last_line)
 
 
 @pytest.mark.parametrize('command, line', [
     (['own_function.py', '--bach_size=3'],
      'ValueError: Unknown config key: bach_size (did you mean batch_size?)'),
-    (['own_function.py', '--batch_size=x'],
-     "ValueError: batch_size must be a whole number, not 'x'"),
+    (['own_function.py', '--batch_size=x'], "ValueError: batch_size must be a whole number, not 'x'"),
     (['own_function.py', 'wrong.py'],
      'ValueError: Unknown config key: N, batch_sizes (did you mean batch_size?) '),
-    (['own_function.py', 'idle.py'],
-     'ValueError: idle.py, line 1: batch_size: 3 assigns nothing; '),
+    (['own_function.py', 'idle.py'], 'ValueError: idle.py, line 1: batch_size: 3 assigns nothing; '),
     (['own_function.py', 'missing.py'], 'FileNotFoundError: no config missing.py'),
-    (['broken.py', '--n=1'], 'Traceback'),
-])
-def test_mistake_is_one_line_there_too_and_an_error_of_the_script_a_traceback(command, line,
-                                                                              folder):
+    (['broken.py', '--n=1'], 'Traceback')])
+def test_mistake_is_one_line_there_too_and_an_error_of_the_script_a_traceback(command, line, folder):
     error = run(*command, cwd=folder, ok=False).stderr
     assert error.startswith(line), error
     assert (error.count('\n') > 1) == (line == 'Traceback')
 
 
-def test_help_lists_the_script_s_settings_and_its_docstring(folder):
+def test_help_lists_the_script_s_settings_and_importing_configurator_does_nothing(folder, tmp_path):
     out = run('own_sample.py', '--help', cwd=folder).stdout
     assert "Somebody's own sampling script" in out
     assert '  top_k=200' in out and 'FILE:prompt.txt' in out
-
-
-def test_importing_configurator_does_nothing(folder, tmp_path_factory):
-    code = 'import sys\nhook = sys.excepthook\nimport configurator\nprint(sys.excepthook is hook)'
-    elsewhere = tmp_path_factory.mktemp('elsewhere')  # a script beside ours gets another excepthook
-    (elsewhere / 'imports.py').write_text(code)
+    shutil.copy(folder / 'imports.py', tmp_path)  # a script beside ours gets another excepthook
     arguments = ('--no_such=3', 'none.py')
-    assert run('imports.py', *arguments, cwd=elsewhere, PYTHONPATH=str(folder)).stdout == 'True\n'
+    assert run('imports.py', *arguments, cwd=tmp_path, PYTHONPATH=str(folder)).stdout == 'True\n'
