@@ -12,16 +12,11 @@ from model import GPT, GPTConfig
 
 # I/O
 out_dir = 'out'
-eval_iters = 20
 always_save_checkpoint = True
 wandb_run_name = 'gpt2'  # 'run' + str(time.time())
-# data
 dataset = 'tiny'
 batch_size = 4
 block_size = 16
-# model
-n_layer = 1
-n_head = 2
 n_embd = 32
 dropout = 0.0
 bias = False
@@ -46,11 +41,9 @@ print('new names:', sorted(k for k in set(globals()) - before - {'before', 'conf
 print('config:', config)
 print('more:', betas, probe, os.path.basename(__file__), math.pi)
 
-data_dir = os.path.join('data', dataset)
-data = np.memmap(os.path.join(data_dir, 'train.bin'), dtype=np.uint16, mode='r')
-with open(os.path.join(data_dir, 'meta.pkl'), 'rb') as f:
-    vocab_size = pickle.load(f)['vocab_size']
-model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+data = np.memmap(os.path.join('data', dataset, 'train.bin'), dtype=np.uint16, mode='r')
+vocab_size = pickle.load(open(os.path.join('data', dataset, 'meta.pkl'), 'rb'))['vocab_size']
+model_args = dict(n_layer=1, n_head=2, n_embd=n_embd, block_size=block_size,
                   bias=bias, vocab_size=vocab_size, dropout=dropout)
 model = GPT(GPTConfig(**model_args))
 optimizer = model.configure_optimizers(0.1, learning_rate, betas, 'cpu')

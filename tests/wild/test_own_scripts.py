@@ -13,8 +13,12 @@ BEGINNING = 'n = 1\nexec(open("configurator.py").read())\n'
 TEXTS = {
     'config/mine.py': 'n_embd = int(math.sqrt(4096)) // 2\nbatch_size = 3\n'
                       'def double(x):\n    return 2 * x\nmax_iters = double(1)\n',
-    'wrong.py': 'N = 3\nbatch_sizes = 2\n', 'idle.py': 'batch_size: 3\n', 'three.py': 'batch_size = 3',
+    'wrong.py': 'N = 3\nsizes = 2\n', 'idle.py': 'size: 3\n', 'three.py': 'size = 3',
     'broken.py': BEGINNING + 'print(1 / (n - 1))', 'tools/count.py': BEGINNING + 'print(n)',
+    'function.py': 'size = 12\nwords = ["a"]\ntypes = "a setting"\ndef main():\n'
+                   '    exec(open("configurator.py").read())\n    return size, words, types\nprint(main())',
+    'block.py': 'size = 12\nif __name__ == "__main__":\n    exec(open("configurator.py").read())\n'
+                '    print(size)\n',
     'imports.py': 'import sys\nhook = sys.excepthook\nimport configurator\nprint(sys.excepthook is hook)'}
 
 
@@ -66,24 +70,21 @@ def test_scripts_work_without_arguments_and_from_elsewhere_and_ours_reads_their_
 
 
 @pytest.mark.parametrize('command, last_line', [
-    (['own_function.py', '--batch_size=7', "--words=['b']", '--types=d'], "(7, ['b'], 'd')"),
-    (['-m', 'own_function', '--batch_size=7', 'three.py'], "(3, ['a'], 'a setting')"),
+    (['function.py', '--size=7', "--words=['b']", '--types=d'], "(7, ['b'], 'd')"),
+    (['-m', 'function', '--size=7', 'three.py'], "(3, ['a'], 'a setting')"),
+    (['block.py', '--size=2'], '2'),
     (['-c', BEGINNING + 'print(n, "configure" in globals())', '--n=5'], '5 False'),
-    (['tools/count.py', '--n=5'], '5'), (['-c', BEGINNING, '--n=2', '--help'], '  n=2'),
-    (['own_bench.py', '--batch_size=2', '--real_data=False', '--profile'],
-     '2 False True: time per iteration: ')])
+    (['tools/count.py', '--n=5'], '5'), (['-c', BEGINNING, '--n=2', '--help'], '  n=2')])
 def test_settings_may_be_read_in_a_function_a_block_a_module_or_a_text(command, last_line, folder):
     assert run(*command, cwd=folder).stdout.splitlines()[-1].startswith(last_line)
 
 
 @pytest.mark.parametrize('command, line', [
-    (['own_function.py', '--bach_size=3'],
-     'ValueError: Unknown config key: bach_size (did you mean batch_size?)'),
-    (['own_function.py', '--batch_size=x'], "ValueError: batch_size must be a whole number, not 'x'"),
-    (['own_function.py', 'wrong.py'],
-     'ValueError: Unknown config key: N, batch_sizes (did you mean batch_size?) '),
-    (['own_function.py', 'idle.py'], 'ValueError: idle.py, line 1: batch_size: 3 assigns nothing; '),
-    (['own_function.py', 'missing.py'], 'FileNotFoundError: no config missing.py'),
+    (['function.py', '--sise=3'], 'ValueError: Unknown config key: sise (did you mean size?)'),
+    (['function.py', '--size=x'], "ValueError: size must be a whole number, not 'x'"),
+    (['function.py', 'wrong.py'], 'ValueError: Unknown config key: N, sizes (did you mean size?) '),
+    (['function.py', 'idle.py'], 'ValueError: idle.py, line 1: size: 3 assigns nothing; '),
+    (['function.py', 'missing.py'], 'FileNotFoundError: no config missing.py'),
     (['broken.py', '--n=1'], 'Traceback')])
 def test_mistake_is_one_line_there_too_and_an_error_of_the_script_a_traceback(command, line, folder):
     error = run(*command, cwd=folder, ok=False).stderr
