@@ -179,19 +179,6 @@ def test_noise_stays_the_same_from_version_to_version():
     assert out.flatten().tolist() == [78, 36, 960, 839, 93, 251]
 
 
-def test_noise_is_gumbel_s_and_differs_over_seeds_positions_and_ids():
-    ids, all_keys = torch.arange(300)[None], noise_keys(range(300), 3)
-    noise = torch.stack([gumbel(all_keys[:, t:t + 1], ids) for t in range(3)]).double()  # (3, 300, 300)
-    assert noise.isfinite().all() and noise.unique().numel() > 0.97 * noise.numel()
-    for axis in (1, 2):
-        assert noise.mean(axis).mean().item() == pytest.approx(0.5772, abs=0.01)
-        spread = noise.mean(axis).var() * 300  # of means of 300 independent ones: their variance
-        assert spread.item() == pytest.approx(math.pi**2 / 6, rel=0.15)
-    for a, b in ((noise[0], noise[1]), (noise[0, 1:], noise[0, :-1]), (noise[0, :, 1:], noise[0, :, :-1]),
-                 (noise[0, 1:, 1:], noise[0, :-1, :-1]), (noise[1, 1:], noise[0, :-1])):
-        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
-
-
 # ---------------------------------------------------------------------------- draws
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
@@ -268,6 +255,7 @@ stops = st.lists(st.text(alphabet='ab\u00e9\U0001f600', min_size=1, max_size=4),
 
 @given(letters, stops, st.data(), st.binary(max_size=3))
 @example('aab', ['ab', 'aab', 'b'], None, b'')
+@example('bab', ['ab'], None, b'')  # the prompt ends in a
 def test_text_in_pieces_equals_the_whole_and_nothing_of_a_stop_string_leaks(text, stop, data, broken):
     """Pieces end anywhere, inside characters too; the end may be broken UTF-8."""
     raw = text.encode() + broken

@@ -228,6 +228,7 @@ def test_dropout_acts_at_each_of_its_places_and_in_training_only():
     for name, m in places.items():
         m.register_forward_hook(lambda m, args, y, name=name: seen.update({name: (args[0], y)}))
     model(idx, idx)
+    assert seen.keys() == places.keys()
     for x, y in seen.values():
         assert 0.4 < (y == 0).float().mean() < 0.6
         torch.testing.assert_close(y[y != 0], 2 * x[y != 0])

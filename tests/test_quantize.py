@@ -147,6 +147,7 @@ def test_a_layer_of_any_size_gives_the_naive_product_within_rounding(kind, n_in,
     exact = naive_product(layer, x)
     if bound < 0.01 and not layer.has_product():
         pytest.skip('no FBGEMM')
+    assert distance(layer.plain_product(x, torch.float32), exact) < 0.01  # of other devices
     for _ in range(2):  # the second time from the library's order
         assert distance(layer(x), exact) < bound  # inputs may be rounded
     if n_rows > 1 and bound < 0.01:

@@ -58,10 +58,8 @@ def random_split(n, size, name='val'):
 def test_mean_loss_counts_each_target_once_whatever_the_batch(loss):
     model, split, nats = tiny().double(), random_split(32 * 5 + 7, 64), 0.0
     ids = torch.from_numpy(split[:].astype(np.int64))[None]
-    for start in range(0, 32 * 5 + 6, 32):
-        window = ids[:, start:start + 33]
-        with torch.no_grad():
-            nats += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
+    for window in (ids[:, start:start + 33] for start in range(0, 32 * 5 + 6, 32)):
+        nats += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
     for batch_size in (1, 4):
         found = mean_loss(model, CPU, split, Windows(32, batch_size), loss(model, CPU))
         assert found == pytest.approx(nats / (32 * 5 + 6)) and model.training
@@ -78,9 +76,7 @@ def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
         found = BitsPerByte(CPU, data, windows)(losses)
         for starts in splits['val'].eval_windows(*windows):
             x, y = map(torch.from_numpy, splits['val'].read(starts, 32))
-            with torch.no_grad():
-                logits, _ = model(x, y)
-            nats += F.cross_entropy(logits.mT, y, ignore_index=-1, reduction='sum').item()
+            nats += F.cross_entropy(model(x, y)[0].mT, y, ignore_index=-1, reduction='sum').item()
             n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y.flatten().tolist() if 0 <= i < 60)
         assert found['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes)
         assert {*found} == {'train_bits_per_byte', 'val_bits_per_byte'}
