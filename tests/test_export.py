@@ -99,7 +99,9 @@ def test_an_export_computes_the_same_and_comes_back_exactly(changes, kind, save,
     told = f'with its own code, model.py (trust_remote_code=True), for {kind}, iter' if is_own else \
         f'{kind} architecture, iteration 250'
     assert told in export.log, export.log
-    theirs = AutoModelForCausalLM.from_pretrained(folder, **{'trust_remote_code': True} if is_own else {})
+    trust = {'trust_remote_code': True} if is_own else {}
+    theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **trust)
+    assert not any(report.values()), report  # nothing is missing or left over
     idx = torch.randint(CHARS.n_vocab, (3, 48))
     found = theirs(idx).logits[:, :, :model.config.vocab_size]
     torch.testing.assert_close(found, model(idx, idx)[0], rtol=0, atol=1e-4)
@@ -112,8 +114,8 @@ def test_an_export_computes_the_same_and_comes_back_exactly(changes, kind, save,
 
 
 @pytest.mark.parametrize('ours, changes', [
-    (CHARS, {}), (GPT2Tokenizer(), {'tie_weights': False}), (GPT2Tokenizer(), LLAMA), (CHARS, LLAMA | FULL),
-    (CHARS, RECIPE), (CHARS, {'attn_type': 'GK', 'tie_weights': False})])
+    (CHARS, {}), (GPT2Tokenizer(), {'tie_weights': False, 'bias': False}), (GPT2Tokenizer(), LLAMA),
+    (CHARS, LLAMA | FULL), (CHARS, RECIPE), (CHARS, {'attn_type': 'GK', 'tie_weights': False})])
 def test_transformers_gives_the_same_ids_and_greedy_text_also_in_padded_batches(
         ours, changes, save, export, bpe, caplog):
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -215,13 +217,14 @@ def test_the_card_says_what_was_trained_and_the_config_what_other_programs_read(
 
 @pytest.mark.parametrize('log', [
     b'{"iter": 250, "val_loss": "x"}', b'{"iter": 250, "val_loss": {"a": 1}, "train_loss": null}',
-    b'\xff\xfe val_loss', b'["val_loss"]', b'{"val_loss"' + b'[' * 100_000,
-    b'{"iter": 1e400, "val_loss": NaN}', b'\0' * 1000, b''], ids=lambda log: str(log[:20]))
+    b'\n'.join((b'\xff\xfe val_loss', b'["val_loss"]', b'{"val_loss"' + b'[' * 100_000,
+                b'{"iter": 1e400, "val_loss": NaN}', b'\0' * 1000))], ids=lambda log: str(log[:20]))
 def test_nothing_in_a_log_stops_an_export(log, save, export, tmp_path):
     save()
     entry = b'\n{"iter": 250, "train_loss": 1.25, "val_loss": 1.625}\n'
     (tmp_path / 'run/log.jsonl').write_bytes(log + entry + log)
-    assert '| nats per token |' in read_card(export())
+    card = read_card(export())
+    assert '| nats per token |' in card and ('| validation | 1.6250 |' in card) == (b'250' not in log)
 
 
 def test_an_export_publishes_no_path_and_nothing_that_is_not_listed(save, export, tmp_path):
