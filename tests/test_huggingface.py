@@ -295,32 +295,34 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
     """Answers as huggingface.co does, from the server's folder, and notes which files are read."""
 
     def do_GET(self):
-        path, folder = self.path.split('?')[0], self.server.folder
-        if found := re.fullmatch(r'/api/models/([\w-]+/[\w-]+)/(revision|tree)/\w+', path):
-            if not (folder / found[1]).is_dir():
-                return self.answer(404, b'{}', X_Error_Code='RepoNotFound')
-            files = [*(folder / found[1]).iterdir()]
-            tree = [{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': p.name} for p in files]
-            info = {'id': found[1], 'sha': 'a' * 40, 'siblings': [{'rfilename': p.name} for p in files]}
-            return self.answer(200, json.dumps(tree if found[2] == 'tree' else info).encode())
-        if found := re.fullmatch(r'/([\w-]+/[\w-]+)/resolve/\w+/(.+)', path):
-            if found[1].startswith('gated/'):
-                return self.answer(403, b'{}', X_Error_Code='GatedRepo')
-            if self.command == 'GET':
-                self.server.asked.append(found[2])
-            return self.answer(200, (folder / found[1] / found[2]).read_bytes(), ETag=f'"{found[2]}"',
-                               X_Repo_Commit='a' * 40)
-        return self.answer(404, b'')
-
-    do_HEAD = do_GET
-
-    def answer(self, code, body, **headers):
+        code, body, headers = self.reply()
         self.send_response(code)
-        for name, value in (headers | {'Content_Length': len(body), 'Content_Type': 'x'}).items():
-            self.send_header(name.replace('_', '-'), str(value))
+        for name, value in (headers | {'Content-Length': len(body), 'Content-Type': 'x'}).items():
+            self.send_header(name, str(value))
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def reply(self):
+        """Status, body and headers of a model's list of files, or of a file."""
+        path = self.path.split('?')[0]
+        if found := re.fullmatch(r'/api/models/(.+/.+)/(revision|tree)/\w+', path):
+            folder = self.server.folder / found[1]
+            if not folder.is_dir():
+                return 404, b'{}', {'X-Error-Code': 'RepoNotFound'}
+            tree = [{'type': 'file', 'path': p.name, 'size': p.stat().st_size, 'oid': p.name}
+                    for p in folder.iterdir()]
+            info = {'id': found[1], 'sha': 'a' * 40, 'siblings': [{'rfilename': f['path']} for f in tree]}
+            return 200, json.dumps(tree if found[2] == 'tree' else info).encode(), {}
+        model, name = re.fullmatch(r'/(.+/.+)/resolve/\w+/(.+)', path).groups()
+        if model.startswith('gated/'):
+            return 403, b'{}', {'X-Error-Code': 'GatedRepo'}
+        if self.command == 'GET':
+            self.server.asked.append(name)
+        body = (self.server.folder / model / name).read_bytes()
+        return 200, body, {'ETag': f'"{name}"', 'X-Repo-Commit': 'a' * 40}
 
     def log_message(self, *_):
         pass
