@@ -1,9 +1,7 @@
-"""Checkpoints as other repositories' scripts save them, and ours with another model.py."""
+"""Checkpoints as other repositories' scripts save them."""
 
-import json
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, losses
+from conftest import TINY, losses
 from runs import equal
 
 from model import GPT, GPTConfig
@@ -137,69 +135,3 @@ def test_checkpoint_of_build_nanogpt_is_read(monkeypatch, tmp_path):
     assert equal(loaded.state_dict(), torch.load(tmp_path / 'GPTConfig.pt', weights_only=False)['model'])
     with pytest.raises(ValueError, match=r'holds an object of __main__.Config, whose code is not run.$'):
         State.load(tmp_path / 'Config.pt')
-
-
-# A model of nobody's: its GPTConfig has nanoGPT's seven settings and two of its own.
-OTHER_MODEL = """
-from dataclasses import dataclass
-import torch
-from torch import nn
-
-@dataclass
-class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    n_experts: int = 0
-    rates: tuple = ()
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        assert config.n_embd % config.n_head == 0
-        self.config = config
-        self.decay = torch.linspace(0, 1, 3).tolist()  # has no value without memory
-        self.table = nn.Embedding(config.vocab_size, config.n_embd)
-        self.experts = nn.ModuleList(nn.Linear(config.n_embd, config.n_embd) for _ in range(config.n_experts))
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.head.weight = self.table.weight
-"""
-USES = """
-import json, sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import torch
-from support.training.models import build_model, config_from_settings, make_model, model_args
-from support.training.state import State
-
-def refusal(weights, args):
-    try:
-        build_model(State(dict(state.model) | weights, state.model_args | args), {})
-    except ValueError as error:
-        return str(error)
-
-settings = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'dropout': 0.1, 'n_experts': 3}
-model = make_model(config_from_settings(settings, 40))
-state = State(model.state_dict(), model_args(model.config))
-again = build_model(state, {'dropout': 0.0})
-print(json.dumps([state.model_args, again.config.dropout, torch.equal(again.head.weight, model.head.weight),
-                  refusal({'head.weight': state.model['head.weight'] + 1}, {}), refusal({}, {'n_head': 3}),
-                  refusal({}, {'pos_emb': 'rope', 'qk_norm': False})]))
-"""
-
-
-def test_another_model_py_makes_saves_and_reads_models_of_its_own(tmp_path):
-    (tmp_path / 'model.py').write_text(OTHER_MODEL)
-    done = subprocess.run([sys.executable, '-c', USES, str(tmp_path), str(ROOT)], capture_output=True,
-                          text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    args, dropout, same, apart, odd, ours = json.loads(done.stdout.splitlines()[-1])
-    assert args == {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'dropout': 0.1, 'bias': True,
-                    'vocab_size': 40, 'n_experts': 3}
-    assert dropout == 0.0 and same
-    assert apart.endswith('head.weight differs from its table.weight, but model.py has one parameter for '
-                          'both')
-    assert 'n_head' in odd and ours == "the checkpoint has model settings that don't exist here: pos_emb"
