@@ -11,20 +11,18 @@ from torch.nn import functional as F
 from support.machine.linear import (HAS_ONEDNN, CPULinear, OneDNNProduct, keep_weights, product,
                                     use_cpu_linears)
 from support.machine.runtime import Runtime
-from support.sampling.decoding import generate
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason='needs oneDNN')
 
 
-def runtime(device='cpu', dtype='float32', compile=False):
-    return Runtime(device, dtype, compile, 'gloo')
+RUN = Runtime('cpu', 'float32', False, 'gloo')
 
 
 def pair(**options):
     """A model, and a copy with the faster layers."""
     model = scrambled(tiny(**options))
     faster = copy.deepcopy(model)
-    use_cpu_linears(faster, runtime(), quiet=True)
+    use_cpu_linears(faster, RUN, quiet=True)
     return model, faster
 
 
@@ -49,48 +47,27 @@ def test_products_and_gradients_equal_float64_within_rounding(multiply, shape, b
         found.append([without, y, *torch.autograd.grad(y, leaves[:2 + bias], grad.to(dtype))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())
-    for trained in ((0,), (1,), (0, 1), *([(2,), (0, 2)] if bias else ())):  # the others are frozen
-        leaves = [None if t is None else t.clone() for t in given]
-        for i in trained:
-            leaves[i].requires_grad_()
-        multiply(*leaves).sum().backward()
-        assert [i for i in range(2 + bias) if leaves[i].grad is not None] == [*trained]
 
 
 @pytest.mark.parametrize('n_rows', [1, 3])
-@pytest.mark.parametrize('bias', [True, False])
 @torch.no_grad()
-def test_a_large_layer_of_few_rows_gives_the_naive_product_also_with_kept_weights(n_rows, bias):
-    layer, x = CPULinear(530, 520, bias), torch.randn(n_rows, 1, 2 * 530)[..., :530]  # not contiguous
-    exact = torch.stack([(x.double() * w.double()).sum(dim=-1) for w in layer.weight], dim=-1)
-    exact = exact + layer.bias.double() if bias else exact
+def test_a_large_layer_of_few_rows_gives_the_naive_product_also_with_kept_weights(n_rows):
+    layer, x = CPULinear(530, 520), torch.randn(n_rows, 1, 2 * 530)[..., :530]  # not contiguous
+    exact = torch.stack([(x.double() * w.double()).sum(dim=-1) for w in layer.weight], dim=-1) + layer.bias
     before = layer(x)
     keep_weights(nn.Sequential(layer), n_rows)
-    assert layer.kept is not None
     for found in (before, layer(x)):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
-def test_other_types_and_autocast_are_computed_as_pytorch_does():
-    layer, plain, x = CPULinear(32, 20), nn.Linear(32, 20), torch.randn(3, 32)
-    plain.load_state_dict(layer.state_dict())
-    with torch.autocast('cpu', torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16 and torch.equal(layer(x), plain(x))
-    for dtype in (torch.float64, torch.bfloat16):
-        assert torch.equal(layer.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
-
-
 @pytest.mark.parametrize('options', [
     {}, {'bias': False, 'tie_weights': False, 'activation': 'swiglu', 'pos_emb': 'rope'}], ids=str)
-def test_model_keeps_its_tensors_and_trains_the_same(options, capsys):
+def test_model_keeps_its_tensors_and_trains_the_same(options):
     model, faster = pair(**options)
-    assert {*linears(model).values()} == {nn.Linear} and {*linears(faster).values()} == {CPULinear}
-    assert linears(model).keys() == linears(faster).keys()
+    assert {*linears(faster).values()} == {CPULinear}
     assert (faster.lm_head.weight is faster.transformer.wte.weight) == options.get('tie_weights', True)
-    assert [*model.state_dict()] == [*faster.state_dict()]
     assert all(torch.equal(t, faster.state_dict()[n]) for n, t in model.state_dict().items())
     opts = [m.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu') for m in (model, faster)]
-    precision = torch.get_float32_matmul_precision()
     for _ in range(10):
         idx, losses = tokens(3, 32), []
         for m, opt in zip((model, faster), opts):
@@ -99,53 +76,24 @@ def test_model_keeps_its_tensors_and_trains_the_same(options, capsys):
             losses[-1].backward()
             opt.step()
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-    assert torch.get_float32_matmul_precision() == precision  # others' products stay exact
-    assert torch.backends.mkldnn.matmul.fp32_precision in ('none', 'ieee')
-    assert capsys.readouterr().out == ''
-    use_cpu_linears(copy.deepcopy(model), runtime())
-    use_cpu_linears(faster, runtime())  # a second time there is nothing to do
-    assert capsys.readouterr().out.startswith(f'linear layers: {len(linears(model))} of CPULinear')
 
 
-def changed(layer):
-    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
-
-
-class OwnLinear(nn.Linear):
-    """Somebody's, which computes something else."""
-
-
-@pytest.mark.parametrize('touch', [
-    lambda layer: layer.register_forward_hook(lambda m, x, y: 2 * y),
-    lambda layer: layer.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
-    lambda layer: layer.register_full_backward_hook(lambda m, dx, dy: None), changed,
-    lambda layer: setattr(layer, '__class__', OwnLinear)],
-    ids=['hook', 'pre-hook', 'backward hook', 'forward', 'class'])
-def test_layer_that_is_watched_or_changed_stays(touch):
+def test_layer_that_is_watched_stays():
     model, idx = scrambled(tiny()), tokens(2, 8)
-    touch(model.transformer.h[1].mlp.c_fc)
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda m, x, y: 2 * y)
     before, expected = linears(model), model(idx)[0]
-    use_cpu_linears(model, runtime(), quiet=True)
+    use_cpu_linears(model, RUN, quiet=True)
     stayed = [name for name, kind in linears(model).items() if kind is before[name]]
     assert stayed == ['transformer.h.1.mlp.c_fc']
     torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('run', [runtime('cuda'), runtime(dtype='bfloat16'), runtime(compile=True)], ids=str)
-def test_other_devices_types_and_compilers_keep_their_layers(run, capsys):
-    model = tiny()
-    use_cpu_linears(model, run)
-    assert {*linears(model).values()} == {nn.Linear} and capsys.readouterr().out == ''
-
-
-@pytest.mark.parametrize('n_rows', [1, 4])
-def test_kept_weights_sample_the_same_and_train_on_their_weights(n_rows):
+def test_kept_weights_compute_the_same_and_train_on_their_weights():
     model, faster = (m.eval() for m in pair(block_size=12))
-    idx = tokens(n_rows, 3)
-    keep_weights(faster, n_rows)
+    idx = tokens(4, 3)
+    keep_weights(faster, 4)
     with torch.no_grad():
         torch.testing.assert_close(faster(idx)[0], model(idx)[0], rtol=0, atol=2e-5)
-    assert torch.equal(*(generate(m, idx, 30, seeds=range(n_rows)) for m in (model, faster)))
     for m in (model, faster):
         with torch.no_grad():
             m.transformer.h[0].mlp.c_fc.weight.mul_(2)
