@@ -1,5 +1,4 @@
-"""Anybody's model.py instead of ours: it trains, resumes, evaluates and samples; what it can't do
-is refused in one line."""
+"""Anybody's model.py instead of ours trains, resumes, evaluates, samples, or is refused in one line."""
 
 import functools
 import json
@@ -13,7 +12,6 @@ from conftest import TINY_ARGS, evaluations, losses
 from support.training.state import State
 
 MODELS = {path.stem: path for path in sorted(Path(__file__).parent.glob('models/*.py'))}
-SEVEN = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
 each_model = pytest.mark.parametrize('name', MODELS)
 
 
@@ -71,34 +69,6 @@ def test_it_trains_resumes_bit_for_bit_evaluates_and_samples(name, visit, char_d
         assert texts == 2 * [run(code=GREEDY).result], args
 
 
-SPOILT = {  # what a checkpoint's {'model': ..., 'model_args': ...} become: what is said
-    "state['model_args'] |= {'pos_emb': 'rope', 'qk_norm': False}":
-        "the checkpoint has model settings that don't exist here: pos_emb$",
-    "state['model_args']['n_embd'] = 'wide'": "the checkpoint's model_args are of no model.*n_embd='wide'",
-    "state['model_args']['n_layer'] = 10**6": 'model_args ask for 1,000,000 layers',
-    "state['model_args']['n_layer'] = 3": "model_args ask for .* it has none; .* tensors differ",
-    "state['model']['lm_head.weight'] = state['model']['lm_head.weight'] + 1":
-        'lm_head.weight differs from its .*, but model.py has one parameter for both',
-}
-
-
-@each_model
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(name, visit):
-    run, folder = visit(name)
-    works(run('train.py', '--max_iters=1', '--eval_interval=1', '--out_dir=good'))
-    (folder / 'spoilt').mkdir()
-    for change, told in SPOILT.items():
-        if name == 'mixture' and 'lm_head' in change:
-            continue  # it has no such tensor
-        run(code=f"import torch\nstate = torch.load('good/ckpt.pt')\n{change}\n"
-                 "torch.save(state, 'spoilt/ckpt.pt')")
-        reply = run('eval.py', '--out_dir=spoilt', '--device=cpu')
-        assert re.search(told, reply.error.rstrip()), reply.error
-        assert reply.error.startswith('ValueError: ') and reply.error.count('\n') == 1
-    args = State.load(folder / 'good/ckpt.pt').model_args
-    assert args.keys() - SEVEN <= {'n_wide', 'slowest'} and args.keys() >= SEVEN
-
-
 GREEDY = """
 import torch
 from model import GPT, GPTConfig
@@ -121,10 +91,7 @@ LACKS = {  # arguments: what plain.py and mixture.py say to them, '' where they 
     ('--activation_checkpointing',): (CHECKPOINTING, CHECKPOINTING),
     ('--embedding_lr=0.1',): ('embedding_lr=0.1 needs an embedding of its own',
                               'embedding_lr=0.1 is for transformer.wte beside lm_head, which '),
-    ('--attn_type=GK',): 2 * ('Unknown config key: attn_type',),
     ('--n_wide=8',): ('Unknown config key: n_wide', ''),
-    ('--dry_run',): ('', ''),
-    ('--block_size=8', '--init_from=base'): ('', ''),
 }
 
 
