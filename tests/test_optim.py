@@ -1,11 +1,15 @@
 """optim.py: groups, decay and rates of every parameter, Muon against the singular value
-decomposition."""
+decomposition, updates that aren't finite."""
+
+import math
 
 import pytest
 import torch
-from conftest import scrambled, tiny
+from conftest import scrambled, tiny, tokens
 
 from model import GPT, GPTConfig
+from support.errors import NotFinite
+from support.training.diagnostics import Guard
 from support.training.optim import make_optimizer, set_lr
 
 SETTINGS = {'optimizer': 'adamw', 'learning_rate': 1e-2, 'weight_decay': 0.5, 'beta1': 0.9,
@@ -129,3 +133,29 @@ def test_muon_moves_what_is_not_a_matrix_of_a_block_as_adamw_does():
 
 
 # ---------------------------------------------------------------------------- any optimizer
+
+
+def numbers_of(model, opt):
+    """All weights and buffers but counts of steps, copied."""
+    buffers = [t for state in opt.state.values() for name, t in state.items() if name not in ('step', 'n')]
+    return [t.detach().clone() for t in (*model.parameters(), *buffers)]
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_update_that_is_not_finite_changes_nothing_and_ends_the_run(kind):
+    model, guard, seen = tiny(), Guard('cpu', 1.0, has_scaler=False), []
+    opt = optimizer_of(model, optimizer=kind)
+    for iteration in range(3):
+        idx = tokens(2, 32)
+        loss = model(idx, idx)[1]
+        loss.backward()
+        if iteration == 1:
+            model.transformer.h[0].attn.c_attn.weight.grad[3, 3] = math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if guard.allows(iteration, loss.detach(), norm, opt):
+            opt.step()
+        opt.zero_grad()
+        seen.append(numbers_of(model, opt))
+    assert all(map(torch.equal, *seen[:2])) and not any(map(torch.equal, *seen[1:]))
+    with pytest.raises(NotFinite, match='iteration 1: the loss or the gradient is not finite'):
+        guard.stop_if_not_finite(3, 'No state was saved before')
