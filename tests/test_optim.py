@@ -118,21 +118,29 @@ def test_muon_moves_each_matrix_by_u_v_transposed_of_its_momentum(options):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_muon_moves_what_is_not_a_matrix_of_a_block_as_adamw_does():
-    models = [scrambled(tiny(bias=True)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    for model, optimizer in zip(models, ('adamw', 'muon')):
-        opt = optimizer_of(model, optimizer=optimizer)
-        for step in range(3):
-            torch.manual_seed(step)
-            for p in model.parameters():
-                p.grad = torch.randn_like(p)
-            opt.step()
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-        assert torch.equal(a, b) == ('.h.' not in name or a.dim() < 2), name
-
-
 # ---------------------------------------------------------------------------- any optimizer
+
+def step_of_one_process(rank, folder):
+    torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    torch.save(weights_after_a_step(), f'{folder}/{rank}')
+    torch.distributed.destroy_process_group()
+
+
+def weights_after_a_step():
+    torch.manual_seed(3)
+    model, idx = tiny(n_layer=3), tokens(2, 32)
+    opt = optimizer_of(model, optimizer='muon')
+    model(idx, idx)[1].backward()
+    opt.step()
+    return model.state_dict()
+
+
+def test_processes_that_share_the_work_of_muon_get_the_same_weights(tmp_path):
+    torch.multiprocessing.spawn(step_of_one_process, (str(tmp_path),), nprocs=2)
+    alone = weights_after_a_step()
+    for rank in '01':
+        for name, p in torch.load(tmp_path / rank).items():
+            torch.testing.assert_close(p, alone[name], rtol=0, atol=1e-3 * 0.03)
 
 
 def numbers_of(model, opt):
