@@ -17,6 +17,7 @@ EDITS = {  # name: [(lines of model.py, what takes their place)]
     'scale of attention': [('_attention(q, k, v, mask,', '_attention(q, 0.2 * k, v, mask,')],
     'factor before gelu': [('x = self.gelu(x)', 'x = self.gelu(3 * x)')],
     'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'), ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
+    'positions': [('self.transformer.wpe(positions_of', 'self.transformer.wpe(31 - positions_of')],
     'an attention that takes x alone': [
         ('def forward(self, x, cache=None, first_v=None):', '''def forward(self, x):
         q, k, v = self.c_attn(x).split(x.shape[2], dim=2)
@@ -130,9 +131,7 @@ IN_PARTS = 'import support.training.loss; support.training.loss.CHUNK = 7 * 40'
 def texts(run, *args):
     """What sample.py writes, with the prompt, past block_size."""
     lines = run(*SAMPLE, *args).output.splitlines()
-    found = ['abc' + json.loads(line)['text'] for line in lines if line.startswith('{')]
-    assert [len(text) for text in found] == [48, 48]
-    return found
+    return ['abc' + json.loads(line)['text'] for line in lines if line.startswith('{')]
 
 
 @pytest.mark.parametrize('edit', EDITS)
