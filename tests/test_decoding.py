@@ -1,29 +1,23 @@
 """decoding.py: each sample against a loop over whole windows, draws against formulas, texts in pieces."""
 
 import math
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import scrambled, tiny, tokens
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 from support.machine.runtime import Runtime
-from support.sampling.decoding import (Sampling, Text, draw_token, for_sampling, generate, gumbel,
-                                       keep_likeliest, noise_keys, penalize, stream)
+from support.sampling.decoding import (Text, draw_token, for_sampling, generate, gumbel,
+                                       keep_likeliest, noise_keys, penalize)
+
 
 MODELS = [{}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'rope_scaling': (4.0, 1.0, 4.0, 16)},
           {'pos_emb': 'alibi', 'n_head': 4, 'n_kv_head': 2, 'norm': 'rmsnorm', 'activation': 'swiglu'},
           {'pos_emb': 'none', 'ngram': 3, 'ngram_rows': 50, 'logit_softcap': 5.0, 'tie_weights': False},
-          {'value_residual': True, 'head_size': 8, 'bias': False},
-          {'value_residual': True, 'pos_emb': 'rope'}, {'attn_type': 'GK'},
-          {'attn_type': 'GKpoly-4', 'value_residual': True}, {'attn_type': 'PA_relu', 'pos_emb': 'rope'},
+          {'value_residual': True, 'pos_emb': 'rope', 'head_size': 8}, {'attn_type': 'GK'},
           {'attn_type': 'PA_sigmoid', 'pa_norm': 'block_size'}]
-GOLDEN_KEYS = [[0, 8101005175654470197], [-6681136782711664046, -6159405201061185756]]
-GOLDEN_NOISE = [-0.988331, 5.329561, 0.255545]  # of seed 1337, position 1024, ids 0, 1, 50256
 DRAWS = [{'temperature': 0}, {'temperature': 0, 'repetition_penalty': 1.5, 'n_vocab': 50}, {},
          {'temperature': 0.8, 'top_k': 20}, {'top_p': 0.9, 'min_p': 0.01, 'n_vocab': 60},
          {'temperature': 3.0, 'top_k': 9, 'top_p': 0.8, 'min_p': 0.05, 'repetition_penalty': 1.3}]
@@ -34,12 +28,12 @@ def made(block_size=12, **options):
     return scrambled(tiny(block_size=block_size, **options), 0.3).double().eval()
 
 
-def plain(model, prompt, n, seed=0, window=None, n_vocab=None, **options):
-    """A prompt, a list of ids, and n more, each from the last `window` ids and by `choice`."""
-    ids, window = list(prompt), window or model.config.block_size
+def plain(model, prompt, n, seed=0, n_vocab=None, **options):
+    """A prompt, a list of ids, and n more, each from the last block_size ids and by `choice`."""
+    ids = list(prompt)
     for _ in range(n):
         with torch.no_grad():
-            logits = model(torch.tensor([ids[-window:]]))[0][0, -1].tolist()[:n_vocab]
+            logits = model(torch.tensor([ids[-model.config.block_size:]]))[0][0, -1].tolist()[:n_vocab]
         noise = gumbel(noise_keys([seed], len(ids) + 1)[:, -1:], torch.arange(len(logits))[None])[0]
         ids.append(choice(logits, set(ids), noise.tolist(), **options))
     return ids
@@ -58,19 +52,10 @@ def choice(logits, seen, noise, temperature=1.0, top_k=None, top_p=1.0, min_p=0.
     return max(kept, key=lambda i: logits[i] / temperature + noise[i])
 
 
-def padded(prompts):
-    """Prompts of any lengths as one batch, filled up with 7s, and the lengths."""
-    longest = max(map(len, prompts))
-    return torch.tensor([p + [7] * (longest - len(p)) for p in prompts]), torch.tensor([*map(len, prompts)])
-
-
 def prompts(*lengths):
-    return [tokens(n).tolist() for n in lengths]
-
-
-def keys(n):
-    """Keys (n, 1) of a draw each, of seeds 0 to n - 1."""
-    return noise_keys(range(n), 1)
+    """Prompts of these lengths, as one batch filled up with 7s, and the lengths."""
+    texts = [tokens(n).tolist() for n in lengths]
+    return texts, torch.tensor([t + [7] * (max(lengths) - len(t)) for t in texts]), torch.tensor(lengths)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -78,45 +63,14 @@ def keys(n):
 @pytest.mark.parametrize('options', MODELS, ids=str)
 def test_cached_samples_are_those_of_whole_windows_whatever_the_model_and_the_draw(options):
     """Of prompts shorter than block_size and longer, two samples each, far past block_size."""
-    model, texts = made(**options), prompts(1, 5, 12, 15)
-    batch, lengths = padded(texts)
+    model = made(**options)
+    texts, batch, lengths = prompts(1, 5, 12, 15)
     for i, draw in enumerate(DRAWS if options == {} else [DRAWS[0], DRAWS[5]]):
         seeds = range(10 * i, 10 * i + 8)
         out = generate(model, batch, 18, n_samples=2, lengths=lengths, seeds=seeds, **draw)
         assert out.shape == (8, 15 + 18)
         for row, seed, text in zip(out.tolist(), seeds, [t for t in texts for _ in range(2)]):
             assert row[:len(text) + 18] == plain(model, text, 18, seed, **draw), (draw, len(text))
-
-
-@pytest.mark.parametrize('options', [{}, {'pos_emb': 'rope'}, {'pos_emb': 'alibi'}], ids=str)
-@pytest.mark.parametrize('length', [3, 12, 20])
-def test_each_token_comes_from_exactly_the_last_block_size_tokens(options, length):
-    model, (text,) = made(**options), prompts(length)
-    out = generate(model, torch.tensor([text]), 40, temperature=0)[0].tolist()
-    assert out == plain(model, text, 40, temperature=0) != plain(model, text, 40, window=11, temperature=0)
-
-
-class Foreign(nn.Module):
-    """A model of somebody else: no cache, and only a block_size in its config."""
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.table = SimpleNamespace(block_size=6), nn.Embedding(40, 40)
-
-    def forward(self, idx, targets=None):
-        assert idx.shape[1] <= 6
-        share = 0.5 ** torch.arange(idx.shape[1]).flip(0)
-        return (3 * self.table(idx) * share[:, None]).sum(dim=1, keepdim=True), None
-
-
-def test_model_that_takes_no_cache_is_sampled_by_whole_windows():
-    model, texts = Foreign(), [t % 40 for t in map(torch.tensor, prompts(2, 6, 9))]
-    texts = [t.tolist() for t in texts]
-    batch, lengths = padded(texts)
-    for draw in DRAWS[:1] + DRAWS[2:4]:
-        out = generate(model, batch, 12, lengths=lengths, seeds=[5, 6, 7], **draw)
-        for row, seed, text in zip(out.tolist(), [5, 6, 7], texts):
-            assert row[:len(text) + 12] == plain(model, text, 12, seed, **draw)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -132,42 +86,17 @@ def test_model_prepared_for_sampling_gives_the_same_samples(options, dtype):
     assert torch.equal(*samples) and model.transformer.wte.weight.dtype == torch.float32
 
 
-def test_streamed_tokens_are_the_generated_ones_one_position_at_a_time():
-    model, options = made(), {'n_samples': 2, 'seeds': [1, 2, 3, 4]}
-    batch, options['lengths'] = padded(prompts(4, 10))
-    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_k=None)
-    pieces = [*stream(model, batch, sampling, **options)]
-    assert [p.shape for p in pieces] == [(4, 1)] * (6 + 20)  # from the shorter prompt's end on
-    out = generate(model, batch, 20, **options)
-    assert torch.equal(out, torch.cat((batch[:, :4].repeat_interleave(2, dim=0), *pieces), dim=1))
-    assert torch.equal(generate(model, batch, 0), batch)
-    endless = stream(model, batch, replace(sampling, max_new_tokens=10**12), **options)
-    assert torch.equal(torch.cat([next(endless) for _ in pieces]), torch.cat(pieces))  # at once
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def test_padding_of_the_vocabulary_is_never_drawn_and_takes_no_part():
-    model, idx = made(tie_weights=False), tokens(8, 4)
-    with torch.no_grad():
-        model.lm_head.weight[50:] = 10 * model.lm_head.weight[:14]  # it would win if it could
-    assert generate(model, idx, 20, seeds=range(8)).max() >= 50
-    for draw in ({'temperature': 0}, {'top_k': 5}, {'temperature': 100.0}, {'repetition_penalty': 1.2}):
-        out = generate(model, idx % 50, 20, n_vocab=50, seeds=range(8), **draw)
-        assert out.max() < 50
-        assert out[3].tolist() == plain(model, (idx % 50)[3].tolist(), 20, 3, n_vocab=50, **draw)
-
-
 # ---------------------------------------------------------------------------- seeds
 
 @pytest.mark.parametrize('draw', DRAWS[2:], ids=str)
 def test_row_depends_on_its_seed_and_not_on_its_batch(draw):
     """Alone, among other samples and prompts, shorter and longer, in float32, in which products of one row
     and of several round differently."""
-    model, texts, seeds = made().float(), prompts(1, 6, 15), [0, 1, 1337, 2**40, -5]
+    model, seeds = made().float(), [0, 1, 1337, 2**40, -5]
+    texts, batch, lengths = prompts(1, 6, 15)
     alone = [[generate(model, torch.tensor([t]), 20, seeds=[s], **draw)[0].tolist() for s in seeds]
              for t in texts]
     assert len({*map(tuple, alone[1])}) == len(seeds)
-    batch, lengths = padded(texts)
     out = generate(model, batch, 20, n_samples=5, lengths=lengths, seeds=seeds[::-1] * 3, **draw).tolist()
     for i, row in enumerate(out):
         expected = alone[i // 5][4 - i % 5]
@@ -186,94 +115,39 @@ def test_seeds_leave_the_generator_of_torch_alone_and_without_them_it_decides():
 
 
 def test_noise_stays_the_same_from_version_to_version():
-    """So that a seed gives the same sample again. SplitMix64's steps once more, in Python's integers."""
-    def mix(z):
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94d049bb133111eb % 2**64
-        return z ^ (z >> 31)
-    seeds, ids = [0, 1337, 2**40, -5], [0, 1, 50256]
-    found = noise_keys(seeds, 1025)
-    noise = gumbel(found[:, 1024:], torch.tensor([ids] * 4))
-    for i, seed in enumerate(seeds):
-        key = mix((mix(seed % 2**63) + 1024) % 2**64)
-        assert found[i, 1024].item() % 2**64 == key
-        bits = [mix((key + t * 0x9e3779b97f4a7c15) % 2**64) % 2**23 for t in ids]
-        expected = [-math.log(-math.log((b + 0.5) / 2**23)) for b in bits]
-        assert noise[i].tolist() == pytest.approx(expected, abs=1e-5)
-    assert found[:2, [0, 1024]].tolist() == GOLDEN_KEYS
-    assert noise[1].tolist() == pytest.approx(GOLDEN_NOISE, abs=1e-5)
-
-
-def test_noise_is_gumbel_s_and_differs_over_seeds_positions_and_ids():
-    ids, all_keys = torch.arange(300)[None], noise_keys(range(300), 3)
-    noise = torch.stack([gumbel(all_keys[:, t:t + 1], ids) for t in range(3)]).double()  # (3, 300, 300)
-    assert noise.isfinite().all() and noise.unique().numel() > 0.97 * noise.numel()
-    for axis in (1, 2):
-        assert noise.mean(axis).mean().item() == pytest.approx(0.5772, abs=0.01)
-        spread = noise.mean(axis).var() * 300  # of means of 300 independent ones: their variance
-        assert spread.item() == pytest.approx(math.pi**2 / 6, rel=0.15)
-    for a, b in ((noise[0], noise[1]), (noise[0, 1:], noise[0, :-1]), (noise[0, :, 1:], noise[0, :, :-1]),
-                 (noise[0, 1:, 1:], noise[0, :-1, :-1]), (noise[1, 1:], noise[0, :-1])):
-        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
-
-
-# ---------------------------------------------------------------------------- draws
-
-@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax_of_what_is_kept(temperature):
-    logits, n = torch.tensor([[0.0, 1.0, 2.0, -1.0, -math.inf]]), 40000
-    p = (logits[0] / temperature).softmax(dim=0)
-    for options, kept in (({}, 4), ({'top_k': 2}, 2), ({'top_p': p[2].item() - 0.01}, 1),
-                          ({'top_p': p[2].item() + 0.01}, 2), ({'min_p': (p[1] / p[2]).item() - 0.01}, 2)):
-        drawn = draw_token(logits.expand(n, -1), keys(n), temperature, **options)
-        wanted = torch.where(p < p.sort(descending=True).values[kept - 1], 0, p)
-        found = drawn.flatten().bincount(minlength=5) / n
-        torch.testing.assert_close(found, wanted / wanted.sum(), rtol=0, atol=0.01)
-        assert found[4] == 0
-
-
-@pytest.mark.parametrize('options, n_kept', [
-    ({}, 5), ({'top_k': 1}, 1), ({'top_k': 5}, 5), ({'top_k': 9}, 5), ({'top_p': 1e-9}, 1),
-    ({'top_p': 0.49}, 1), ({'top_p': 0.51}, 2), ({'top_p': 0.74}, 2), ({'top_p': 0.76}, 3),
-    ({'top_p': 0.999}, 5), ({'min_p': 1.0}, 1), ({'min_p': 0.51}, 1), ({'min_p': 0.49}, 2),
-    ({'min_p': 0.1}, 5), ({'top_k': 2, 'top_p': 0.66}, 1), ({'top_k': 2, 'top_p': 0.67}, 2),
-    ({'top_p': 0.76, 'min_p': 0.3}, 2)], ids=str)
-def test_likeliest_are_kept_up_to_the_edge_and_none_beyond(options, n_kept):
-    """Of probabilities 1/2, 1/4, 1/8, 1/16, 1/16, in another order."""
-    logits = torch.tensor([[1 / 16, 1 / 4, 1 / 16, 1 / 2, 1 / 8]]).log() + 7
-    values, ids = keep_likeliest(logits, **options)
-    kept = ids[values > -math.inf].tolist()
-    assert sorted(kept) == sorted([3, 1, 4, 0, 2][:n_kept])
-    assert torch.equal(values[values > -math.inf], logits[0, kept])
+    """So that a seed gives the same sample again."""
+    keys = noise_keys([0, 1337], 1025)
+    noise = gumbel(keys[:, 1024:], torch.tensor([[0, 1, 50256]] * 2))
+    assert keys[:, [0, 1024]].tolist() == [
+        [0, 8101005175654470197], [-6681136782711664046, -6159405201061185756]]
+    assert noise.flatten().tolist() == pytest.approx(
+        [-0.862951, -0.109100, 0.488992, -0.988331, 5.329561, 0.255545], abs=1e-5)
+    out = draw_token(torch.zeros(6, 1000), noise_keys(range(6), 4)[:, 3:])
+    assert out.flatten().tolist() == [78, 36, 960, 839, 93, 251]
 
 
 @pytest.mark.parametrize('top_k', [None, 1, 30])
 @pytest.mark.parametrize('top_p', [1.0, 0.1, 0.95])
 @pytest.mark.parametrize('min_p', [0.0, 0.02, 0.5])
-def test_what_is_drawn_from_equals_transformers(top_k, top_p, min_p):
+@pytest.mark.parametrize('penalty', [1.0, 1.3, 0.8])
+def test_what_is_drawn_from_equals_transformers(top_k, top_p, min_p, penalty):
     from transformers.generation import logits_process as theirs
-    logits = torch.randn(100, 64) * 3
-    expected = theirs.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    logits, seen = torch.randn(100, 64) * 3, tokens(100, 40)  # many of them more than once
+    expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+    ours = penalize(logits, torch.cat((seen, tokens(100, 20)), dim=1), 40, penalty)  # 20 aren't there yet
+    assert torch.equal(ours, expected)
+    expected = theirs.TopKLogitsWarper(top_k)(None, expected) if top_k else expected
     expected = theirs.TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
     expected = theirs.MinPLogitsWarper(min_p)(None, expected) if min_p else expected
-    values, ids = keep_likeliest(logits, top_k, top_p, min_p)
+    values, ids = keep_likeliest(ours, top_k, top_p, min_p)
     assert torch.equal(torch.full_like(logits, -math.inf).scatter(1, ids, values), expected)
-
-
-@pytest.mark.parametrize('penalty', [1.0, 1.3, 0.8])
-def test_repetition_penalty_equals_transformers(penalty):
-    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-    logits, seen = torch.randn(100, 64) * 3, tokens(100, 40)  # many of them more than once
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
-    ids = torch.cat((seen, tokens(100, 20)), dim=1)  # the last 20 aren't there yet
-    assert torch.equal(penalize(logits, ids, 40, penalty), expected)
 
 
 def test_tiny_temperatures_and_one_candidate_are_greedy():
     logits = torch.randn(500, 20) * 10
-    for options in ({'temperature': 0}, {'temperature': 1e-40}, {'top_k': 1}, {'top_p': 1e-9},
-                    {'min_p': 1.0}):
-        assert torch.equal(draw_token(logits, keys(500), **options), logits.argmax(-1, keepdim=True))
+    for options in ({'temperature': 1e-40}, {'top_k': 1}, {'top_p': 1e-9}, {'min_p': 1.0}):
+        drawn = draw_token(logits, noise_keys(range(500), 1), **options)
+        assert torch.equal(drawn, logits.argmax(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------- text
@@ -293,6 +167,7 @@ stops = st.lists(st.text(alphabet='ab\u00e9\U0001f600', min_size=1, max_size=4),
 
 @given(letters, stops, st.data(), st.binary(max_size=3))
 @example('aab', ['ab', 'aab', 'b'], None, b'')
+@example('bab', ['ab'], None, b'')  # the prompt ends in a
 def test_text_in_pieces_equals_the_whole_and_nothing_of_a_stop_string_leaks(text, stop, data, broken):
     """Pieces end anywhere, inside characters too; the end may be broken UTF-8."""
     raw = text.encode() + broken
@@ -314,8 +189,7 @@ def test_text_in_pieces_equals_the_whole_and_nothing_of_a_stop_string_leaks(text
 
 @pytest.mark.parametrize('stop, pieces, shown, ended', [
     (['abc', '\n\n'], ['x', 'a', 'b', 'd', 'a\n', 'y'], ['x', '', '', 'abd', 'a', '\ny'], None),
-    (['abc'], ['xa', 'bc', ''], ['x', '', ''], 'stop'), (['abb', 'b'], ['xabbc'], ['xa'], 'stop'),
-    (['abb', 'b'], ['x', 'a', 'b'], ['x', '', 'a'], 'stop'),
+    (['abc'], ['xa', 'bc', ''], ['x', '', ''], 'stop'),
     ([], [b'\xe2', b'\x82', b'\xac', b'\xe2', 'a'], ['', '', '\u20ac', '', '\ufffda'], None)])
 def test_what_is_decided_is_shown_at_once_and_no_more(stop, pieces, shown, ended):
     grown, found = Text('', 100, stop), []
@@ -324,12 +198,3 @@ def test_what_is_decided_is_shown_at_once_and_no_more(stop, pieces, shown, ended
             grown.add(piece if isinstance(piece, bytes) else piece.encode())
         found.append(grown.take())
     assert (found, grown.ended) == (shown, ended)
-
-
-def test_a_model_s_own_end_and_no_tokens():
-    grown = Text('asked', 9, ['zz'])
-    grown.add(b'so z' + '\u20ac'.encode()[:2])
-    assert (grown.take(), grown.made, grown.ended) == ('askedso ', 'so z', None)
-    grown.end()
-    assert (grown.take(), grown.ended, grown.n_tokens) == ('z\ufffd', 'end', 2)
-    assert Text('so', 0).ended == 'length'

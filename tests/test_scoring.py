@@ -10,47 +10,28 @@ import torch
 from conftest import TINY, tiny
 from torch.nn import functional as F
 
-from support.errors import USER_ERRORS
-from support.evaluating.scoring import (TASKS, BitsPerByte, Scorer, Windows, count_targets, encode_pair,
-                                        mean_loss, measure_hellaswag, measure_lambada)
+from support.evaluating.scoring import TASKS, BitsPerByte, Scorer, Windows, mean_loss, measure_hellaswag
 from support.machine.runtime import Runtime
-from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer
+from support.text.tokenizer import CharTokenizer
 from support.text.windows import Split
 from support.training.loss import lean_loss
 
 CPU = Runtime('cpu', 'float32', False, 'gloo')
 KEYS = ('activity_label', 'ctx_a', 'ctx_b', 'endings', 'label')
 HELLASWAG = [  # as in the published files; and the questions that they become
-    ('Roof shingle removal', 'A man is sitting on a roof.', 'he',
-     ['is using wrap to wrap a pair of skis.', 'is ripping level tiles off.', "is holding a rubik's cube.",
-      'starts pulling up roofing on a roof.'], 3),
     ('Finance and Business', '[header] How to sell [title] Look  at it. [step] Do this [substeps] now.', '',
      ['[substeps] Write it down.', 'Go [title] away  from here.', 'Sell.',
       'Café owners know [header] more.'], 2),
     ('Cats', 'Two cats sit. One runs,\u2028' + 'and runs, ' * 40, 'THE dog',
      ['barks.', 'sleeps all day long in the sun.', 'is a fish', 'meows a little.'], 1),
-    ('Dogs', 'A dog sits.', 'it', ['barks at all the cats of the town.', 'sleeps.', 'a', 'the'], 2),
 ]
 QUESTIONS = [
-    'Roof shingle removal: A man is sitting on a roof. He',
     'Finance and Business: How to sell. Look at it. Do this now.',
     'Cats: Two cats sit. One runs,\u2028' + 'and runs, ' * 40 + 'The dog',
-    'Dogs: A dog sits. It',
 ]
 ENDINGS = {  # endings with marks, and what becomes of them
     '[substeps] Write it down.': ' Write it down.', 'Go [title] away  from here.': 'Go. away from here.',
     'Café owners know [header] more.': 'Café owners know more.'}
-
-
-def write_hellaswag(path):
-    lines = [json.dumps(dict(zip(KEYS, item)), ensure_ascii=False) for item in HELLASWAG]
-    path.write_text('\n'.join(lines), encoding='utf-8')
-    return path
-
-
-@pytest.fixture
-def hellaswag_file(tmp_path):
-    return write_hellaswag(tmp_path / 'hellaswag.jsonl')
 
 
 def random_split(n, size, name='val'):
@@ -63,10 +44,8 @@ def random_split(n, size, name='val'):
 def test_mean_loss_counts_each_target_once_whatever_the_batch(loss):
     model, split, nats = tiny().double(), random_split(32 * 5 + 7, 64), 0.0
     ids = torch.from_numpy(split[:].astype(np.int64))[None]
-    for start in range(0, 32 * 5 + 6, 32):
-        window = ids[:, start:start + 33]
-        with torch.no_grad():
-            nats += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
+    for window in (ids[:, start:start + 33] for start in range(0, 32 * 5 + 6, 32)):
+        nats += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
     for batch_size in (1, 4):
         found = mean_loss(model, CPU, split, Windows(32, batch_size), loss(model, CPU))
         assert found == pytest.approx(nats / (32 * 5 + 6)) and model.training
@@ -83,32 +62,10 @@ def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_text():
         found = BitsPerByte(CPU, data, windows)(losses)
         for starts in splits['val'].eval_windows(*windows):
             x, y = map(torch.from_numpy, splits['val'].read(starts, 32))
-            with torch.no_grad():
-                logits, _ = model(x, y)
-            nats += F.cross_entropy(logits.mT, y, ignore_index=-1, reduction='sum').item()
+            nats += F.cross_entropy(model(x, y)[0].mT, y, ignore_index=-1, reduction='sum').item()
             n_bytes += sum(len(tokenizer.itos[i].encode()) for i in y.flatten().tolist() if 0 <= i < 60)
         assert found['val_bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes)
         assert {*found} == {'train_bits_per_byte', 'val_bits_per_byte'}
-
-
-def test_processes_count_each_target_once_together():
-    split, lengths = random_split(1000, 64), np.arange(60)
-    counts = {}
-    for world_size in (1, 2, 3):
-        runs = [SimpleNamespace(rank=rank, world_size=world_size, sum=lambda *values: values)
-                for rank in range(world_size)]
-        parts = [count_targets(run, split, lengths, Windows(32, 4, 5)) for run in runs]
-        counts[world_size] = np.sum(parts, axis=0).tolist()
-    assert counts[1] == counts[2] == counts[3] and counts[1][0] == 5 * 4 * 32
-
-
-def test_bits_per_byte_are_left_out_where_the_text_is_unknown(monkeypatch, tmp_path):
-    """Or would have to be downloaded."""
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    for tokenizer in (NoTokenizer(64), GPT2Tokenizer()):
-        data = SimpleNamespace(splits={'val': random_split(100, 64)}, tokenizer=tokenizer)
-        in_bits = BitsPerByte(CPU, data, Windows(8, 2))
-        assert in_bits({'val': 1.0}) == {} and in_bits.in_words({'val': 1.0}) == ''
 
 
 # ---------------------------------------------------------------------------- log-probabilities
@@ -140,7 +97,7 @@ def test_scores_are_those_of_a_plain_computation_and_do_not_depend_on_the_batch(
         scorer.ids([([1], [1] * 33)])
 
 
-@pytest.mark.parametrize('n', [1, 31, 32, 33, 64, 75])
+@pytest.mark.parametrize('n', [1, 64, 75])
 def test_whole_text_is_predicted_token_by_token_from_as_much_as_fits(n):
     """Piece after piece of a window's length, the last one with a whole window before it."""
     model, tokenizer = tiny().double().eval(), CharTokenizer({i: chr(97 + i) for i in range(60)} | {60: '\n'})
@@ -155,78 +112,29 @@ def test_whole_text_is_predicted_token_by_token_from_as_much_as_fits(n):
     assert torch.allclose(log_p, torch.cat(expected), atol=1e-5)
 
 
-def test_white_space_belongs_to_the_word_after_it(bpe):
-    tokenizer = GPT2Tokenizer()
-    expected = tokenizer.encode('the old'), tokenizer.encode(' man')
-    assert encode_pair(tokenizer, 'the old ', 'man') == encode_pair(tokenizer, 'the old', ' man') == expected
-    assert encode_pair(tokenizer, '', 'man') == ([50256], tokenizer.encode('man'))
-
-
-def test_gpt2_s_files_are_found_and_only_lower_case_contractions_are_its_tokens(bpe):
-    tokenizer = GPT2Tokenizer()
-    assert tokenizer.knows_text()
-    for text, ids in (("don't", [9099, 470]), ("DON'T", [41173, 6, 51]), ("we'll", [732, 1183]),
-                      ("WE'LL", [8845, 6, 3069]), ("I'M", [40, 6, 44])):
-        assert tokenizer.encode(text) == tokenizer.encode_array(text).tolist() == ids
-
-
 # ---------------------------------------------------------------------------- tasks
 
-def test_hellaswag_s_texts_are_cleaned_of_their_marks(hellaswag_file):
-    asked = []
+def test_hellaswag_s_texts_are_cleaned_and_read_from_any_kind_of_file(tmp_path):
+    import datasets
+    task, asked = TASKS['hellaswag'], []
+    lines = [json.dumps(dict(zip(KEYS, item)), ensure_ascii=False) for item in HELLASWAG]
+    (tmp_path / 'x.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    items = task.read(str(tmp_path / 'x.jsonl'))
+    datasets.Dataset.from_list(items).to_parquet(tmp_path / 'x.parquet')
+    assert task.read(str(tmp_path / 'x.parquet')) == items
 
     def score(pairs, _):
         asked.extend(pairs)
         return [(-1.0, False)] * len(pairs)
-
-    measure_hellaswag(TASKS['hellaswag'].read(str(hellaswag_file)), score)
+    measure_hellaswag(items, score)
     assert asked == [(question, f' {ENDINGS.get(ending, ending)}')
                      for (*_, endings, _), question in zip(HELLASWAG, QUESTIONS) for ending in endings]
 
 
 @pytest.mark.parametrize('log_p, label, acc, acc_norm', [
     ([-1.0, -2.9], 1, 0, 1),  # 'a' and 'bcd': 2.9 / 3 is less than 1 / 1, but 2.9 / 4 more than 1 / 2
-    ([-1.0, -3.1], 0, 1, 1), ([-1.0, -2.0], 0, 1, 0),
-])
+    ([-1.0, -3.1], 0, 1, 1), ([-1.0, -2.0], 0, 1, 0)])
 def test_hellaswag_s_lengths_are_those_of_the_endings_without_the_blank_before(log_p, label, acc, acc_norm):
     item = dict(zip(KEYS, ('a', 'b', 'c', ['a', 'bcd'], label)))
     found = measure_hellaswag([item], lambda pairs, _: [(p, False) for p in log_p])
     assert found == {'acc': acc, 'acc_norm': acc_norm, 'n': 1}
-
-
-def test_lambada_asks_for_the_last_word_with_the_blank_before():
-    def score(pairs, _):
-        assert pairs == [('He saw the', ' sea'), ('', ' one')]
-        return [(-1.0, True), (-3.0, False)]
-    found = measure_lambada([{'text': 'He saw the sea'}, {'text': 'one'}], score)
-    assert found == {'acc': 0.5, 'perplexity': pytest.approx(math.e ** 2), 'n': 2}
-
-
-def test_jsonl_json_and_parquet_hold_the_same_items(hellaswag_file, tmp_path):
-    import datasets
-    task = TASKS['hellaswag']
-    items = task.read(str(hellaswag_file))
-    (tmp_path / 'x.json').write_text(json.dumps(items), encoding='utf-8')
-    datasets.Dataset.from_list(items).to_parquet(tmp_path / 'x.parquet')
-    for name in ('x.json', 'x.parquet'):
-        assert task.read(str(tmp_path / name)) == items
-    assert len(items) == 4 and task.read(str(hellaswag_file), limit=2) == items[:2]
-
-
-@pytest.mark.parametrize('task, content, reason', [
-    ('lambada', '{"text": 5}', 'item 1 of 1 lacks a text, a string'), ('lambada', '[]', 'has no items'),
-    ('lambada', '', 'has no items'), ('lambada', '{"text": "a"}\n["text"]', 'item 2 of 2 lacks'),
-    ('lambada', '[3]', 'item 1 of 1 lacks'), ('lambada', '{"text": ', 'is neither JSON nor JSON lines'),
-    ('lambada', '[' * 100_000, 'is neither JSON nor JSON lines'), ('lambada', None, 'is missing'),
-    *(('hellaswag', json.dumps(dict(zip(KEYS, ('a', 'b', 'c', ['d', 'e'], 1))) | changed),
-       'item 1 of 1 lacks activity_label, ctx_a, ctx_b, strings, endings, a list of strings, or label, ')
-      for changed in ({'endings': 'de'}, {'endings': []}, {'endings': [1, 2]}, {'label': 2}, {'label': ''},
-                      {'label': None}, {'ctx_b': None})),
-])
-def test_items_that_are_none_are_one_line(task, content, reason, tmp_path):
-    path = tmp_path / 'items.jsonl'
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(USER_ERRORS, match=reason) as error:
-        TASKS[task].read(str(path))
-    assert '\n' not in str(error.value)

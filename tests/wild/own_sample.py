@@ -8,12 +8,10 @@ from model import GPT, GPTConfig
 
 THIS_DIR = os.path.dirname(os.path.abspath(__file__))
 out_dir = 'out'
-start = '\n'  # or '<|endoftext|>' or etc. Can also specify a file, use as: 'FILE:prompt.txt'
+start = '\n'
 max_new_tokens = 5
-temperature = 0.8
 top_k = 200
 device = 'cpu'
-compile = False
 exec(open(os.path.join(THIS_DIR, 'configurator.py')).read())  # works from any folder
 
 checkpoint = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location=device)
@@ -22,6 +20,5 @@ model.load_state_dict(checkpoint['model'])
 with open(os.path.join(THIS_DIR, 'data', checkpoint['config']['dataset'], 'meta.pkl'), 'rb') as f:
     meta = pickle.load(f)
 x = torch.tensor([[meta['stoi'][c] for c in start]])
-y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
+y = model.generate(x, max_new_tokens, top_k=top_k)
 print(repr(''.join(meta['itos'][i] for i in y[0].tolist())))
-print('---------------')

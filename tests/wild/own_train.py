@@ -1,6 +1,4 @@
-"""
-Somebody's own training script, in the style of those built on nanoGPT.
-"""
+"""Somebody's own training script, in the style of those built on nanoGPT."""
 import math
 import os
 import pickle
@@ -10,48 +8,29 @@ import torch
 
 from model import GPT, GPTConfig
 
-# I/O
 out_dir = 'out'
-eval_iters = 20
-always_save_checkpoint = True
-wandb_run_name = 'gpt2'  # 'run' + str(time.time())
-# data
 dataset = 'tiny'
 batch_size = 4
 block_size = 16
-# model
-n_layer = 1
-n_head = 2
 n_embd = 32
-dropout = 0.0
-bias = False
-# a setting of each kind that nanoGPT's scripts don't have
 re = 1.0  # named like a module
-parse = False  # named like a function
 N_BEST = 3
 betas = (0.9, 0.95)
 probe = None
 learning_rate: float = 1e-3
 max_iters = 3
-# -----------------------------------------------------------------------------
 before = set(globals())
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open('configurator.py').read())  # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys}  # will be useful for logging
-after = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-# -----------------------------------------------------------------------------
-assert set(after) - {'probe'} == set(config_keys), (after, config_keys)
-print('new names:', sorted(k for k in set(globals()) - before - {'before', 'config_keys', 'config', 'after'}
-                          if k[0] != '_'))
+print('new names:', sorted(k for k in set(globals()) - before - {'before', 'config_keys', 'config'} if k[0] != '_'))
 print('config:', config)
-print('more:', betas, probe, os.path.basename(__file__), math.pi)
+print('more:', betas, probe, math.pi)
 
-data_dir = os.path.join('data', dataset)
-data = np.memmap(os.path.join(data_dir, 'train.bin'), dtype=np.uint16, mode='r')
-with open(os.path.join(data_dir, 'meta.pkl'), 'rb') as f:
-    vocab_size = pickle.load(f)['vocab_size']
-model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                  bias=bias, vocab_size=vocab_size, dropout=dropout)
+data = np.memmap(os.path.join('data', dataset, 'train.bin'), dtype=np.uint16, mode='r')
+vocab_size = pickle.load(open(os.path.join('data', dataset, 'meta.pkl'), 'rb'))['vocab_size']
+model_args = dict(n_layer=1, n_head=2, n_embd=n_embd, block_size=block_size,
+                  bias=False, vocab_size=vocab_size, dropout=0.0)
 model = GPT(GPTConfig(**model_args))
 optimizer = model.configure_optimizers(0.1, learning_rate, betas, 'cpu')
 for iter_num in range(max_iters):
@@ -64,4 +43,3 @@ for iter_num in range(max_iters):
 os.makedirs(out_dir, exist_ok=True)
 torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
             'iter_num': max_iters, 'best_val_loss': loss.detach(), 'config': config}, os.path.join(out_dir, 'ckpt.pt'))
-print(f'iter {iter_num}: loss {loss.item():.4f}')

@@ -3,10 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT
-from test_configurator import config_file, configure_script
+from test_configurator import configure_script
 
-from configurator import configure
 from support.settings import OTHER_NAMES, REMOVED
 
 
@@ -28,15 +26,11 @@ def message(configured, text, **how):
 
 
 def test_all_unknown_names_are_listed_at_once_with_what_does_it_here(configured):
-    found = message(configured, 'n_layer = 4\nuse_rope = True\ndropout_p = 3\nuse_swiglu = True\n'
-                                'flux = 2.5\nuse_muon = True\nweight_tying = False\nema_decay = 0.9\n'
-                                'residual_scale = True\nvocab_size = 65\nmuon_weight_decay = 0.1\n')
+    found = message(configured, 'n_layer = 4\nuse_rope = True\ndropout_p = 3\nflux = 2.5\n'
+                                'weight_tying = False\nresidual_scale = True\nvocab_size = 65\n')
     assert found.startswith(
-        "Unknown config key: use_rope (here pos_emb = 'rope'), dropout_p (did you mean dropout?), "
-        "use_swiglu (here activation = 'swiglu'), flux, use_muon (here optimizer = 'muon'), "
-        'weight_tying (here tie_weights), ema_decay (removed: averaged weights gained nothing, see '
-        'docs/ablations.md), residual_scale (removed), vocab_size (taken from the data), '
-        'muon_weight_decay (here weight_decay) (in ')
+        "Unknown config key: use_rope (here pos_emb = 'rope'), dropout_p (did you mean dropout?), flux, "
+        'weight_tying (here tie_weights), residual_scale (removed), vocab_size (taken from the data) (in ')
     assert 'here' not in message(configured, 'use_rope = True', script='sample.py')
 
 
@@ -50,9 +44,7 @@ def test_every_other_name_leads_to_a_setting_and_is_none_itself(configured):
 
 
 @pytest.mark.parametrize('line', [
-    'add_lora = False', 'add_lora = None', 'add_lora = 0', "add_lora = ''", 'use_rope = False',
-    'residual_scale = False', 'skip_spikes = 0', 'muon_weight_decay = 0.0', "finetune_from = ''",
-    'cpu_offload = False'])
+    'add_lora = False', 'add_lora = None', 'use_rope = False', 'skip_spikes = 0'])
 def test_unknown_setting_that_is_off_is_dropped_with_a_line(line, configured):
     found, out = configured(f'n_layer = 3\n{line}\n')
     assert found['n_layer'] == 3 and line.split()[0] not in found
@@ -61,56 +53,22 @@ def test_unknown_setting_that_is_off_is_dropped_with_a_line(line, configured):
 
 
 @pytest.mark.parametrize('line', [
-    'add_lora = True', 'add_lora = 1', 'eval_onyl = False', 'skip_spikes = 3', 'bais = False',
-    'weight_tying = False', 'tie_embeddings = False'])
+    'add_lora = True', 'eval_onyl = False', 'weight_tying = False'])
 def test_setting_that_is_on_or_misspelt_or_changes_the_model_is_refused(line, configured):
     assert message(configured, line).startswith(f'Unknown config key: {line.split()[0]}')
 
 
-def test_dropped_name_leaves_the_script_as_it_was(tmp_path, capsys):
-    script = {'CONSTANT': 5, 'batch_size': 1}
-    configure(script, args=[config_file(tmp_path, 'CONSTANT = 0\nother = None')])
-    assert script['CONSTANT'] == 5 and 'other' not in script
-
-
-# ---------------------------------------------------------------------------- no config
-
-NOT_UTF8 = 'theirs.py is not UTF-8 text .*: save it as UTF-8'
-
-
 @pytest.mark.parametrize('text, shown', [
-    ('batch_size: 32\n',
-     'line 1: batch_size: 32 assigns nothing; a config is Python: name = value$'),
     ('# YAML\nlearning_rate: 6e-4\n', 'line 2: learning_rate: 6e-4 assigns nothing'),
-    ('{"batch_size": 32, "compile": false}',
-     'line 1: {"batch_size": 32, "compile": false} assigns'),
-    ('[1, 2]', r'line 1: \[1, 2\] assigns nothing'), ('batch_size', 'line 1: batch_size assigns'),
-    ('n_layer = 2\nbatch_size == 32', 'line 2: batch_size == 32 assigns nothing'),
+    ('{"batch_size": 32, "compile": false}', 'line 1: {"batch_size": 32, "compile": false} assigns'),
     ('batch_size = 3\nn_layer = = 4\n', r'theirs.py, line 2: invalid syntax: n_layer = = 4$'),
-    ('model:\n  n_layer: 4\n', r'theirs.py, line 1: '),
-    ('if 1:\nx = 3\n', r'line 2: expected an indented'),
-    ('return 3\n', "line 1: 'return' outside function"),
-    ('a = "\n', 'line 1: unterminated string'),
-    ('a = ' + '(' * 999, 'line 1: too many nested parentheses'),
-    ('a = ' + '-' * 99999 + '1', 'theirs.py'), ('a = 1\0', 'theirs.py.*null'),
-    ('# café\nbatch_size = 3\n'.encode('latin-1'), NOT_UTF8),
-    ('\n\n\nn = 1\n# café\n'.encode('latin-1'), NOT_UTF8),
-    ('batch_size = 3\n'.encode('utf-16'), NOT_UTF8),
-    (b'# coding: nonsense\n', 'theirs.py is not UTF-8 text .*unknown encoding'),
-    (bytes(range(256)), 'theirs.py is not UTF-8 text'),
+    ('# café\nbatch_size = 3\n'.encode('latin-1'), 'theirs.py is not UTF-8 text .*: save it as UTF-8'),
 ], ids=lambda value: str(value)[:20])
 def test_file_that_is_no_config_is_one_line_with_file_and_line(text, shown, configured):
     assert re.search(shown, message(configured, text))
 
 
-def test_calls_texts_annotations_and_named_encodings_are_read(configured):
+def test_calls_texts_and_annotations_are_read(configured):
     found, out = configured('"""A docstring."""\nprint("hello")\nbatch_size: int = 3\n"a note"\n'
                             '[print(x) for x in "ab"]\n(n_layer := 5)\nassert True\n')
     assert (found['batch_size'], found['n_layer']) == (3, 5) and out.endswith('hello\na\nb\n')
-    found, _ = configured('# -*- coding: latin-1 -*-\nout_dir = "café"\n'.encode('latin-1'))
-    assert found['out_dir'] == 'café'
-
-
-def test_user_sees_one_line(run_script, tmp_path):
-    error = run_script('sample.py', config_file(tmp_path, 'batch_size: 32'), ok=False).stderr
-    assert error.startswith('ValueError: ') and error.count('\n') == 1 and str(ROOT) not in error
