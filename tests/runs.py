@@ -137,6 +137,16 @@ def differences(one, other, name='latest.pt'):
 
 # ---------------------------------------------------------------------------- processes
 
+def hold(path):
+    """A process that tries to lock a file, which it holds until its input ends, and its answer: 'None', or
+    who holds it."""
+    program = ('import sys; from support.machine.files import lock\n'
+               'print(lock(sys.argv[1]), flush=True); input()')
+    process = subprocess.Popen([sys.executable, '-c', program, str(path)], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return process, process.stdout.readline().strip()
+
+
 class Processes:
     """Processes that run train.py again and again, which spares the import of torch each time."""
 

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import runpy
 import sys
 from contextlib import nullcontext
 from dataclasses import fields
@@ -13,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_ARGS, evaluations, losses
-from runs import logged
-from torch import nn
-from torch.nn import functional as F
+from runs import logged, read_log
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -36,8 +35,6 @@ def settings_of(*args):
     exec((ROOT / 'train.py').read_text().partition('\nconfig = configure(')[0], variables)
     return configure(variables, GPTConfig, [*TINY_ARGS, *args])
 
-
-# ---------------------------------------------------------------------------- a plain loop
 
 def plain_rate(s, it):
     """Learning rate of an iteration, by the contract's formula."""
@@ -106,8 +103,6 @@ def losses_of_plain_loop(folder, *args):
     return plain_loop(folder, settings_of(*args))
 
 
-RAMP = ('--gradient_accumulation_steps=3', '--batch_ramp_iters=3')
-ROPE, UNTIED = '--pos_emb=rope', '--tie_weights=False'
 IN_THE_LOOP = [  # the last one is what the row is about, those before it are its context
     '--learning_rate=3e-3', '--min_lr=5e-3', '--warmup_iters=4', '--warmup_iters=0',
     '--lr_decay_iters=4', '--decay_lr=False', '--lr_schedule=linear', '--lr_schedule=wsd',
@@ -134,12 +129,9 @@ def test_run_computes_what_a_plain_loop_does_and_each_setting_matters(args, trai
     found = logged(tmp_path / 'out')
     rounding = 1e-3 if '--dtype=bfloat16' in args else 1e-5
     assert found == pytest.approx(losses_of_plain_loop(char_data, *LOOP, *args), abs=rounding)
-    if args:
-        without = losses_of_plain_loop(char_data, *LOOP, *args[:-1])
-        assert found.keys() == without.keys() and found != pytest.approx(without, abs=5e-5)
+    without = losses_of_plain_loop(char_data, *LOOP, *args[:-1])
+    assert not args or found != pytest.approx(without, abs=5e-5)
 
-
-# ---------------------------------------------------------------------------- what isn't in the losses
 
 def test_muon_turns_each_matrix_of_a_block_by_muon_lr_and_adamw_the_rest(train, char_data, tmp_path):
     """After one update, at a third of the rates: an orthogonal matrix, of about ones as singular values."""
@@ -173,19 +165,16 @@ def test_adapters_are_of_the_rank_scaled_by_alpha_and_all_that_is_trained(train,
     assert sum('lora_A' in name for name in state.trained) == 8
 
 
-def kept_for_backward(train, *args):
-    """Bytes that autograd keeps in a run."""
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
-        script = train(*args)
-    return sum(sizes), losses(script['log'])
-
-
 def test_activation_checkpointing_keeps_less_and_changes_no_number(train):
-    args = ('--max_iters=3', '--dropout=0.2', '--learning_rate=1e-2')
-    whole, expected = kept_for_backward(train, *args)
-    less, found = kept_for_backward(train, *args, '--activation_checkpointing')
-    assert less < 0.5 * whole and found == expected
+    found = []
+    for more in ((), ('--activation_checkpointing',)):
+        sizes = []  # of what autograd keeps
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            log = train('--max_iters=3', '--dropout=0.2', '--learning_rate=1e-2', *more)['log']
+        found.append((sum(sizes), losses(log)))
+    (whole, expected), (less, losses_found) = found
+    assert less < 0.5 * whole and losses_found == expected
 
 
 @pytest.mark.parametrize('eval_iters', [3, 0])
@@ -197,14 +186,12 @@ def test_evaluation_is_the_mean_over_windows_spread_evenly(eval_iters, train, ch
         tokens = torch.from_numpy(Dataset(char_data)[split][:].astype(np.int64))
         n = math.ceil((len(tokens) - 1) / 16)
         count = eval_iters * 4 or n
-        starts = [i * n // count * 16 for i in range(count)]
-        by_length = {}  # the last window of all is shorter
-        for window in [tokens[start:start + 17] for start in starts]:
-            by_length.setdefault(len(window) - 1, []).append(window)
-        parts = [(T * len(ids), model(torch.stack(ids)[:, :-1], torch.stack(ids)[:, 1:])[1].item())
-                 for T, ids in by_length.items()]
+        windows = [tokens[i * n // count * 16:][:17] for i in range(count)]
+        parts = [windows[:-1], windows[-1:]]  # the last window of all is shorter
+        sums = [model(ids[:, :-1], ids[:, 1:])[1].item() * ids[:, 1:].numel()
+                for ids in map(torch.stack, parts)]
         loss, = logged(tmp_path / 'out', f'{split}_loss').values()
-        assert loss == pytest.approx(sum(n * x for n, x in parts) / sum(n for n, _ in parts), rel=1e-5)
+        assert loss == pytest.approx(sum(sums) / sum(len(w) - 1 for w in windows), rel=1e-5)
         bits, = logged(tmp_path / 'out', f'{split}_bits_per_byte').values()
         assert bits == pytest.approx(loss / math.log(2))  # a character is a byte here
 
@@ -263,44 +250,17 @@ def test_ckpt_without_optimizer_is_a_third_and_latest_can_be_resumed(train, tmp_
         train('--init_from=resume')
 
 
-SHOWN_ELSEWHERE = {  # settings, the test that shows what they change
-    'optimizer muon_lr': 'test_muon_turns_each_matrix_of_a_block_by_muon_lr_and_adamw_the_rest',
-    'lora_rank lora_alpha': 'test_adapters_are_of_the_rank_scaled_by_alpha_and_all_that_is_trained',
-    'activation_checkpointing': 'test_activation_checkpointing_keeps_less_and_changes_no_number',
-    'eval_iters': 'test_evaluation_is_the_mean_over_windows_spread_evenly',
-    'ckpt_with_optimizer': 'test_ckpt_without_optimizer_is_a_third_and_latest_can_be_resumed',
-    'max_iters out_dir data_dir': 'test_log_has_the_lines_that_scripts_parse',
-    'init_from': 'test_run_starts_from_the_weights_that_are_named_and_nothing_else',
-    'eval_only': 'test_eval_only_evaluates_once_and_writes_nothing',
-    'dry_run': 'test_dry_run_measures_some_iterations_and_writes_nothing',
-    'dataset': 'test_run_without_settings_names_small_data_first',
-    'wandb_log wandb_project wandb_run_name': 'test_wandb_gets_each_line_once_and_a_resumed_run_goes_on',
-    'pack': 'test_packing_is_asked_for_and_changes_what_a_window_holds',
-    'plot': 'test_run_draws_its_log_beside_itself',
-    'parallel backend': 'test_two_processes_compute_what_one_does',
-    'dist_timeout': 'test_hung_process_ends_the_job',
-    'device': 'test_mistake_is_one_line',
-    'threads': 'test_threads_are_those_asked_for',
-    'compile': 'test_compiled_run_equals_the_uncompiled_one',
-    'attn_scale embd_norm x0_residual': 'test_logits_loss_and_gradients_are_those_of_the_formulas',
-    'init_gain zero_head': 'test_initial_weights_have_the_spread_of_the_table',
-    'scalar_lr adam_eps adam_weight_decay':
-        'test_recipe_has_the_rates_decays_and_betas_of_each_kind_of_parameter',
-    'newton_schulz': 'test_exact_steps_of_newton_schulz_give_an_orthogonal_matrix',
-    'normuon': 'test_normuon_divides_rows_by_their_size_so_far_and_keeps_the_norm',
-    'cautious_decay': 'test_cautious_decay_acts_where_the_update_makes_a_weight_smaller',
-    'wsd_decay': 'test_rate_of_wsd_stays_and_then_falls_to_0',
-    'cuda_graphs': 'test_run_whose_gradients_keep_their_place_is_the_same_and_resumes_bit_for_bit',
-    'residual_16bit': 'test_residual_stream_in_16_bits_differs_by_rounding',
-}
+ELSEWHERE = (  # settings whose effect other tests show, here and in the files in brackets
+    'optimizer muon_lr lora_rank lora_alpha activation_checkpointing eval_iters ckpt_with_optimizer '
+    'max_iters out_dir data_dir dataset init_from eval_only wandb_log wandb_project wandb_run_name '
+    'device threads compile dry_run (test_plan) plot (test_log) pack (test_masks) '
+    'parallel backend (test_fsdp, test_runtime) dist_timeout (test_resume)')
 
 
 def test_each_setting_is_shown_to_matter():
     args = ' '.join([*IN_THE_LOOP, *(args for args, _ in INTERVALS)])
-    tests = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
-    shown = {*re.findall(r'--(\w+)=', args), *' '.join(SHOWN_ELSEWHERE).split()}
-    assert shown == set(settings_of())
-    assert [name for name in SHOWN_ELSEWHERE.values() if f'def {name}(' not in tests] == []
+    shown = re.findall(r'--(\w+)=', args) + re.sub(r'\(.*?\)', '', ELSEWHERE).split()
+    assert set(shown) == set(settings_of())
 
 
 def test_threads_are_those_asked_for(train):
@@ -327,8 +287,6 @@ def test_compiled_run_equals_the_uncompiled_one(train, tmp_path):
     assert all(name.startswith(('transformer.', 'lm_head.')) for name in weights)
 
 
-# ---------------------------------------------------------------------------- log, checkpoint
-
 LINES = [
     r'tokens per iteration will be: 192',
     r'found vocab_size = 21 \(inside .*meta\.pkl\)',
@@ -339,9 +297,6 @@ LINES = [
     r'saving checkpoint to .*out',
     r'iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%(, .*)?',
 ]
-SEVEN = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
-
-
 def test_log_has_the_lines_that_scripts_parse(train, tmp_path):
     """And what is printed, logged and saved is what happened: max_iters + 1 updates, evaluated before."""
     script = train('--max_iters=7', '--eval_interval=3', '--gradient_accumulation_steps=3')
@@ -360,18 +315,17 @@ def test_log_has_the_lines_that_scripts_parse(train, tmp_path):
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(state)
     assert state['iter_num'] == 7 and state['best_val_loss'] == pytest.approx(best[1])
     assert state['config']['gradient_accumulation_steps'] == 3 and state['config']['device'] == 'cpu'
-    assert set(state['model_args']) == SEVEN
     untrained = train('--max_iters=0', out_dir=tmp_path / 'short')['log']
     assert evaluations(untrained)[0] == evaluations(log)[0]
     assert not (tmp_path / 'short/ckpt.pt').exists()
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_evaluations_and_samples_leave_no_trace_in_the_training(dropout, train, tmp_path):
-    args = ('--max_iters=6', f'--dropout={dropout}')
-    train(*args, '--eval_interval=100', out_dir=tmp_path / 'rarely')
-    train(*args, '--eval_interval=1', '--sample_interval=2', out_dir=tmp_path / 'often')
-    assert logged(tmp_path / 'rarely') == logged(tmp_path / 'often')
+@pytest.mark.parametrize('args', ['--dropout=0.2', '--optimizer=muon'])
+def test_evaluations_and_samples_leave_no_trace_in_the_training(args, train, tmp_path):
+    train('--max_iters=6', args, '--eval_interval=100', out_dir=tmp_path / 'rarely')
+    train('--max_iters=6', args, '--eval_interval=1', '--sample_interval=2', out_dir=tmp_path / 'often')
+    for name in ('loss', 'grad_norm'):
+        assert logged(tmp_path / 'rarely', name) == logged(tmp_path / 'often', name)
 
 
 @pytest.mark.parametrize('always', [True, False])
@@ -385,39 +339,6 @@ def test_best_loss_is_kept_and_so_is_its_model_unless_each_is_saved(always, trai
     assert evaluations(log)[25][1] > best and f'best_val_loss: {round(best, 6)}\nbest_iter: 20' in log
 
 
-class TheirGPT(nn.Module):
-    """GPT-2 with nanoGPT's names."""
-
-    def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout):
-        super().__init__()
-        self.n_head, C = n_head, n_embd
-
-        def linears(**sizes):
-            return nn.ModuleDict({name: nn.Linear(*size, bias) for name, size in sizes.items()})
-
-        def block():
-            return nn.ModuleDict({
-                'ln_1': nn.LayerNorm(C, bias=bias), 'attn': linears(c_attn=(C, 3 * C), c_proj=(C, C)),
-                'ln_2': nn.LayerNorm(C, bias=bias), 'mlp': linears(c_fc=(C, 4 * C), c_proj=(4 * C, C))})
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(vocab_size, C), 'wpe': nn.Embedding(block_size, C),
-            'h': nn.ModuleList(block() for _ in range(n_layer)), 'ln_f': nn.LayerNorm(C, bias=bias)})
-        self.lm_head = nn.Linear(C, vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
-
-    def forward(self, idx, targets):
-        (B, T), t = idx.shape, self.transformer
-        x = t.wte(idx) + t.wpe.weight[:T]
-        for h in t.h:
-            q, k, v = h.attn.c_attn(h.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-            weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(
-                torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
-            x = x + h.attn.c_proj((weights @ v).transpose(1, 2).reshape(B, T, -1))
-            x = x + h.mlp.c_proj(F.gelu(h.mlp.c_fc(h.ln_2(x))))
-        logits = self.lm_head(t.ln_f(x))
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 @pytest.mark.parametrize('bias', [True, False])
 def test_checkpoints_go_from_ours_to_nanogpt_s_and_back(bias, train, char_data, tmp_path):
     """Either goes on with the other's as it would have itself."""
@@ -427,7 +348,10 @@ def test_checkpoints_go_from_ours_to_nanogpt_s_and_back(bias, train, char_data, 
     train(*args, '--max_iters=3', '--checkpoint_interval=0')
     ours = torch.load(tmp_path / 'out/ckpt.pt')
     assert ours['iter_num'] == 3
-    theirs = TheirGPT(**ours['model_args'])
+    assert set(ours['model_args']) == {
+        'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    their_model = runpy.run_path(ROOT / 'tests/wild/models/plain.py')
+    theirs = their_model['GPT'](their_model['GPTConfig'](**ours['model_args']))
     theirs.load_state_dict(ours['model'])
     opt = plain_optimizer(theirs, SimpleNamespace(**settings))
     opt.load_state_dict(ours['optimizer'])
@@ -484,35 +408,26 @@ def bpe_data(tmp_path):
     return tmp_path / 'bpe'
 
 
-def test_gpt2_is_fine_tuned_with_its_own_attention_or_another(train, tmp_path, gpt2_folder, bpe_data):
-    for attn_type in ('SM', 'GKpoly-4'):
-        train('--max_iters=1', f'--init_from={gpt2_folder}', '--dropout=0.1', f'--attn_type={attn_type}',
-              data_dir=bpe_data, out_dir=tmp_path / attn_type)
-        args = State.load(tmp_path / attn_type / 'ckpt.pt').model_args
-        assert args['activation'] == 'gelu_tanh' and args['block_size'] == 16 and args['dropout'] == 0.1
-        assert args.get('attn_type', 'SM') == attn_type
+def test_gpt2_and_each_attention_are_fine_tuned_one_after_the_other(train, tmp_path, gpt2_folder, bpe_data):
+    def run(name, *args):
+        script = train(*args, *TINY_ARGS, '--n_layer=1', '--n_head=1', '--max_iters=1', '--eval_interval=1',
+                       '--dropout=0.1', f'--data_dir={bpe_data}', f'--out_dir={tmp_path / name}')
+        return script['model'].config, evaluations(script['log'])
 
-
-def test_attention_configs_run_one_after_the_other(train, tmp_path, gpt2_folder, bpe_data):
-    small = (*TINY_ARGS, '--n_layer=1', '--n_head=1', '--max_iters=1', '--eval_interval=1')
-
-    def run(config, name, *args):
-        script = train(f'config/{config}.py', *small, f'--data_dir={bpe_data}',
-                       f'--out_dir={tmp_path / name}', *args)
-        return script['model'].config.attn_type, evaluations(script['log'])
-    one, pointwise = run('train_11', 'one'), run('PA', 'PA', f'--init_from={gpt2_folder}')
-    assert (one[0], pointwise[0]) == ('GK', 'PA_gelu')
-    for name, (attn_type, found) in (('one', one), ('PA', pointwise)):
-        again, evaluated = run('EVAL', name)
-        assert again == attn_type and list(evaluated.values()) == [found[1]]
+    gpt2 = f'--init_from={gpt2_folder}'
+    for attn_type, args in (('SM', [gpt2]), ('GKpoly-4', [gpt2, '--attn_type=GKpoly-4']),
+                            ('GK', ['config/train_11.py']), ('PA_gelu', ['config/PA.py', gpt2])):
+        config, found = run(attn_type, *args)
+        assert (config.attn_type, config.dropout, config.block_size) == (attn_type, 0.1, 16)
+        assert config.activation == ('gelu_tanh' if gpt2 in args else 'gelu')
+        again, evaluated = run(attn_type, 'config/EVAL.py', f'--attn_type={attn_type}')
+        assert list(evaluated.values()) == [found[1]]
 
 
 def test_each_config_file_fits_train_py(train, tmp_path):
-    paths = sorted((ROOT / 'config').glob('*.py'))
-    for path in paths:
+    for path in (ROOT / 'config').glob('*.py'):
         with pytest.raises(FileNotFoundError, match='train.bin is missing'):
             train(str(path), '--device=cpu', '--compile=False', data_dir=tmp_path / 'nowhere')
-    assert len(paths) > 10
 
 
 def test_run_without_settings_names_small_data_first(train, monkeypatch, tmp_path):
@@ -552,19 +467,10 @@ def test_mistake_is_one_line(args, reason, train, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_mistake_is_the_only_line_of_standard_error(run_script, char_data, tmp_path):
-    (tmp_path / 'wrong.py').write_text('bach_size = 3\n')
-    done = run_script('train.py', *TINY_ARGS, f'--data_dir={char_data}', tmp_path / 'wrong.py', ok=False)
-    told = r'ValueError: Unknown config key: bach_size \(did you mean batch_size.*\n'
-    assert re.fullmatch(told, done.stderr)
-
-
 def test_no_gradient_scaler_on_a_cpu(train):
     script = train('--eval_only', '--dtype=float16')
     assert not script['scaler'].is_enabled() and script['run'].dtype == 'float16'
 
-
-# ---------------------------------------------------------------------------- wandb
 
 WANDB = '''
 import json, os
@@ -573,6 +479,8 @@ def log(values): record(values)
 def finish(): record('finish')
 def record(what): print(json.dumps(what), file=open(os.environ['RECORD'], 'a'))
 '''
+BROKEN = ['raise ImportError("broken")', 'def init(**settings): raise RuntimeError("no key")',
+          'def init(**settings): pass\ndef log(values): raise OSError("no network")\ndef finish(): 1 / 0']
 
 
 @pytest.fixture
@@ -582,18 +490,17 @@ def fake_wandb(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, 'wandb', raising=False)
         monkeypatch.setenv('RECORD', str(tmp_path / 'record'))
-        return tmp_path / 'record'
     yield install
     sys.modules.pop('wandb', None)
 
 
 def test_wandb_gets_each_line_once_and_a_resumed_run_goes_on(train, fake_wandb, tmp_path):
-    record = fake_wandb(WANDB)
+    fake_wandb(WANDB)
     for args in ('--max_iters=2', '--max_iters=4 --init_from=auto', '--max_iters=2',
                  '--max_iters=3 --eval_only', '--max_iters=3 --dry_run'):
         train(*args.split(), '--wandb_log', '--wandb_project=mine', '--wandb_run_name=it',
               '--eval_interval=2')
-    records = [json.loads(line) for line in record.read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / 'record').read_text().splitlines()]
     inits = [r for r in records if 'project' in r]
     assert inits[0]['id'] == inits[1]['id'] != inits[2]['id']
     assert len(inits) == records.count('finish') == 3
@@ -602,12 +509,11 @@ def test_wandb_gets_each_line_once_and_a_resumed_run_goes_on(train, fake_wandb, 
     assert [r['iter'] for r in evaluated] == [0, 2, 4, 0, 2]
     assert all({'train/loss', 'lr', 'mfu', 'val/bits_per_byte'} <= set(r) for r in evaluated)
     assert [r['iter'] for r in records if 'loss' in r] == [*range(5), *range(3)]
+    last = read_log(tmp_path / 'out')[-2]['health']['update_ratio']
+    assert [r for r in records if 'health/update_ratio/1' in r][-1]['health/update_ratio/1'] == last[1]
 
 
-@pytest.mark.parametrize('body', [
-    'raise ImportError("broken")', 'def init(**settings): raise RuntimeError("no key")',
-    'def init(**settings): pass\ndef log(values): raise OSError("no network")\ndef finish(): 1 / 0',
-])
+@pytest.mark.parametrize('body', BROKEN)
 def test_broken_wandb_leaves_the_run_whole(body, train, fake_wandb):
     fake_wandb(body)
     log = train('--max_iters=3', '--eval_interval=1', '--wandb_log')['log']
