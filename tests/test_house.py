@@ -33,19 +33,15 @@ def imports_of(path):
     return found
 
 
-def test_root_has_the_scripts_and_no_other_python_file():
+def test_root_has_the_scripts_and_model_imports_nothing_of_ours():
     assert {p.name for p in ROOT.glob('*.py')} == SCRIPTS
-
-
-def test_model_imports_nothing_of_ours():
     assert imports_of('model.py') == set()
 
 
 @pytest.mark.parametrize('room', [room for room in ROOMS if len(room.parts) == 3], ids=str)
 def test_imports_go_down_only(room):
-    floor = FLOORS.index(room.parts[1])
     wings = {other.parts[1] for other in imports_of(room) if len(other.parts) == 3}
-    assert wings <= set(FLOORS[floor:])
+    assert wings <= set(FLOORS[FLOORS.index(room.parts[1]):])
     assert {other.name for other in imports_of(room) if len(other.parts) == 1} <= {'model.py'}
 
 

@@ -13,9 +13,8 @@ pytestmark = pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWar
 HUGE = '1' + '0' * 400
 GARBAGE = [
     '', 'nonsense', '[1]', '3', '"x"', 'null', '\0', '[' * 10**5, '{"iter": 4, "lo', '{"loss": 2}',
-    '{"iter": 1e400}', '{"iter": NaN, "loss": 1}', '{"iter": null, "loss": 1}', '{"iter": {}}',
-    f'{{"iter": {HUGE}, "loss": 1}}', f'{{"iter": 9, "loss": {HUGE}}}', f'{{"iter": {HUGE * 20}}}',
-    '{"iter": 9, "loss": Infinity, "lr": "x"}', '{"iter": 9, "health": 5}']
+    '{"iter": 1e400}', '{"iter": null, "loss": 1}', '{"iter": {}}', f'{{"iter": {HUGE}, "loss": 1}}',
+    f'{{"iter": 9, "loss": {HUGE}}}', '{"iter": 9, "loss": Infinity, "lr": "x"}', '{"iter": 9, "health": 5}']
 STALE = '{"iter": 9, "loss": 99}'  # of a run that resumed before it
 EXTREMES = [
     {'iter': 0, 'loss': 1e-320, 'lr': -1, 'a' * 200: 1e29}, {'iter': 1, 'loss': 1e29, 'lr': [1, 2]},
@@ -76,8 +75,7 @@ def test_drawn_values_are_the_logged_ones(panels):
 
 
 def test_every_new_number_of_a_log_is_drawn(panels):
-    scores = {'train_score': 0.5, 'val_score': 0.6}
-    log = [e | (scores if 'val_loss' in e else {}) for e in entries()]
+    log = [e | ({'train_score': 0.5, 'val_score': 0.6} if 'val_loss' in e else {}) for e in entries()]
     log += [{'iter': 3, 'z': -2.5}, {'iter': 7, 'z': -1, 'entropy': [1, 2], 'note': 'text'}]
     found = panels([*log, {'iter': 5, 'health': {'rank': [7, 8]}}], '--health')
     assert same(found['score, iterations'], (AT, np.full(5, 0.5)), (AT, np.full(5, 0.6)))
@@ -95,14 +93,11 @@ def test_noise_gets_means_and_a_schedule_does_not(panels):
     assert [line.shape for line in found['learning rate, iterations']] == [(2, 400)]
 
 
-def test_garbage_is_left_out_and_extremes_are_drawn(panels):
+def test_garbage_is_left_out_extremes_are_drawn_and_zero_has_no_logarithm(panels, run_here, tmp_path):
     clean, found = panels(entries()), panels([*GARBAGE, STALE, *entries(), *GARBAGE])
     assert found.keys() == clean.keys() and all(same(found[name], *clean[name]) for name in clean)
     panels(EXTREMES, '--health')
     panels([{'iter': 0, 'train_loss': 4.0, 'val_loss': 4.0, 'lr': 0}])  # a single evaluation
-
-
-def test_zero_on_a_logarithmic_axis_is_left_out(run_here, tmp_path):
     figure = run_here('plot.py', write(tmp_path / 'run', entries()), '--health')['figure']
     axis, = [axis for axis in figure.axes if 'update / weights' in axis.get_title()]
     assert axis.get_yscale() == 'log' and axis.get_ylim()[0] > 1
@@ -110,22 +105,21 @@ def test_zero_on_a_logarithmic_axis_is_left_out(run_here, tmp_path):
     assert not np.isfinite(axis.transData.transform((20, 0))).all()
 
 
-def test_pictures_have_names_of_their_own_or_the_name_and_format_asked_for(run_script, tmp_path):
+def test_pictures_have_names_of_their_own_or_the_name_and_format_asked_for(run_script, run_here, tmp_path):
     a, b = write(tmp_path / 'a', entries()), write(tmp_path / '셰익스피어', entries())
-    for folders in ([a], [a, b]):
-        assert run_script('plot.py', *folders).stderr == ''
+    assert run_script('plot.py', a, b).stderr == ''
+    run_here('plot.py', a)
     assert {p.name for p in a.iterdir()} == {'log.jsonl', 'loss.png', 'comparison.png'}
     for name, start in (('x.png', b'\x89PNG'), ('x.svg', b'<?xml'), ('X.PDF', b'%PDF')):
         path = tmp_path / name / 'new' / name
-        done = run_script('plot.py', b, f'--output={path}')
-        assert f'drawn to {path}' in done.stdout and done.stderr == ''
+        assert f'drawn to {path}' in run_here('plot.py', b, f'--output={path}')['log']
         assert path.read_bytes().startswith(start) and [*path.parent.iterdir()] == [path]
     assert {p.name for p in b.iterdir()} == {'log.jsonl'}
 
 
 @pytest.mark.parametrize('names', [
-    ['r'], ['run', 'x/run'], ['_a', '$b{$', 'a & b'], [f'out-with-setting-{i}' for i in 'uvwxyz'],
-    [f'run{i:02}' for i in range(30)], ['many words ' * 20 + x for x in 'ab'], ['셰익스피어'],
+    ['run', 'x/run'], ['_a', '$b{$', 'a & b'], [f'run{i:02}' for i in range(30)],
+    ['many words ' * 20 + x for x in 'ab'], ['셰익스피어'],
 ], ids=lambda names: f'{len(names)} {names[0]:.4}')
 def test_each_run_is_in_the_legend_which_is_inside_the_picture(run_here, tmp_path, names):
     folders = [write(tmp_path / name, entries()) for name in names]
