@@ -48,9 +48,12 @@ def test_each_mode_is_in_the_table_and_in_the_json(bench):
     assert mfu == round(100 * rows['train']['share'], 2)  # on a CPU, both are of what was measured
 
 
-def test_training_is_measured_on_real_data_and_mfu_is_a_share_of_the_given_peak(bench, char_data):
-    args = ('--real_data=True', f'--data_dir={char_data}', '--activation_checkpointing', '--pos_emb=rope')
-    _, report, mfu = bench(*args, '--peak_flops=1e10')
+def test_training_is_profiled_on_real_data_and_mfu_is_a_share_of_the_given_peak(bench, char_data, tmp_path,
+                                                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log, report, mfu = bench('--real_data=True', f'--data_dir={char_data}', '--activation_checkpointing',
+                             '--pos_emb=rope', '--peak_flops=1e10', '--profile')
+    assert json.loads((tmp_path / 'bench_trace.json').read_text())['traceEvents'] and 'mm' in log
     assert report['parameters'] == 21 * 32 + 12 * 32 * 32 + 3 * 32  # 21 characters, no positions
     assert mfu == pytest.approx(report['rows'][0]['flops_per_s'] / 1e8, abs=0.01)
 
@@ -59,12 +62,6 @@ def test_decoding_reads_a_byte_a_weight_in_int8(bench):
     full, int8 = (bench('--mode=decode', f'--weights={w}', '--n_embd=128')[1] for w in ('full', 'int8'))
     sizes = [r['rows'][0]['bytes_per_s'] * r['rows'][0]['median_s'] for r in (full, int8)]
     assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.1)
-
-
-def test_profile_writes_a_trace(bench, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    log, *_ = bench('--profile')
-    assert json.loads((tmp_path / 'bench_trace.json').read_text())['traceEvents'] and 'mm' in log
 
 
 @pytest.mark.cuda

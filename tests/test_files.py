@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from runs import hold
 
 from support.machine.files import (download, explain_failure, free_disk, is_held, lock, read_text, replacing,
                                    unlock)
@@ -34,31 +34,29 @@ def one_line(match, kind=ValueError):
     assert '\n' not in str(error.value)
 
 
-# ---------------------------------------------------------------------------- replacing
-
-def test_file_is_whole_and_there_at_every_moment(tmp_path, monkeypatch):
+@pytest.mark.parametrize('has_links', [True, False])
+def test_file_is_whole_and_there_at_every_moment(has_links, tmp_path, monkeypatch):
     path, keep, seen = tmp_path / 'file', tmp_path / 'kept', []
-    for linkable in (True, False):
-        for text, kept in (('a', None), ('b', 'a'), ('c', 'b')):
-            with replacing(path, keep) as temporary:
-                temporary.write_text(text)
-                assert kept is None or path.read_text() == kept
-            assert contents(tmp_path) == {'file': text} | ({'kept': kept} if kept else {})
-            if kept is None:  # from now on it must exist at each step
-                for name in ('replace', 'link', 'unlink'):
-                    real = getattr(os, name)
-                    monkeypatch.setattr(os, name, lambda *a, real=real, **k: (seen.append(path.exists()),
-                                                                              real(*a, **k)))
-                if not linkable:
-                    monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError(95, 'no links')))
-        assert len(seen) > 5 and all(seen)
-        with suppress(RuntimeError), replacing(path, keep) as temporary:
-            temporary.write_text('d')
-            raise RuntimeError
-        assert contents(tmp_path) == {'file': 'c', 'kept': 'b'}
-        monkeypatch.undo()
-        path.unlink()
-        keep.unlink()
+    path.write_text('a')
+
+    def watched(real):
+        def call(*args, **kwargs):
+            seen.append(path.exists())
+            return real(*args, **kwargs)
+        return call
+    for name in ('replace', 'link', 'unlink'):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    if not has_links:
+        monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError(95, 'no links')))
+    for text, kept in (('b', 'a'), ('c', 'b')):
+        with replacing(path, keep) as temporary:
+            temporary.write_text(text)
+            assert path.read_text() == kept
+        assert contents(tmp_path) == {'file': text, 'kept': kept}
+    with suppress(RuntimeError), replacing(path, keep) as temporary:
+        temporary.write_text('d')
+        raise RuntimeError
+    assert contents(tmp_path) == {'file': 'c', 'kept': 'b'} and len(seen) > 5 and all(seen)
 
 
 def test_content_is_on_the_disk_before_it_takes_the_old_one_s_place(monkeypatch, tmp_path):
@@ -83,8 +81,6 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_
     assert [path.exists() for path in left] == [False, True, True]
 
 
-# ---------------------------------------------------------------------------- text
-
 def test_text_is_read_as_utf8_and_anything_else_is_refused(tmp_path):
     path = tmp_path / 'a.txt'
     for text in ('é\nb\n', 'é\r\nb\n', '\ufeffé\nb\r\n'):  # what Windows adds
@@ -98,32 +94,27 @@ def test_text_is_read_as_utf8_and_anything_else_is_refused(tmp_path):
         read_text(tmp_path / 'none')
 
 
-# ---------------------------------------------------------------------------- unreadable files
-
 def damaged_files():
     """Functions that read damaged data, with every library that reads our files."""
     archive = io.BytesIO()
     torch.save({'weights': torch.zeros(9)}, archive)
-    return {
-        'json': lambda: json.loads('{"a": '), 'deep json': lambda: json.loads('[' * 100_000),
-        'text': lambda: b'\xff'.decode(), 'pickle': lambda: pickle.loads(b'x'),
-        'cut pickle': lambda: pickle.loads(pickle.dumps(['abc'])[:-3]),
-        'empty pickle': lambda: pickle.loads(b''), 'unknown module': lambda: pickle.loads(b'cnowhere\nf\n.'),
-        'long pickle': lambda: pickle.loads(b'\x80\x04\x8e' + b'\xff' * 8 + b'.'),
-        'no state': lambda: torch.load(io.BytesIO(b'abc'), weights_only=True),
-        'cut state': lambda: torch.load(io.BytesIO(archive.getvalue()[:-9]), weights_only=True),
-        'zip': lambda: zipfile.ZipFile(io.BytesIO(b'PK')), 'struct': lambda: struct.unpack('<H', b'a'),
-        'NumPy': lambda: np.load(io.BytesIO(b'\x93NUMPY')), 'no rows': lambda: next(iter([])),
-        'missing': lambda: open('no such file'), 'number': lambda: len(3), 'list': lambda: [].get('key'),
-        'no key': lambda: {}['key'],
-    }
+    return [
+        lambda: json.loads('{"a": '), lambda: json.loads('[' * 100_000), lambda: b'\xff'.decode(),
+        lambda: pickle.loads(b'x'), lambda: pickle.loads(pickle.dumps(['abc'])[:-3]),
+        lambda: pickle.loads(b''), lambda: pickle.loads(b'cnowhere\nf\n.'),
+        lambda: pickle.loads(b'\x80\x04\x8e' + b'\xff' * 8 + b'.'),
+        lambda: torch.load(io.BytesIO(b'abc'), weights_only=True),
+        lambda: torch.load(io.BytesIO(archive.getvalue()[:-9]), weights_only=True),
+        lambda: zipfile.ZipFile(io.BytesIO(b'PK')), lambda: struct.unpack('<H', b'a'),
+        lambda: np.load(io.BytesIO(b'\x93NUMPY')), lambda: next(iter([])), lambda: open('no such file'),
+        lambda: len(3), lambda: [].get('key'), lambda: {}['key']]
 
 
-@pytest.mark.parametrize('kind', damaged_files())
-def test_any_damage_is_one_line_that_starts_with_the_message(kind):
-    with one_line(r'^file.bin is damaged \(\w+.*\)$') as error, explain_failure('file.bin is damaged'):
-        damaged_files()[kind]()
-    assert error.value.__suppress_context__
+def test_any_damage_is_one_line_that_starts_with_the_message():
+    for read in damaged_files():
+        with one_line(r'^file.bin is damaged \(\w+.*\)$') as error, explain_failure('file.bin is damaged'):
+            read()
+        assert error.value.__suppress_context__
 
 
 class TheirError(Exception):
@@ -181,9 +172,8 @@ def test_download_keeps_the_right_content_and_a_file_that_is_there(tmp_path):
         download(url, SHA256, path)
     assert contents(path.parent) == {'input.txt': BODY.decode()} and len(requests) == 1
     path.write_text('mine')
-    with server(WHOLE) as (url, requests):
-        download(url, SHA256, path)
-    assert path.read_text() == 'mine' and requests == []
+    download(url, SHA256, path)
+    assert path.read_text() == 'mine'
 
 
 @pytest.mark.parametrize('reply, reason', [
@@ -200,17 +190,6 @@ def test_failing_download_names_the_way_round_and_leaves_nothing(reply, reason, 
     with one_line('--input=FILE', FileNotFoundError):  # nobody listens there any more
         download(url, SHA256, tmp_path / 'input.txt')
     assert list(tmp_path.iterdir()) == []
-
-
-# ---------------------------------------------------------------------------- one writer
-
-HOLD = 'import sys; from support.machine.files import lock; print(lock(sys.argv[1]), flush=True); input()'
-
-
-def hold(path):
-    process = subprocess.Popen([sys.executable, '-c', HOLD, str(path)], stdin=subprocess.PIPE, text=True,
-                               stdout=subprocess.PIPE, cwd=ROOT)
-    return process, process.stdout.readline().strip()
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):

@@ -39,8 +39,6 @@ def planned(**sizes):
         return GPT(GPTConfig(bias=False, **sizes))
 
 
-# ---------------------------------------------------------------------------- the table
-
 def test_table_counts_data_parameters_tokens_epochs_and_flops(tmp_path):
     rows = table(tiny(bias=False), tmp_path)
     assert list(rows) == ['data', 'model', 'run', 'memory', 'disk']
@@ -52,13 +50,8 @@ def test_table_counts_data_parameters_tokens_epochs_and_flops(tmp_path):
     assert re.fullmatch(rf'{48 * N_PARAMS / 1e6:.1f} MB for checkpoints, [\d.,]+ [MG]B free', rows['disk'])
     done = table(tiny(), tmp_path, iterations=0)['run']
     assert done == '0 iterations of 0 tokens: 0 tokens, 0.00 epochs, 0.0e+00 FLOPs'
-
-
-def test_memory_and_disk_that_are_not_there_are_warned_of(tmp_path):
     rows = table(planned(n_layer=96, n_head=96, n_embd=12288), tmp_path, parallel='fsdp')
-    assert rows['memory'].endswith('TOO LITTLE: a smaller batch_size, activation_checkpointing, or '
-                                   'parallel=fsdp')
-    assert rows['disk'].endswith(' free  <- TOO LITTLE')
+    assert 'TOO LITTLE' in rows['memory'] and rows['disk'].endswith(' free  <- TOO LITTLE')
 
 
 @pytest.mark.parametrize('changes, counted, without', [
@@ -80,8 +73,6 @@ def test_size_of_a_checkpoint_is_that_of_the_file(more, train, tmp_path):
     size = (tmp_path / 'out/latest.pt').stat().st_size
     assert 0 <= size - plan.checkpoint_bytes(script['model']) < 0.03 * size
 
-
-# ---------------------------------------------------------------------------- memory
 
 def memory(model, *args, **more):
     return plan.memory_needed(model, Setup(*args, **{'dtype_size': 4, 'reserved': 0} | more))
@@ -114,35 +105,6 @@ def test_state_is_sixteen_bytes_a_parameter_shared_by_all_and_what_is_gathered()
     assert state(8, 1, 1, sharded=True, dtype_size=4) == 2 * n + 8 * (n - 4 * block) + 12 * block
 
 
-@pytest.mark.parametrize('dtype, size', [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('more', [{}, {'activation': 'swiglu'}])
-def test_activations_are_what_autograd_keeps(dtype, size, checkpointing, more):
-    """Within 10 %: of two models, so that the head, which both have, falls out."""
-    kept = []
-    for n_layer in (2, 6):
-        model = GPT(GPTConfig(96, 256, n_layer, 4, 128, bias=False, **more))
-        model.activation_checkpointing = checkpointing
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found, idx = {}, torch.zeros(2, 96, dtype=torch.int64)
-
-        def pack(t, found=found, own=own):
-            if t.untyped_storage().data_ptr() not in own:
-                found[t.untyped_storage().data_ptr()] = t  # held, so that its memory isn't used again
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
-                torch.autocast('cpu', torch.bfloat16, enabled=size == 2):
-            model(idx, idx, **lean_loss(model, CPU))
-        # autocast's copies of weights are the model's state
-        weights = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
-        kept.append(sum(t.untyped_storage().nbytes() for t in found.values() if t.shape not in weights))
-    setup = Setup(1, 2, 1, checkpointing=checkpointing, dtype_size=size)
-    six = plan.activation_memory(model, setup)
-    model.config.n_layer = 2
-    assert kept[1] - kept[0] == pytest.approx(six - plan.activation_memory(model, setup), rel=0.1)
-
-
 def peak_of_an_iteration(model, batch_size, micro_steps, dtype, trace):
     """Bytes that an iteration allocates and frees again, by torch's profiler."""
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
@@ -167,10 +129,11 @@ def peak_of_an_iteration(model, batch_size, micro_steps, dtype, trace):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('micro_steps', [1, 2])
-def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(dtype, checkpointing, micro_steps,
+@pytest.mark.parametrize('micro_steps, more', [(1, {}), (2, {}), (1, {'activation': 'swiglu'})])
+def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(dtype, checkpointing, micro_steps, more,
                                                                     tmp_path):
-    model = GPT(GPTConfig(128, 300, 4, 4, 128, bias=False))
+    sizes = {'block_size': 128, 'vocab_size': 300, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'bias': False}
+    model = GPT(GPTConfig(**sizes | more))
     model.activation_checkpointing = checkpointing
     real = 12 * model.get_num_params(non_embedding=False) + peak_of_an_iteration(
         model, 4, micro_steps, dtype, tmp_path / 'trace.json')
@@ -179,22 +142,13 @@ def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(dtype, check
     assert 0.98 * real < needed < 1.2 * real
 
 
-# ---------------------------------------------------------------------------- words
-
 @pytest.mark.parametrize('seconds, text', [
-    (0, '0 s'), (0.4, '0 s'), (59, '59 s'), (60, '1 min 0 s'), (61, '1 min 1 s'), (3599, '59 min 59 s'),
-    (3600, '1 h 0 min'), (3725, '1 h 2 min'), (86399, '23 h 59 min'), (86400, '1 d 0 h'),
-    (400000, '4 d 15 h')])
-def test_duration_has_two_units(seconds, text):
+    (0.4, '0 s'), (59, '59 s'), (60, '1 min 0 s'), (3599, '59 min 59 s'), (3600, '1 h 0 min'),
+    (3725, '1 h 2 min'), (86399, '23 h 59 min'), (86400, '1 d 0 h'), (400000, '4 d 15 h')])
+def test_duration_has_two_units_and_never_sixty_of_one(seconds, text):
     assert plan.duration(seconds) == text
+    assert not re.search(r'\b(60 s|60 min|24 h)', plan.duration(seconds + 0.7))
 
-
-def test_durations_are_never_sixty_of_a_unit():
-    for seconds in range(0, 200_000, 7):
-        assert not re.search(r'\b(60 s|60 min|24 h)', plan.duration(seconds + 0.7)), seconds + 0.7
-
-
-# ---------------------------------------------------------------------------- the dry run
 
 def contents(folder):
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob('*') if p.is_file()}
@@ -225,9 +179,9 @@ def test_dry_run_in_a_run_s_folder_leaves_it_as_it_was(train, tmp_path):
     assert '0 iterations' in finished and not losses(finished) and 'the run is finished' in finished
 
 
-@pytest.mark.parametrize('more', [(), ('--batch_ramp_iters=9e18',), ('--sampler=epoch',)])
+@pytest.mark.parametrize('more', ['--batch_ramp_iters=9e18', '--sampler=epoch'])
 def test_dry_run_of_a_run_without_end_answers_at_once(more, train):
-    log = train('--dry_run', '--max_iters=9e18', '--gradient_accumulation_steps=3', *more)['log']
+    log = train('--dry_run', '--max_iters=9e18', '--gradient_accumulation_steps=3', more)['log']
     assert '9,000,000,000,000,000,001 iterations' in log and re.search(r'^time .* in all', log, re.M)
 
 
@@ -261,12 +215,12 @@ def test_plan_has_the_figures_of_the_document():
     assert [*map(plan.size, needed)] == ['132.0 GB', '123.7 GB', '18.0 GB', '9.7 GB']
 
 
-@pytest.mark.parametrize('gpu', [*GPUS, ' rtx4090'])
-def test_each_gpu_can_be_planned_for_without_case_and_blanks(gpu):
+def test_each_gpu_can_be_planned_for_without_case_and_blanks():
     model = planned(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
-    rows = plan.scale(model, f'16x{gpu.lower()}', 16, 10).splitlines()
-    assert rows[0].split(', ')[0] == f'{N_PARAMS:,} parameters on 16 {gpu.replace(" rtx", "RTX ")}'
-    assert len(rows) == 9 and 'does not fit' not in rows[3]
+    for gpu in (*GPUS, ' rtx4090'):
+        rows = plan.scale(model, f'16x{gpu.lower()}', 16, 10).splitlines()
+        assert rows[0].split(', ')[0] == f'{N_PARAMS:,} parameters on 16 {gpu.replace(" rtx", "RTX ")}'
+        assert len(rows) == 9 and 'does not fit' not in rows[3]
 
 
 def test_plan_says_what_does_not_fit_and_ends_soon_for_any_batch():
@@ -279,10 +233,9 @@ def test_plan_says_what_does_not_fit_and_ends_soon_for_any_batch():
 @pytest.mark.parametrize('args, message', [
     ('--gpus=8xH9', 'gpus=8xH9: H9 is not one of A100, H100'),
     ('--gpus=H100', 'gpus=H100 is no number and kind of GPUs, such as 8xH100'),
-    ('--gpus=0', 'gpus=0 is no number'), (f'--gpus={"9" * 5000}xH100', ' is no number'),
+    (f'--gpus={"9" * 5000}xH100', ' is no number'),
     ('--gpus=7', "= 480 sequences an iteration can't be shared by 7 GPUs"),
-    ('--batch_size=0', 'batch_size=0 must be at least 1'), ('--n_head=7', 'must be a multiple of n_head'),
-    ('--gpu=8', 'Unknown config key: gpu '), ('--norm=none', 'norm=none is not one of')])
+    ('--batch_size=0', 'batch_size=0 must be at least 1'), ('--n_head=7', 'must be a multiple of n_head')])
 def test_plan_that_cannot_be_made_is_one_line(args, message, run_here):
     with pytest.raises(USER_ERRORS) as error:
         run_here('scripts/plan.py', args)
