@@ -36,13 +36,11 @@ def copy(tmp_path, monkeypatch):
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
     monkeypatch.chdir(tmp_path / 'repository')
-    monkeypatch.setattr(sys, 'path', list(sys.path))
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    monkeypatch.setattr(sys, 'argv', sys.argv)
+    for name in ('path', 'excepthook', 'argv'):
+        value = getattr(sys, name)
+        monkeypatch.setattr(sys, name, [*value] if name == 'path' else value)
     return tmp_path / 'repository'
 
-
-# ---------------------------------------------------------------------------- notebooks
 
 def cells(notebook, kind):
     return [cell for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']
@@ -60,7 +58,6 @@ def execute(notebook, n_cells=None):
     return space
 
 
-@pytest.mark.filterwarnings('ignore:__array__:DeprecationWarning')  # Matplotlib given tensors
 def use_shakespeare(folder, how):
     """Give the repository in `folder` Shakespeare's plays, prepared from somebody's copy or as input.txt."""
     if not SHAKESPEARE.exists():
@@ -100,14 +97,6 @@ def test_build_gpt_reads_the_same_plays_prepared_or_downloaded(how, copy):
     assert text == SHAKESPEARE.read_text(encoding='utf-8')
 
 
-def test_each_chapter_of_build_gpt_has_an_exercise_with_a_folded_solution():
-    page = '\n'.join(''.join(cell['source']) for cell in cells(NOTEBOOKS[0], 'markdown'))
-    for chapter in re.split(r'^## (?=\d)', page, flags=re.M)[1:]:
-        title, folded = chapter.splitlines()[0], '<details><summary>Solution</summary>'
-        assert len(re.findall(r'^\*\*\d', chapter, re.M)) == chapter.count(folded), title
-        assert chapter.count(folded) == chapter.count('</details>') >= 1, title
-
-
 def test_last_model_of_build_gpt_has_the_lowest_stored_loss():
     outputs = [o for cell in cells(NOTEBOOKS[0], 'code') for o in cell['outputs']]
     text = ''.join(''.join(o.get('text', '')) for o in outputs)
@@ -115,12 +104,6 @@ def test_last_model_of_build_gpt_has_the_lowest_stored_loss():
     *others, (last, lowest) = losses.items()
     assert len(others) == 9 and last == 'the last model'
     assert all(float(loss) - float(lowest) > 0.1 for _, loss in others)
-
-
-def test_greeting_of_build_gpt_is_the_known_eight_numbers():
-    stored = [''.join(o.get('data', {}).get('text/plain', '')) for cell in cells(NOTEBOOKS[0], 'code')
-              for o in cell['outputs'] if 'shakespeare_chars' in ''.join(cell['source'])]
-    assert stored == ['[46, 47, 1, 58, 46, 43, 56, 43]']
 
 
 def test_sizing_s_formulas_hold_for_the_real_model(copy, monkeypatch):
@@ -131,18 +114,12 @@ def test_sizing_s_formulas_hold_for_the_real_model(copy, monkeypatch):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_of_a_whole_run_and_name_no_machine(notebook):
-    outputs = [o for cell in cells(notebook, 'code') for o in cell['outputs']]
-    assert [cell['execution_count'] for cell in cells(notebook, 'code')] == [
-        i + 1 for i in range(len(cells(notebook, 'code')))]
-    assert len(outputs) > 10 and {o['output_type'] for o in outputs} <= {
-        'stream', 'execute_result', 'display_data'}
-    assert not [o for o in outputs if o.get('name') == 'stderr']
+    code = cells(notebook, 'code')
+    outputs = [o for cell in code for o in cell['outputs']]
+    assert [cell['execution_count'] for cell in code] == [*range(1, len(code) + 1)] and len(outputs) > 10
+    assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
     assert not re.search(r'/(tmp|home|root|Users|work|usr)\b', json.dumps(outputs))
-    assert not any(cell['metadata'] for kind in ('code', 'markdown') for cell in cells(notebook, kind))
-    assert notebook.stat().st_size < 700_000
 
-
-# ---------------------------------------------------------------------------- quick starts
 
 def commands(page):
     """The commands of a page's sh blocks, but for installing, which needs the network."""
@@ -167,8 +144,8 @@ def test_every_command_of_a_quick_start_runs(page, copy, monkeypatch, capsys):
         except SystemExit as stop:  # --help
             assert not stop.code and '--help' in args
         assert capsys.readouterr().out
-    assert os.path.isfile('out-stdlib-char/ckpt.pt') and os.path.isfile('out-my-text/ckpt.pt')
-    assert os.path.isfile('data/my_text/tokenizer.json')
+    for path in ('out-stdlib-char/ckpt.pt', 'out-my-text/ckpt.pt', 'data/my_text/tokenizer.json'):
+        assert os.path.isfile(path)
 
 
 def test_quick_starts_have_the_same_commands_but_for_a_prompt():
@@ -219,16 +196,6 @@ def all_commands(page):
     return found
 
 
-def test_demo_of_the_makefile_ends_with_how_to_go_on():
-    recipe = re.search(r'^demo:.*\n((?:\t.*\n)+)', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M)[1]
-    last = recipe.split('$(PYTHON) sample.py')[1]
-    commands = [shlex.split(line) for line in re.findall(r"@echo '    (python .*)'", last)]
-    assert '$(ACTIVATE)' in last
-    assert [command[1] for command in commands] == ['sample.py', 'data/text/prepare.py', 'train.py']
-    for _, script, *args in commands:
-        assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
-
-
 @pytest.mark.skipif(sys.platform != 'linux' or not shutil.which('make'), reason='needs make on Linux')
 @pytest.mark.parametrize('gpu', ['', 'yes'])
 def test_makefile_takes_pytorch_s_cpu_build_where_there_is_no_gpu(gpu, tmp_path):
@@ -239,6 +206,10 @@ def test_makefile_takes_pytorch_s_cpu_build_where_there_is_no_gpu(gpu, tmp_path)
     installs = re.findall(r'-m pip install (.*)', plan)
     assert installs[-1] == '-r requirements.txt'
     assert ['whl/cpu torch==' in line for line in installs[:-1]] == ([] if gpu else [True])
+    advice = [shlex.split(line) for line in re.findall(r"echo '    python (.*)'", plan)]
+    assert [script for script, *_ in advice] == ['sample.py', 'data/text/prepare.py', 'train.py']
+    for script, *args in advice:
+        assert {a.partition('=')[0].removeprefix('--') for a in args if a[0] == '-'} <= settings(script)
 
 
 def test_links_lead_somewhere():
@@ -250,53 +221,37 @@ def test_links_lead_somewhere():
             assert not anchor or anchor in anchors(target), f'{page.name}: {link}'
 
 
-def test_readme_is_short_and_links_to_everything_in_docs():
+def test_readme_links_to_everything_in_docs_and_maps_each_script_and_each_folder():
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert len(readme.splitlines()) <= 280
-    for page in [*PAGES[1:], *NOTEBOOKS]:
-        assert f'(docs/{page.name})' in readme, page.name
-
-
-def test_file_map_of_the_readme_has_each_script_and_each_folder():
-    files = (ROOT / 'README.md').read_text(encoding='utf-8').split('## The files')[1]
+    assert [page.name for page in [*PAGES[1:], *NOTEBOOKS] if f'(docs/{page.name})' not in readme] == []
+    files = readme.split('## The files')[1]
     assert set(re.findall(r'`(\w+\.py)`', files)) >= {path.name for path in ROOT.glob('*.py')}
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob('support/*/*.py')}
     assert set(re.findall(r'`(support/\w+)/`', files)) == folders
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
-def test_files_and_tests_that_a_page_names_exist(page):
+def test_files_tests_scripts_configs_and_settings_that_a_page_names_exist(page):
     tests = ''.join(path.read_text(encoding='utf-8') for path in ROOT.glob('tests/*.py'))
+    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'scripts/plan.py',
+               *(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))]
+    known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
+    placeholders = {'key', '이름', 'nome', '名称'}
     for span in spans(page):
         if re.fullmatch(r'test_\w+', span):
             assert f'def {span}(' in tests, span
         elif re.fullmatch(r'(?!out)[\w-]+/[\w./-]+\.(py|sh|md|ipynb)', span):
             assert (ROOT / span).exists() or (ROOT / 'support' / span).exists(), span
-
-
-@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
-def test_scripts_configs_and_settings_that_a_page_names_exist(page):
+        for flag in re.findall(r'(?:^| )--([\w-]+)', span) if span.startswith('--') else []:
+            assert flag in known | placeholders, f'--{flag}'
     for script, args in all_commands(page):
         assert (ROOT / script).exists(), script
         for arg in args:
             key = arg.partition('=')[0].removeprefix('--')
             if arg.startswith('--'):
                 assert key == 'help' or key in settings(script), f'{script} {arg}'
-            elif arg.startswith('config/'):
-                assert (ROOT / arg).exists(), f'{script} {arg}'
-            elif script == 'train.py' and re.fullmatch(r'\w+', arg):
-                assert (ROOT / f'config/{arg}.py').exists(), f'{script} {arg}'
-
-
-@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
-def test_flags_that_a_page_names_are_some_script_s_or_torchrun_s(page):
-    scripts = ['train.py', 'sample.py', 'eval.py', 'export.py', 'bench.py', 'plot.py', 'scripts/plan.py',
-               *(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))]
-    known = set().union(*map(settings, scripts)) | {'help', 'nnodes', 'nproc_per_node', 'rdzv_endpoint'}
-    placeholders = {'key', '이름', 'nome', '名称'}
+            elif arg.startswith('config/') or script == 'train.py' and re.fullmatch(r'\w+', arg):
+                assert (ROOT / arg).exists() or (ROOT / f'config/{arg}.py').exists(), f'{script} {arg}'
     if page.name == 'options.md':
         rows = re.findall(r'^\| (`.*?) \|', page.read_text(encoding='utf-8'), re.M)
         assert rows and set(re.findall(r'`(\w+)`', ''.join(rows))) <= settings('train.py')
-    for span in spans(page):
-        for flag in re.findall(r'(?:^| )--([\w-]+)', span) if span.startswith('--') else []:
-            assert flag in known | placeholders, f'{page.name}: --{flag}'

@@ -44,15 +44,12 @@ def assert_same_states(one, other, name, atol):
     """Of two runs, in all that a state holds: names and numbers."""
     a, b = (torch.load(Path(folder, name)) for folder in (one, other))
     assert a.keys() == b.keys() and [*a['model']] == [*b['model']] and a['iter_num'] == b['iter_num']
-    groups = [[{k: v for k, v in g.items() if k not in ('lr', 'fused')}
-               for g in s['optimizer']['param_groups']] for s in (a, b)]
-    assert equal(*groups)
-    assert a['optimizer']['state'].keys() == b['optimizer']['state'].keys()
-    for parts in ([a['model'], *a['optimizer']['state'].values()],
-                  [b['model'], *b['optimizer']['state'].values()]),:
-        for x, y in zip(*parts, strict=True):
-            for k in x:
-                assert torch.allclose(x[k], y[k], atol=atol), k
+    of_groups = [[{k: v for k, v in g.items() if k not in ('lr', 'fused')}
+                  for g in s['optimizer']['param_groups']] for s in (a, b)]
+    assert equal(*of_groups) and a['optimizer']['state'].keys() == b['optimizer']['state'].keys()
+    of_both = [[s['model'], *s['optimizer']['state'].values()] for s in (a, b)]
+    for x, y in zip(*of_both, strict=True):
+        assert all(torch.allclose(x[k], y[k], atol=atol) for k in x)
 
 
 OPTIONS = {
@@ -127,7 +124,10 @@ def test_signal_to_one_process_stops_both_and_they_go_on_bit_for_bit(line, kind,
         in_two(finished[parallel], *args)
     output = in_two(tmp_path / 'out', *args, line=line, kind=kind, rank=rank)
     assert 'stopped at iteration ' in output and 'iter 12' not in output
+    if rank == 0:  # which finds the same state as the other where one is damaged
+        (tmp_path / 'out/previous.pt').write_bytes(b'damaged')
     in_two(tmp_path / 'out', *args, '--init_from=auto')
+    assert (tmp_path / 'out/previous.pt.damaged1').exists() == (rank == 0)
     assert differences(finished[parallel], tmp_path / 'out') == []
 
 
@@ -140,27 +140,15 @@ def test_number_of_one_process_that_is_not_finite_ends_both(kind, parallel, in_t
     assert state.iter_num == 8 and all(t.isfinite().all() for t in state.model.values())
 
 
-def test_two_processes_find_the_same_state_where_one_is_damaged(in_two, tmp_path):
-    in_two(tmp_path / 'out', '--max_iters=4')
-    (tmp_path / 'out/latest.pt').write_bytes(b'damaged')
-    assert 'resuming at iteration 4' in in_two(tmp_path / 'out', '--init_from=auto')
-    assert (tmp_path / 'out/latest.pt.damaged1').read_bytes() == b'damaged'
-
-
-@pytest.mark.parametrize('args, reason', [
-    (('--gradient_accumulation_steps=3',), 'gradient_accumulation_steps=3 counts over all processes'),
-    (('--parallel=fsdp', '--optimizer=muon'), 'optimizer=muon needs them whole')])
-def test_mistake_is_said_on_both_processes(args, reason, in_two, tmp_path):
-    in_two(tmp_path / 'out', *args, error=reason)
-
-
-def test_processes_that_were_started_otherwise_are_refused(in_two, tmp_path):
-    """By the name of the setting; of names, which may have a time in them, the first one's count."""
-    in_two(tmp_path / 'out', of_others=[f'--out_dir={tmp_path / "b"}', '--learning_rate=0.25'],
+def test_mistake_is_said_on_both_processes(in_two, tmp_path):
+    """Also that they were started otherwise; of names, which may have a time in them, the first's count."""
+    other, out = f'--out_dir={tmp_path / "b"}', tmp_path / 'out'
+    in_two(out, '--gradient_accumulation_steps=3', error='steps=3 counts over all processes')
+    in_two(out, '--parallel=fsdp', '--optimizer=muon', error='optimizer=muon needs them whole')
+    in_two(out, of_others=[other, '--learning_rate=0.25'],
            error='rank 1 was started otherwise than rank 0: learning_rate=0.25 instead of 0.01')
-    in_two(tmp_path / 'out', '--max_iters=1', of_others=[f'--out_dir={tmp_path / "b"}',
-                                                         '--wandb_run_name=other'])
-    assert (tmp_path / 'out/ckpt.pt').exists() and not (tmp_path / 'b').exists()
+    in_two(out, '--max_iters=1', of_others=[other, '--wandb_run_name=other'])
+    assert (out / 'ckpt.pt').exists() and not (tmp_path / 'b').exists()
 
 
 def test_sharded_process_holds_its_share(char_data, tmp_path):
@@ -172,8 +160,6 @@ def test_sharded_process_holds_its_share(char_data, tmp_path):
     assert whole[1] == 2 * whole[0] and (held['ddp'][1] == whole).all()
     assert (sum(held['fsdp']) == whole).all() and abs(held['fsdp'][0] / whole - 0.5).max() < 0.01
 
-
-# ---------------------------------------------------------------------------- what is read
 
 def windows_of_a_run(train, *args, **where):
     """First tokens of the windows that the model sees in training, in order."""

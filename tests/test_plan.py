@@ -139,7 +139,7 @@ def test_estimated_memory_is_about_the_real_one_and_hardly_below_it(dtype, check
         model, 4, micro_steps, dtype, tmp_path / 'trace.json')
     needed = memory(model, 1, 4, micro_steps, checkpointing=checkpointing, dtype_size=dtype.itemsize,
                     device_type='cpu')
-    assert 0.98 * real < needed < 1.2 * real
+    assert 0.95 * real < needed < 1.2 * real
 
 
 @pytest.mark.parametrize('seconds, text', [
