@@ -1,7 +1,6 @@
 """What only a CUDA GPU can show: the numbers of the CPU, and no waiting for it. `make gpu` runs these."""
 
 import copy
-import json
 from contextlib import nullcontext
 
 import pytest
@@ -78,8 +77,7 @@ def test_logits_loss_and_gradients_equal_those_of_the_cpu(options, dtype, share)
 @pytest.mark.parametrize('dtype, share', [(None, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize('cap', [0.0, 5.0])
 def test_lean_loss_equals_that_of_the_cpu(dtype, share, cap):
-    cpu, gpu = pair(logit_softcap=cap)
-    x, y = batch()
+    (cpu, gpu), (x, y) = pair(logit_softcap=cap), batch()
     y[0, 5:] = -1
     assert_close(results(gpu, x, y, dtype, lean=True)[1], results(cpu, x, y)[1], share)
 
@@ -110,7 +108,7 @@ def test_text_decoded_by_a_cuda_graph_is_that_of_the_cpu(options, draw, capsys):
 
 
 @pytest.mark.parametrize('options', [{}, MODELS[2], MODELS[3]], ids=str)
-def test_graph_is_made_in_bfloat16_and_decodes_the_same_text_again(options):
+def test_graph_is_made_in_bfloat16_decodes_the_same_text_again_and_steps_aside_for_hooks(options):
     model, idx = scrambled(tiny(**options), 0.3).eval().cuda(), torch.zeros(1, 3, dtype=torch.int64).cuda()
     with torch.autocast('cuda', torch.bfloat16), torch.inference_mode():
         texts = [generate(model, idx, 20, 0.8, n_samples=3, seeds=range(3)) for _ in range(2)]
@@ -118,12 +116,9 @@ def test_graph_is_made_in_bfloat16_and_decodes_the_same_text_again(options):
         model(idx, cache=cache)
         made, _ = in_cuda_graph(model, cache, torch.tensor([4]).cuda(), lambda: None)
     assert torch.equal(*texts) and made is not cache
-
-
-def test_model_that_somebody_watches_is_seen_at_each_token():
-    model, seen = tiny().eval().cuda(), []
+    seen = []
     model.transformer.h[1].register_forward_hook(lambda *_: seen.append(1))
-    generate(model, torch.zeros(1, 3, dtype=torch.int64).cuda(), 20)
+    generate(model, idx, 20)
     assert len(seen) == 20
 
 
@@ -163,8 +158,6 @@ def test_iteration_that_is_not_logged_does_not_wait_for_the_gpu(args, train):
     assert n_passes == [16]
 
 
-# ---------------------------------------------------------------------------- runs
-
 RUN = ('--device=cuda', '--n_embd=64', '--block_size=32', '--batch_size=8', '--gradient_accumulation_steps=2',
        '--eval_interval=5', '--max_iters=10', '--dropout=0.0')
 
@@ -191,21 +184,16 @@ def test_resumed_run_equals_the_uninterrupted_one(args, train, tmp_path):
     assert logged(tmp_path / 'whole') == logged(tmp_path / 'out')
 
 
-@pytest.mark.parametrize('args', [
-    (), ('--optimizer=muon', '--pos_emb=rope', '--value_residual=True', '--sample_interval=4')], ids=' '.join)
-def test_cuda_graphs_of_the_compiler_compute_what_their_kernels_do_one_by_one(args, train, tmp_path,
-                                                                              monkeypatch):
+def test_cuda_graphs_of_the_compiler_compute_what_their_kernels_do_one_by_one(train, tmp_path, monkeypatch):
     """As TORCHINDUCTOR_CUDAGRAPHS=1 asks for them."""
-    found = []
     for graphs in (False, True):
         monkeypatch.setattr(torch._inductor.config.triton, 'cudagraphs', graphs)
         torch._dynamo.reset()
-        folder = tmp_path / str(graphs)
-        train('--device=cuda', '--compile=True', '--dropout=0.2', '--max_iters=12',
-              '--eval_interval=4', *args, out_dir=folder)
-        lines = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
-        found.append([(e['iter'], e.get('loss'), e.get('val_loss')) for e in lines])
-    assert found[0] == found[1]
+        train('--device=cuda', '--compile=True', '--dropout=0.2', '--max_iters=12', '--eval_interval=4',
+              '--optimizer=muon', '--pos_emb=rope', '--value_residual=True', '--sample_interval=4',
+              out_dir=tmp_path / str(graphs))
+    for name in ('loss', 'val_loss'):
+        assert logged(tmp_path / 'False', name) == logged(tmp_path / 'True', name)
 
 
 def test_sharded_model_holds_its_weights_in_float32_and_computes_in_bfloat16():

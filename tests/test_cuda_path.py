@@ -35,8 +35,6 @@ SETTINGS = {'learning_rate': 1e-3, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0
             'embedding_lr': 0.0}
 
 
-# ---------------------------------------------------------------------------- fake CUDA tensors
-
 @pytest.fixture
 def cuda(monkeypatch):
     """A fake GPU that has bfloat16, for as long as the test runs. A CPU build has no device guard for CUDA,
@@ -107,23 +105,14 @@ def test_update_does_not_wait(cuda, optimizer):
         guard.stop_if_not_finite(3, '')
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_training_step_needs_no_number_on_the_host(options, optimizer):
-    """Backward pass included, with the loss in chunks; on the CPU, whose autograd takes fake tensors too."""
+@pytest.mark.parametrize('options', OPTIONS + LABORATORY, ids=str)
+def test_backward_pass_needs_no_number_on_the_host(options):
+    """With the loss in chunks; on the CPU, whose autograd takes fake tensors too."""
     hardware.prefers_onednn()  # once, on true tensors
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16):
         model, idx = tiny(**SIZES | options), zeros(2, 32, device='cpu')
-        opt = make_optimizer(model, SETTINGS | {'optimizer': optimizer}, 'cpu')
-        guard = Guard('cpu', 1.0, False)
-        for i in range(2):
-            with torch.autocast('cpu', torch.bfloat16):
-                loss = model(idx, idx, loss=ChunkedLoss(model, 64 * 10))[1]
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            assert guard.allows(i, loss.detach(), norm, opt)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+        model(idx, idx, loss=ChunkedLoss(model, 64 * 10))[1].backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -140,8 +129,6 @@ def test_decoding_step_of_a_graph_does_not_wait_and_caches_16_bits(cuda, options
     assert token.shape == (3, 1) and token.device.type == 'cuda'
     assert {t.dtype for kv in cache.kv.values() for t in kv} == {torch.bfloat16}
 
-
-# ---------------------------------------------------------------------------- a cache of fixed memory
 
 def caches(model, prompt):
     """A KVCache of a prompt, and a StaticCache of the same with the position that it counts by."""
@@ -177,13 +164,11 @@ def test_model_whose_attention_does_not_ask_the_cache_for_its_mask_does_not_agre
             return super().attend(q, k, v, None)
 
     growing, _, at = caches(model, idx)
-    before = {layer: [t.clone() for t in kv] for layer, kv in growing.kv.items()}
-    assert agrees(model, growing, at)
+    before = [t.clone() for kv in growing.kv.values() for t in kv]
     for block in model.transformer.h:
         block.attn.__class__ = Maskless
-    assert not agrees(model, growing, at)
-    assert growing.length == 5 and all(
-        torch.equal(a, b) for layer in before for a, b in zip(before[layer], growing.kv[layer]))
+    assert not agrees(model, growing, at) and growing.length == 5
+    assert all(map(torch.equal, before, [t for kv in growing.kv.values() for t in kv]))
 
 
 def test_compiler_takes_a_decoding_step_whole():
@@ -250,17 +235,18 @@ def visit(kind, options):
             called(idx, idx, **lean)[1].backward()
             model.zero_grad()
 
-    def evaluate():
+    def without_gradient(step):
         model.eval()
         with torch.no_grad():
-            model(idx, idx, **lean)
+            step()
         model.train()
 
+    def evaluate():
+        without_gradient(lambda: model(idx, idx, **lean))
+
     def sample():
-        model.eval()
         with torch.compiler.set_stance('force_eager'):
-            generate(model, idx[:1, :2], 20, seeds=[1])
-        model.train()
+            without_gradient(lambda: generate(model, idx[:1, :2], 20, seeds=[1]))
 
     def probe():
         measure_vitals(model, run, idx.numpy())
@@ -317,14 +303,10 @@ def test_compiled_model_is_cut_at_the_buckets_of_ddp_and_nowhere_else(case, comp
     assert seen[2] > 2 and set(seen[3:]) == {seen[2] + 1} and compiled[str(case)]['tangents'][0] == [[]]
 
 
-# ---------------------------------------------------------------------------- the report
-
 def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, char_data, tmp_path):
     """With a stand-in for a nanoGPT's checkout, which prints what that prints."""
-    lines = {'bench.py': 'time per iteration: 8.0000ms, MFU: 1.00%',
-             'train.py': 'step 0: train loss 4.2, val loss 4.1000\nstep 250: train loss 1.2, val loss 1.4500'}
-    for name, text in lines.items():
-        (tmp_path / name).write_text(f'print({text!r})')
+    (tmp_path / 'bench.py').write_text("print('time per iteration: 8.0000ms, MFU: 1.00%')")
+    (tmp_path / 'train.py').write_text("print('step 250: train loss 1.2, val loss 1.4500')")
     args = ('--tiny=True', '--device=cpu', f'--data_dir={char_data}', f'--out_dir={tmp_path / "report"}',
             f'--peer={tmp_path}', '--only=training|nanoGPT|seed=1339|GK.*1024')
     run_script('scripts/gpu_report.py', *args, '--limit=4')
@@ -336,25 +318,18 @@ def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, cha
     assert 'measurements are left' not in output and results.read_text().startswith(some)
     found = {r['name']: r for r in map(json.loads, results.read_text().splitlines())}
     assert not [r for r in found.values() if 'failed' in r]
-    assert found['training 124M, --compile=False']['tokens_per_s'] > 0
     assert found['nanoGPT: training 124M, --compile=False']['tokens_per_s'] == 2 * 32 / 0.008
     assert found['nanoGPT: train_shakespeare_char']['target_at'] == 250
     assert 0 < found['fast_shakespeare_char --seed=1339']['val_loss'] < 10
-    assert found['GK, block_size=1024']['tokens_per_s'] > 0
+    for name in ('training 124M, --compile=False', 'GK, block_size=1024'):
+        assert found[name]['tokens_per_s'] > 0
     table = (tmp_path / 'report/report.md').read_text()
     assert table.count('\n| ') == len(found) + 1 and table.strip() in output
-    before = results.read_text()
-    run_script('scripts/gpu_report.py', *args)
-    assert results.read_text() == before
 
 
-def test_report_names_what_failed_and_goes_on(run_script, tmp_path):
-    output = run_script('scripts/gpu_report.py', '--tiny=True', '--device=cpu', f'--data_dir={tmp_path}',
-                        f'--out_dir={tmp_path}', '--only=seed=13').stdout
+def test_report_names_what_failed_and_goes_on_and_needs_a_gpu(run_script, tmp_path):
+    args = ('--device=cpu', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}', '--only=seed=13')
+    output = run_script('scripts/gpu_report.py', '--tiny=True', *args).stdout
     failed = re.findall(r'^fast_shakespeare_char --seed=\d+: status 1: FileNotFoundError', output, re.M)
-    assert len(failed) == 2
-
-
-def test_report_without_a_gpu_is_one_line(run_script, tmp_path):
-    error = run_script('scripts/gpu_report.py', '--device=cpu', f'--out_dir={tmp_path}', ok=False).stderr
-    assert '--tiny=True' in error and len(error.splitlines()) == 1
+    error = run_script('scripts/gpu_report.py', *args, ok=False).stderr
+    assert len(failed) == 2 and '--tiny=True' in error and len(error.splitlines()) == 1
