@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -53,7 +54,7 @@ def at_line(line, function):
 
 
 @contextlib.contextmanager
-def fault(line, kind, value=float('nan'), pid=None):
+def fault(line, kind, value=math.nan, pid=None):
     """What goes wrong once after a line that matches is printed.
 
     stop: a SIGTERM at once, to process `pid` or this one; stop in training, stop in evaluation: in the
@@ -157,11 +158,12 @@ class Processes:
             stdout=subprocess.PIPE, env=env) for rank in range(n)]
         atexit.register(self.close)
 
-    def train(self, *args, line=None, kind=None, rank=0, of_others=()):
+    def train(self, *args, line=None, kind=None, value=math.nan, rank=0, of_others=()):
         """Run train.py on all, with a fault on one (see `fault`). of_others: more arguments for all but the
         first. Returns for each: output, error, and the bytes that it held of parameters and of moments."""
         request = {'args': [*map(str, args)], 'of_others': [*map(str, of_others)], 'port': free_port()}
-        request['fault'] = line and {'line': line, 'kind': kind, 'pid': self.processes[rank].pid}
+        request['fault'] = line and {'line': line, 'kind': kind, 'value': value,
+                                     'pid': self.processes[rank].pid}
         for process in self.processes:
             process.stdin.write(json.dumps(request) + '\n')
             process.stdin.flush()

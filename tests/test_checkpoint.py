@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, losses
 from runs import equal, hold, logged
 
 from model import GPT, GPTConfig
-from soak import read_errors
+from scripts.soak import read_errors
 from support.machine.runtime import Runtime
 from support.training.folder import check_folder, claim, is_claimed, move_earlier_run, release
 from support.training.models import (config_from_args, config_from_settings, load_model,

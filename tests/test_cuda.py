@@ -5,15 +5,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, losses, scrambled, tiny
+from conftest import losses, scrambled, tiny
 from runs import differences, logged
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import GPT, GPTConfig, KVCache
+from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
 from support.sampling.graphs import in_cuda_graph
-from support.training import fsdp, optim
+from support.training import optim
 from support.training.loss import lean_loss
 
 pytestmark = pytest.mark.cuda
@@ -194,20 +194,3 @@ def test_cuda_graphs_of_the_compiler_compute_what_their_kernels_do_one_by_one(tr
               out_dir=tmp_path / str(graphs))
     for name in ('loss', 'val_loss'):
         assert logged(tmp_path / 'False', name) == logged(tmp_path / 'True', name)
-
-
-def test_sharded_model_holds_its_weights_in_float32_and_computes_in_bfloat16():
-    model = GPT(GPTConfig(**TINY | {'bias': False}))
-    x, y = batch()
-    expected = results(copy.deepcopy(model).cuda(), x, y, torch.bfloat16)[1][0]
-    lean = lean_loss(model, ON_GPU)
-    try:
-        sharded = fsdp.shard(model, ON_GPU)
-        with ON_GPU.autocast():
-            loss = sharded(x.cuda(), y.cuda(), **lean)[1]
-        loss.backward()
-        assert {p.dtype for p in sharded.parameters()} == {p.grad.dtype for p in sharded.parameters()} \
-            == {torch.float32}
-        assert abs(loss.item() - expected.item()) < 0.02
-    finally:
-        torch.distributed.destroy_process_group()

@@ -7,22 +7,23 @@ needs a number on the host raises there. The compiled part uses AOTAutograd with
 
 import ctypes
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, scrambled, tiny
+from conftest import scrambled, tiny
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from model import KVCache
 from support.machine import hardware
+from support.machine.runtime import Runtime
 from support.sampling import decoding
 from support.sampling.graphs import StaticCache, agrees
-from support.training.diagnostics import Guard, watch_update
+from support.training import fsdp
+from support.training.diagnostics import Guard, measure_vitals, watch_update
 from support.training.loss import ChunkedLoss
 from support.training.optim import make_optimizer
 
@@ -180,127 +181,56 @@ def test_compiler_takes_a_decoding_step_whole():
     assert torch.equal(decoding.generate(model, idx, 35, seeds=[1]), expected)
 
 
-# ---------------------------------------------------------------------------- compiled
+WHOLE = [('plain', {}), ('plain', ROTARY), ('plain', OPTIONS[3]), ('plain', {'attn_type': 'GKpoly-4'}),
+         ('checkpointing', ROTARY), ('fsdp', {'n_layer': 12}), ('fsdp checkpointing', {'n_layer': 12}),
+         ('fsdp', {'n_layer': 12, 'value_residual': True})]
 
-COMPILED = '''
-import json, sys
-import torch, torch._dynamo as dynamo
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
-from conftest import tiny
-from support.machine import runtime
-from support.sampling.decoding import generate
-from support.training import fsdp
-from support.training.diagnostics import measure_vitals
-from support.training.loss import ChunkedLoss
 
-graphs, tangents, angles, compile_ = [], [], [], torch.compile
-run, idx = runtime.Runtime('cpu', 'float32', True, 'gloo'), torch.randint(64, (2, 32))
+@pytest.fixture
+def graphs():
+    """What torch.compile makes from here on: a list with one item a graph. In a process group of one."""
+    found = []
 
-def forward_compiler(graph, inputs):
-    graphs.append(1)
-    angles.append(sum('as_strided' in str(node.target) for node in graph.graph.nodes))
-    return graph
+    def compiler(graph, inputs):
+        found.append(graph)
+        return graph
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compiler.set_default_backend(aot_autograd(fw_compiler=compiler, bw_compiler=lambda graph, _: graph))
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield found
+    torch.distributed.destroy_process_group()
+    torch.compiler.set_default_backend(None)
 
-def backward_compiler(graph, inputs):
-    names = [node.name for node in graph.graph.find_nodes(op='placeholder')]
-    tangents.append([[*map(int, t.shape)] for name, t in zip(names, inputs) if name.startswith('tangents')])
-    return graph
 
-backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler)
-torch.compile = lambda f, **how: compile_(f, **{'backend': backend} | how)
-
-def attached(kind, options):
-    """A model as train.py compiles it, and what it calls."""
-    model = tiny(n_head=4, bias=False, **options)
+@pytest.mark.parametrize('kind, options', WHOLE, ids=str)
+def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(kind, options, graphs):
+    """As train.py does. Under FSDP each block is compiled, and all share the code, but the first where it
+    has the values that others mix in. Vitals and samples, here the first that a model does, add nothing."""
+    run, idx = Runtime('cpu', 'float32', True, 'gloo'), torch.randint(64, (2, 32))
+    model, seen = tiny(n_head=4, bias=False, **options), []
     model.activation_checkpointing = 'checkpointing' in kind
     lean = {'loss': ChunkedLoss(model, 64 * 10)}
     if 'fsdp' in kind:
         model = fsdp.shard(model, run)
         fsdp.compile_blocks(model)
     else:
-        model.compile(backend=backend)
-    if 'ddp' in kind:
-        return model, torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.02), lean
-    return model, model, lean
-
-def visit(kind, options):
-    dynamo.reset()
-    for seen in (graphs, tangents, angles, counters):
-        seen.clear()
-    model, called, lean = attached(kind, options)
-
-    def train():
-        for _ in range(2):
-            called(idx, idx, **lean)[1].backward()
-            model.zero_grad()
-
-    def without_gradient(step):
-        model.eval()
-        with torch.no_grad():
-            step()
-        model.train()
-
-    def evaluate():
-        without_gradient(lambda: model(idx, idx, **lean))
-
-    def sample():
-        with torch.compiler.set_stance('force_eager'):
-            without_gradient(lambda: generate(model, idx[:1, :2], 20, seeds=[1]))
-
-    def probe():
-        measure_vitals(model, run, idx.numpy())
-
-    seen = []
-    for step in (sample, probe, train, evaluate, train, probe, sample, evaluate, train):
-        step()
+        model.compile()
+    for step in ('sample', 'vitals', 'train', 'evaluate', 'train', 'vitals', 'sample', 'evaluate', 'train'):
+        model.train(step in ('train', 'vitals'))
+        with torch.set_grad_enabled(step == 'train'), torch.compiler.set_stance(
+                'force_eager' if step == 'sample' else 'default'):
+            if step == 'sample':
+                decoding.generate(model, idx[:1, :2], 20, seeds=[1])
+            elif step == 'vitals':
+                measure_vitals(model, run, idx.numpy())
+            else:
+                loss = model(idx, idx, **lean)[1]
+        if step == 'train':
+            loss.backward()
         seen.append(len(graphs))
-    is_limited = any('limit' in str(k) for c in counters.values() for k in c)
-    return {'seen': seen, 'breaks': dict(counters['graph_break']), 'tangents': [*tangents],
-            'angles': [*angles], 'limit': is_limited}
-
-torch.manual_seed(0)
-dynamo.config.recompile_limit = 8
-torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 10000
-torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-print(json.dumps([visit(*case) for case in json.loads(sys.argv[1])]))
-'''
-WHOLE = [('plain', {}), ('plain', ROTARY), ('plain', OPTIONS[3]), ('plain', {'attn_type': 'GKpoly-4'}),
-         ('checkpointing', ROTARY), ('fsdp', {'n_layer': 12}), ('fsdp checkpointing', {'n_layer': 12})]
-IN_PARTS = [('fsdp', {'n_layer': 12, 'value_residual': True}), ('ddp', {}), ('ddp checkpointing', {})]
-
-
-@pytest.fixture(scope='module')
-def compiled():
-    """{kind and options: what was compiled}, all by one process."""
-    done = subprocess.run([sys.executable, '-c', COMPILED, json.dumps(WHOLE + IN_PARTS)], text=True, cwd=ROOT,
-                          capture_output=True, timeout=400,
-                          env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = dict(zip(map(str, WHOLE + IN_PARTS), json.loads(done.stdout.splitlines()[-1])))
-    assert not any(f['breaks'] or f['limit'] for f in found.values()), found
-    return found
-
-
-@pytest.mark.parametrize('case', WHOLE, ids=str)
-def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(case, compiled):
-    """Under FSDP each block is compiled, and all blocks share the code. Probes and samples, here the
-    first that a model does, change nothing. Of a whole model only the loss has a gradient, not the logits."""
-    found = compiled[str(case)]
-    assert found['seen'] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
-    assert found['tangents'] == [[[2, 32, 32] if 'fsdp' in case[0] else []]]
-    # cos and sin: a compiler puts what has no input into each kernel, but never what as_strided sees
-    assert min(found['angles']) >= 2 * (case[1] == ROTARY)
-
-
-def test_first_of_the_blocks_is_compiled_apart_where_it_has_the_values_that_others_mix_in(compiled):
-    assert compiled[str(IN_PARTS[0])]['seen'] == [0, 0, 2, 4, 4, 4, 4, 4, 4]
-
-
-@pytest.mark.parametrize('case', IN_PARTS[1:], ids=str)
-def test_compiled_model_is_cut_at_the_buckets_of_ddp_and_nowhere_else(case, compiled):
-    seen = compiled[str(case)]['seen']
-    assert seen[2] > 2 and set(seen[3:]) == {seen[2] + 1} and compiled[str(case)]['tangents'][0] == [[]]
+    n = 2 if options.get('value_residual') and 'fsdp' in kind else 1
+    assert seen == [0, 0, n, *[2 * n] * 6] and not counters['graph_break']
 
 
 def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, char_data, tmp_path):
