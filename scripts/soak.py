@@ -832,9 +832,9 @@ def attack(cases, command, plain, count):
         if took > seconds + 2:  # other programs may have been at work
             status, errors, took, memory = measured(command(name))
         slowest, largest = max(slowest, took - seconds), max(largest, memory - megabytes)
-        refused += status == 1 and len(errors.splitlines()) == 1
-        if status not in (0, 1) or status and len(errors.splitlines()) != 1 or took > seconds + 2 \
-                or memory > megabytes + 1000:
+        is_told = status == 1 and 'Traceback' not in errors and re.search(r'\n?\w+Error: .*\n$', errors)
+        refused += bool(is_told)
+        if not (status == 0 or is_told) or took > seconds + 2 or memory > megabytes + 1000:
             lost.append(f'{name}: status {status}, {took:.1f} s, {memory:.0f} MB, {errors[-700:]}')
     return (f'{len(names)} tried, {refused} refused in one line, the others used, at most {slowest:.1f} s '
             f'and {max(0, largest):.0f} MB more than a whole one'), lost

@@ -141,8 +141,6 @@ def test_no_malicious_file_runs_anything(name, tmp_path):
     assert marker.exists()  # so it was no blank shot
 
 
-# ---------------------------------------------------------------------------- damage
-
 def is_refused(path):
     """Whether a damaged file is refused. What is read of another must be what was saved: bytes between
     the records, such as a date, are never read."""
@@ -243,8 +241,6 @@ def test_save_that_is_whole_succeeds_on_a_disk_that_lacks_an_operation(disk, tmp
     monkeypatch.undo()
     assert states_in(tmp_path) == {'latest.pt': 3, 'previous.pt': 2}
 
-
-# ---------------------------------------------------------------------------- which state is taken
 
 def save_states(folder, **iterations):
     """latest=9, previous=8, ckpt=3: files that hold these iterations; None: a file that is cut."""
@@ -410,8 +406,6 @@ def test_checkpoint_whose_model_args_ask_for_another_model_is_refused(args, reas
     assert '\n' not in str(error.value)
 
 
-# ---------------------------------------------------------------------------- the optimizer
-
 def stepped(n_steps, names=('matrices', 'biases'), **settings):
     """AdamW over a matrix and a bias, after some updates."""
     torch.manual_seed(0)
@@ -467,8 +461,6 @@ def test_optimizer_state_that_does_not_fit_is_refused_before_use(change, reason)
     assert '\n' not in str(error.value)
     assert all(new.state[p][k] is t for p, buffers in before.items() for k, t in buffers.items())
 
-
-# ---------------------------------------------------------------------------- train.py
 
 def test_what_a_resumed_run_changes_is_printed_or_refused(train, char_data, tmp_path):
     train('--max_iters=2', '--seed=3')

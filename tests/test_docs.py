@@ -139,8 +139,6 @@ def test_every_command_of_a_quick_start_runs(page, copy, monkeypatch, capsys):
         assert os.path.isfile(path)
 
 
-# ---------------------------------------------------------------------------- all pages
-
 def spans(page):
     """The page's inline code, each on one line."""
     text = re.sub(r'^```.*?^```', '', page.read_text(encoding='utf-8'), flags=re.M | re.S)

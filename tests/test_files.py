@@ -133,8 +133,6 @@ def test_reason_is_the_first_line_and_programming_errors_and_interruptions_pass(
         raise RuntimeError('two\nlines') from KeyError('id')
 
 
-# ---------------------------------------------------------------------------- downloading
-
 BODY = b'To be, or not to be'
 SHA256 = hashlib.sha256(BODY).hexdigest()
 WHOLE = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(BODY) + BODY

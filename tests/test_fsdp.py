@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_ARGS
+from conftest import TINY_ARGS, tiny
 from runs import differences, equal, logged, read_log, two_processes
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from support.machine.runtime import Runtime
 from support.training import fsdp
 from support.training.state import State
 
@@ -159,6 +160,17 @@ def test_sharded_process_holds_its_share(char_data, tmp_path):
     whole = held['ddp'][0]
     assert whole[1] == 2 * whole[0] and (held['ddp'][1] == whole).all()
     assert (sum(held['fsdp']) == whole).all() and abs(held['fsdp'][0] / whole - 0.5).max() < 0.01
+
+
+def test_state_of_a_sharded_model_is_a_copy_which_training_does_not_change():
+    model = fsdp.shard(tiny(), Runtime('cpu', 'float32', False, 'gloo'))
+    state = fsdp.full_model_state(model)
+    before = {name: t.clone() for name, t in state.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    torch.distributed.destroy_process_group()
+    assert equal(dict(state), before)
 
 
 def windows_of_a_run(train, *args, **where):

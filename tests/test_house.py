@@ -76,16 +76,3 @@ def test_script_says_in_one_line_which_package_it_lacks(script):
         r'ModuleNotFoundError: No module named .* for .*: activate the environment or install the package, '
         r'see "Install" in README.md\n', bare.stderr), bare.stderr
     assert bare.stdout == ''
-
-
-def test_no_name_of_a_setting_is_used_for_anything_else():
-    nodes, top = [*ast.walk(tree('train.py'))], tree('train.py').body
-    bound = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    imported = [a.asname or a.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
-                for a in node.names]
-    names = [t.id for node in top for t in getattr(node, 'targets', [getattr(node, 'target', None)])
-             if isinstance(t, ast.Name)]
-    settings = names[:names.index('config')]
-    assert len(settings) > 50
-    # out_dir becomes the first process's
-    assert {name for name in settings if bound.count(name) > 1 or name in imported} <= {'out_dir'}

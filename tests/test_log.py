@@ -127,8 +127,6 @@ def test_wandb_itself_takes_the_lines_and_a_table_of_samples(run_script, char_da
     assert b'health/update_ratio/1' in path.read_bytes() and 'wandb is off' not in out
 
 
-# ---------------------------------------------------------------------------- speed, lines
-
 def test_meter_leaves_out_pauses_and_counts_since_the_last_lap():
     meter = Meter(CPU, seconds=100.0, tokens=1000)
     for _ in range(2):
@@ -213,8 +211,6 @@ def test_sample_is_drawn_from_its_own_generator_and_without_dropout(char_data):
     assert three.startswith(tokenizer.decode([1, 2]))
     assert model.training and torch.equal(state, torch.random.get_rng_state())
 
-
-# ---------------------------------------------------------------------------- drawings
 
 PROGRAM = """
 import os, sys, time

@@ -185,17 +185,6 @@ def test_dry_run_of_a_run_without_end_answers_at_once(more, train):
     assert '9,000,000,000,000,000,001 iterations' in log and re.search(r'^time .* in all', log, re.M)
 
 
-# ---------------------------------------------------------------------------- other machines
-
-def test_best_tokens_make_the_lowest_loss_of_the_same_arithmetic():
-    for A, alpha, B, beta in plan.FITS.values():
-        tokens = plan.best_tokens(1e9, A, alpha, B, beta)
-
-        def loss(n, c=1e9 * tokens, A=A, alpha=alpha, B=B, beta=beta):
-            return A / n ** alpha + B / (c / n) ** beta
-        assert loss(1e9) < min(loss(0.98e9), loss(1.02e9)) and 5e9 < tokens < 1e11
-
-
 def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(run_script):
     log = run_script('scripts/plan.py', 'config/train_gpt2.py', '--gpus=8xA100', '--n_layer=48',
                      '--n_head=25', '--n_embd=1600', '--batch_size=8',

@@ -127,8 +127,6 @@ def test_each_run_is_in_the_legend_which_is_inside_the_picture(run_here, tmp_pat
     for legend in figure.legends:
         box = legend.get_window_extent()
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-    heights = [axis.get_position().height * figure.get_figheight() for axis in figure.axes]
-    assert min(heights) > 2  # inches
     handles = figure.legends[0].legend_handles
     assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == len(names)
     drawn = ElementTree.parse(tmp_path / 'x.svg').iter('{http://www.w3.org/2000/svg}text')

@@ -144,8 +144,6 @@ def test_times_tokens_and_patience_go_on_in_a_resumed_run(train, tmp_path):
     assert 1000 < last['seconds'] < 1060 and last['tokens'] == 5 * 64 + 32
 
 
-# ---------------------------------------------------------------------------- data that change under a run
-
 def overwrite(path, what):
     """Change a token file in one of the ways in which people do."""
     tokens = np.fromfile(path, np.uint16)
@@ -180,8 +178,6 @@ def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, c
         train(*args, '--init_from=auto')
         assert differences(folder, tmp_path / 'out') == []
 
-
-# ---------------------------------------------------------------------------- a full disk
 
 def limit_files(n_bytes):
     """Files of this process can't grow beyond this size, as on a full disk."""
@@ -229,8 +225,6 @@ def test_best_model_that_could_not_be_saved_is_not_counted_as_kept(train, tmp_pa
     state = State.load(tmp_path / 'out/latest.pt')
     assert state.best_val_loss == val_loss[0] > val_loss[2] and not (tmp_path / 'out/ckpt.pt').exists()
 
-
-# ---------------------------------------------------------------------------- numbers that aren't finite
 
 @pytest.mark.parametrize('kind, line, interval, value', [
     ('loss', '^step 0', 1, 'nan'), ('loss', '^sample at .* 5', 10, 'inf'),

@@ -104,15 +104,6 @@ def test_what_cannot_be_had_is_refused_in_one_line(settings, env, message, monke
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('env', [{'SLURM_STEP_NUM_TASKS': '1'},
-                                 {'SLURM_STEP_NUM_TASKS': '8', 'RANK': '0', 'WORLD_SIZE': '1'}],
-                                 ids=str)
-def test_one_task_of_srun_and_those_that_are_runs_of_their_own_start(env, monkeypatch):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert runtime.start('cpu').world_size == 1
-
-
 @no_gpu
 def test_missing_gpu_is_refused_with_what_this_pytorch_was_built_for():
     for device in ('cuda', 'cuda:1', 'mps'):
@@ -151,24 +142,18 @@ def test_random_numbers_follow_from_seed_process_and_iteration():
     assert all(a != b for i, a in enumerate([first, *others]) for b in others[i:])
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-def test_autocast_computes_in_the_dtype_asked_for(dtype):
-    with runtime.start('cpu', dtype=dtype).autocast():
-        result = torch.ones(4, 4) @ torch.ones(4, 4)
-    assert result.dtype == runtime.DTYPES[dtype]
-    assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.float32
-
-
-def test_one_process_agrees_with_itself():
+def test_one_process_agrees_with_itself_also_as_a_task_of_srun(monkeypatch):
     run = runtime.start('cpu')
     x = torch.tensor([3.0])
     assert run.mean(x) is x and x.item() == 3 and run.broadcast({'a': 1}) == {'a': 1}
     assert run.sum(1.5, 7) == [1.5, 7] and run.gather(2) == [2] and run.gather_objects('a') == ['a']
     run.synchronize()
     run.stop()
+    for env in ({'SLURM_STEP_NUM_TASKS': '1'}, {'SLURM_STEP_NUM_TASKS': '8', 'RANK': '0', 'WORLD_SIZE': '1'}):
+        for name, value in env.items():  # one task of srun, or one of many runs
+            monkeypatch.setenv(name, value)
+        assert runtime.start('cpu').world_size == 1
 
-
-# ---------------------------------------------------------------------------- several processes
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.parametrize('message, is_explained', [

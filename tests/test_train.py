@@ -105,7 +105,7 @@ def losses_of_plain_loop(folder, *args):
 
 IN_THE_LOOP = [  # the last one is what the row is about, those before it are its context
     '--learning_rate=3e-3', '--min_lr=5e-3', '--warmup_iters=4', '--warmup_iters=0',
-    '--lr_decay_iters=4', '--decay_lr=False', '--lr_schedule=linear', '--lr_schedule=wsd',
+    '--lr_decay_iters=3', '--decay_lr=False', '--lr_schedule=linear', '--lr_schedule=wsd',
     '--lr_schedule=constant', '--lr_decay_iters=3 --lr_schedule=constant', '--weight_decay=9',
     '--beta1=0.5', '--beta2=0.5', '--grad_clip=1.5', '--grad_clip=0', '--seed=7', '--dropout=0.3',
     '--gradient_accumulation_steps=3', '--batch_size=3', '--block_size=8', '--sampler=epoch',
@@ -199,7 +199,7 @@ def test_evaluation_is_the_mean_over_windows_spread_evenly(eval_iters, train, ch
 def test_samples_come_from_the_weights_that_are_saved(train, char_data, tmp_path):
     run = runtime.start('cpu')
     train('--max_iters=2')
-    for more in (), (f'--init_from={tmp_path / "out"}', '--lora_rank=2'):
+    for more in ((), (f'--init_from={tmp_path / "out"}', '--lora_rank=2')):
         out_dir = tmp_path / f'sampled{len(more)}'
         log = train('--max_iters=5', '--sample_interval=2', '--keep_interval=2', '--learning_rate=0.1',
                     '--seed=5', '--eval_interval=100', *more, out_dir=out_dir)['log']
@@ -297,6 +297,8 @@ LINES = [
     r'saving checkpoint to .*out',
     r'iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%(, .*)?',
 ]
+
+
 def test_log_has_the_lines_that_scripts_parse(train, tmp_path):
     """And what is printed, logged and saved is what happened: max_iters + 1 updates, evaluated before."""
     script = train('--max_iters=7', '--eval_interval=3', '--gradient_accumulation_steps=3')
@@ -366,8 +368,6 @@ def test_checkpoints_go_from_ours_to_nanogpt_s_and_back(bias, train, char_data, 
     assert {i: x for i, x in logged(tmp_path / 'out').items() if i >= 6} == pytest.approx(
         {i: whole[i] for i in range(6, 10)}, abs=1e-5)
 
-
-# ---------------------------------------------------------------------------- where a run starts
 
 def test_eval_only_evaluates_once_and_writes_nothing(train, tmp_path):
     log = train('--eval_only', '--max_iters=6')['log']
@@ -439,8 +439,6 @@ def test_run_without_settings_names_small_data_first(train, monkeypatch, tmp_pat
     with pytest.raises(FileNotFoundError, match='^to begin small, .*train_shakespeare_char_cpu.py; .*90 GB'):
         train(data_dir='')
 
-
-# ---------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
     ('--learning_rat=1', 'Unknown config key: learning_rat (did you mean learning_rate'),
