@@ -126,7 +126,9 @@ IN_THE_LOOP = [  # the last one is what the row is about, those before it are it
 def test_run_computes_what_a_plain_loop_does_and_each_setting_matters(args, train, char_data, tmp_path):
     args = args.split()
     train(*LOOP, *args)
-    found = logged(tmp_path / 'out')
+    found, rates = logged(tmp_path / 'out'), logged(tmp_path / 'out', 'lr')
+    settings = SimpleNamespace(**settings_of(*LOOP, *args))
+    assert rates == pytest.approx({i: plain_rate(settings, i) for i in range(6)})
     rounding = 1e-3 if '--dtype=bfloat16' in args else 1e-5
     assert found == pytest.approx(losses_of_plain_loop(char_data, *LOOP, *args), abs=rounding)
     without = losses_of_plain_loop(char_data, *LOOP, *args[:-1])
