@@ -316,7 +316,8 @@ def test_log_has_the_lines_that_scripts_parse(train, tmp_path):
     assert (last['iterations'], last['tokens']) == ('8', str(8 * 192))
     assert float(last['seconds']) > 0 and int(last['peak_memory_bytes']) > 1e7
     state = torch.load(out / 'ckpt.pt', weights_only=True)
-    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(state)
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'data',
+            'scaler', 'guard', 'seconds', 'n_tokens', 'n_worse', 'wandb_id'} == set(state)
     assert state['iter_num'] == 7 and state['best_val_loss'] == pytest.approx(best[1])
     assert state['config']['gradient_accumulation_steps'] == 3 and state['config']['device'] == 'cpu'
     untrained = train('--max_iters=0', out_dir=tmp_path / 'short')['log']
