@@ -5,9 +5,7 @@ import contextlib
 import importlib
 import inspect
 import io
-import itertools
 import os
-import random
 import re
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from conftest import ROOT
 
 from configurator import configure
 from model import GPTConfig
-from support import errors
 from support.settings import find_config
 
 SETTINGS = {
@@ -73,7 +70,7 @@ def configure_script(script, *args):
 
 
 def misspellings(name):
-    """The names one edit away: a letter less, more, other, or two exchanged."""
+    """For scripts/soak.py: the names one edit away, a letter less, more, other, or two exchanged."""
     letters = 'abcdefghijklmnopqrstuvwxyz_'
     parts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
     return {a + b[1:] for a, b in parts if b} | {a + c + b for a, b in parts for c in letters} \
@@ -94,17 +91,11 @@ def run_small_script(folder, *args, body='print(ascii(start))', **env):
 
 
 @pytest.mark.parametrize('argument, value', [
-    ('--batch_size=32', 32), ('--batch_size=-1', -1), ('--batch_size=1_000', 1000),
-    ('--batch_size=0x10', 16), ('--batch_size=1e3', 1000), ('--learning_rate=1e-3', 1e-3),
-    ('--learning_rate=1', 1.0), ('--bias=true', True), ('--bias=FALSE', False), ('--bias', True),
-    ('--out_dir=out-here', 'out-here'), ('--out_dir="quoted"', 'quoted'), ('--out_dir=a~b', 'a~b'),
-    ('--out_dir=~/runs/a', os.path.expanduser('~/runs/a')), ('--data_dir=', ''), ('--start=~', '~'),
-    ('--start=1+1=', '1+1='), ('--start=--bias=True', '--bias=True'), ('--start=--help', '--help'),
-    ('--start= two words ', ' two words '), ('--start=\n', '\n'), ('--start=2024', '2024'),
-    ('--start=1e3', '1e3'), ('--start=007', '007'), ('--start=true', 'true'), ('--start=', ''),
-    ('--start=[1, 2]', '[1, 2]'), ('--start={[]}', '{[]}'), ('--start=–5', '–5'), ('--start=\0', '\0'),
-    ('--start=' + '(' * 1000, '(' * 1000), ('--start=' + '9' * 5000, '9' * 5000),
-    ('--top_k=None', None), ('--top_k=5', 5), ('--compile=auto', 'auto'), ('--compile', True),
+    ('--batch_size=32', 32), ('--batch_size=1e3', 1000), ('--learning_rate=1e-3', 1e-3),
+    ('--learning_rate=1', 1.0), ('--bias=true', True), ('--bias', True), ('--out_dir="quoted"', 'quoted'),
+    ('--out_dir=~/runs/a', os.path.expanduser('~/runs/a')), ('--data_dir=', ''), ('--start=1+1=', '1+1='),
+    ('--start= two words ', ' two words '), ('--start=2024', '2024'), ('--start=true', 'true'),
+    ('--start={[]}', '{[]}'), ('--top_k=None', None), ('--compile=auto', 'auto'), ('--compile', True),
 ], ids=lambda value: str(value)[:30])
 def test_value_arrives(argument, value):
     result = configured(argument)[argument[2:].partition('=')[0]]
@@ -112,25 +103,19 @@ def test_value_arrives(argument, value):
 
 
 @pytest.mark.parametrize('text, key, value', [
-    ('learning_rate = 1', 'learning_rate', 1.0), ('top_k = None', 'top_k', None),
-    ('start = 7', 'start', '7'), ('compile = False', 'compile', False),
-    ('batch_size: int = 3', 'batch_size', 3), ('start = "é"', 'start', 'é'),
-    ('out_dir = "~/a"', 'out_dir', os.path.expanduser('~/a')),
-    ('\ufeffbatch_size = 3', 'batch_size', 3),  # Windows' editors begin a file with this mark
+    ('learning_rate = 1', 'learning_rate', 1.0), ('batch_size: int = 3', 'batch_size', 3),
+    ('start = 7', 'start', '7'), ('\ufeffbatch_size = 3', 'batch_size', 3),  # as Windows' editors begin
     ('"""Text."""\n_size = 2\nbatch_size = _size * batch_size', 'batch_size', 24),
-    ('learning_rate = batch_size', 'learning_rate', 12.0),
-    ('out_dir = "out-" + os.path.join("a", "b")', 'out_dir', os.path.join('out-a', 'b')),
     ('def size():\n    return int(math.sqrt(np.float64(16)))\nbatch_size = size()', 'batch_size', 4),
-    ('class Plan:\n    size = 3\nfrom math import pi\nbatch_size = Plan.size + int(pi)', 'batch_size', 6),
+    ('from math import pi\nbatch_size = int(pi)', 'batch_size', 3),
     ('bias = bool(time.time() > 0 and not torch.zeros(1).any())', 'bias', True),
 ])
-def test_value_arrives_from_a_config_which_may_define_and_import_and_sees_what_nanogpt_s_does(
-        text, key, value, tmp_path):
+def test_value_arrives_from_a_config_which_may_define_and_import(text, key, value, tmp_path):
     result = configured(config_file(tmp_path, text))[key]
     assert (type(result), result) == (type(value), value)
 
 
-def test_last_argument_wins_and_overrides_are_printed_once(tmp_path, capsys, monkeypatch):
+def test_last_argument_wins_and_overrides_are_printed_once(tmp_path, capsys):
     config = config_file(tmp_path, 'batch_size = 2  # a reason\n')
     for args, size in (((config, '--batch_size=1'), 1), (('--batch_size=1', config), 2),
                        (('--batch_size=1', '--batch_size=3'), 3)):
@@ -139,112 +124,41 @@ def test_last_argument_wins_and_overrides_are_printed_once(tmp_path, capsys, mon
     assert capsys.readouterr().out == (
         f'Overriding config with {config}:\nbatch_size = 2  # a reason\n\n'
         'Overriding: learning_rate = 1.0\n')
-    monkeypatch.setenv('RANK', '1')  # only the first process prints
-    assert configure(dict(SETTINGS), args=['--batch_size=7'])['batch_size'] == 7
-    assert capsys.readouterr().out == ''
 
 
-@pytest.mark.parametrize('annotations', [{'__annotations__': {'compile': bool | str}},
-                                         {'__annotate__': lambda form: {'compile': bool | str}}])
-def test_annotations_say_the_types_in_old_and_new_pythons(annotations):
-    for text, value in (('False', False), ('auto', 'auto')):
-        found = configure({'compile': 'auto'} | annotations, args=[f'--compile={text}'])
-        assert found == {'compile': value}
-
-
-WHOLE, HYPHEN = 'batch_size must be a whole number, not ', 'is no hyphen'
-SPACES = ', without spaces around "="'
+WHOLE = 'batch_size must be a whole number, not '
 
 
 @pytest.mark.parametrize('args, message', [
-    # types
     (['--batch_size=1.5'], f'{WHOLE}1.5'), (['--batch_size=big'], f"{WHOLE}'big'"),
-    (['--batch_size=True'], f'{WHOLE}True'), (['--batch_size='], f"{WHOLE}''"),
-    (['--batch_size=None'], f'{WHOLE}None'), (['--batch_size={[]}'], WHOLE),
-    (['--learning_rate=fast'], "learning_rate must be a number, not 'fast'"),
     (['--learning_rate=True'], 'learning_rate must be a number, not True'),
-    (['--learning_rate=' + '9' * 400], 'learning_rate must be a number, not 999'),
     (['--bias=1'], 'bias must be True or False, not 1'),
-    (['--bias=yes'], "bias must be True or False, not 'yes'"),
     (['--out_dir=None'], 'out_dir must be a string, not None'),
     (['--top_k=many'], "top_k must be a whole number or None, not 'many'"),
-    (['--compile=None'], 'compile must be True or False or a string, not None'),
     (['CONFIG batch_size = "2"'], f"{WHOLE}'2'"),
-    # names
     (['--bach_size=3'], 'Unknown config key: bach_size (did you mean batch_size?)'),
-    (['--zzz=3'], 'Unknown config key: zzz (--help lists them all)'),
-    *(([f'--{name}=3'], f'Unknown config key: {name}') for name in ('CONSTANT', '_private', 'helper')),
+    (['--CONSTANT=3'], 'Unknown config key: CONSTANT'),
     *(([f'CONFIG batch_size = 4\n{line}'], f'Unknown config key: {key}') for line, key in [
-        ('bach_size = 3', 'bach_size (did you mean batch_size?)'), ('anything = 1.5', 'anything'),
-        ('for i in range(3): batch_size = i', 'i'), ('print = 3', 'print'), ('CONSTANT = 5', 'CONSTANT'),
-        ('N = 3', 'N (--help lists them all) (in config_file.py; a name of the config\'s own begins with ')]),
-    (['--config', 'a.py'], 'Unknown config key: config (name the config file by itself: '),
-    # slips
+        ('bach_size = 3', 'bach_size (did you mean '), ('for i in range(3): batch_size = i', 'i')]),
     (['--batch_size'], '--batch_size needs a value: --batch_size=...'),
-    (['--start', 'two words'], "--start needs a value: --start='two words'"),
-    (['--out_dir', '--bias'], '--out_dir needs a value: --out_dir=...'),
-    (['--batch_size', '=', '3'], f'write --batch_size=3{SPACES}'),
-    (['--batch_size', '=3'], f'write --batch_size=3{SPACES}'),
-    (['--batch_size=', '3'], f'write --batch_size=3{SPACES}'),
-    (['--start', '=', 'two words'], f"write --start='two words'{SPACES}"),
-    (['–-batch_size=3'], f'–-batch_size=3 begins with a dash that {HYPHEN}: write --batch_size=3'),
-    (['--batch_size=–3'], f"{WHOLE}'–3': its dash {HYPHEN}, write -3"),
+    (['--batch_size', '=', '3'], 'write --batch_size=3, without spaces around "="'),
+    (['–-batch_size=3'], '–-batch_size=3 begins with a dash that is no hyphen: write --batch_size=3'),
     (['--out_dir='], 'out_dir is empty; its default is out'),
-    (['CONFIG out_dir = ""'], 'out_dir is empty; its default is out'),
-    # no config
     (['config/eval_gtp2.py'], 'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
-    (['zzz'], 'no config zzz; settings are written --key=value'), (['x' * 300], 'no config xxx'),
-    (['-batch_size=3'], 'no config -batch_size=3; settings are written --batch_size=3'),
-    (['--bias', 'False'], 'no config False; settings are written --bias=False'),
-    (['--start=', 'x'], 'no config x; settings are written --start=x'),
-    (['--bias', 'config/no_such.py'], 'no config config/no_such.py'),
-    (['out-run/ckpt.pt'], 'no config out-run/ckpt.pt; out-run is a folder: --out_dir=out-run'),
-    (['my_text'], 'no config my_text; my_text is a folder: --data_dir=my_text'),
     (['CONFIG batch_size = size'], "config_file.py, line 1: name 'size' is not defined"),
 ], ids=lambda value: str(value)[:40])
 def test_mistake_is_one_line_that_says_what_to_write(args, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for path in ('out-run/ckpt.pt', 'my_text/train.bin'):
-        (tmp_path / path).parent.mkdir()
-        (tmp_path / path).write_bytes(b'0')
     if args[0].startswith('CONFIG '):
         config_file(tmp_path, args[0].removeprefix('CONFIG '))
         args = ['config_file.py']
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         configured(*args)
     found = str(error.value)
-    assert found.startswith(message) and '\n' not in found and len(found) < 450
-    hinted = found.partition('did you mean ')[2]
-    assert f'{args[-1]} ' not in hinted and f'{args[-1]}?' not in hinted
+    assert found.startswith(message) and '\n' not in found
 
 
-NAMES = [*SETTINGS, 'bach_size', 'N', '_own', 'print', 'é', '1']
-VALUES = ['1', '"x"', 'None', 'True', '2.5', '[1]', 'out_dir', '1 +', '(', 'len', 'undefined', '10 ** 400',
-          r'"\0"', 'lambda: 1', '{[]}', "b'x'", '...', '9' * 400, '\ud800']
-
-
-@pytest.mark.parametrize('form', ['--{}={}', '{} = {}', '{}\n{}'])
-def test_any_argument_or_config_is_refused_in_a_line_or_leaves_the_right_types(form, tmp_path):
-    for name, value in itertools.product(NAMES, VALUES):
-        script, arg = dict(SETTINGS), form.format(name, value)
-        if form[0] != '-':
-            arg = str(tmp_path / 'config.py')
-            (tmp_path / 'config.py').write_bytes(form.format(name, value).encode('utf-8', 'surrogatepass'))
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                configure(script, args=[arg])
-        except (errors.UserError, errors.MissingFile) as error:
-            assert '\n' not in errors.in_one_line(error)
-            continue
-        except (TypeError, AttributeError):  # the config's own
-            continue
-        assert not [k for k in ('out_dir', 'batch_size', 'learning_rate', 'bias')
-                    if type(script[k]) is not type(SETTINGS[k])]
-        assert type(script['top_k']) in (int, type(None)) and type(script['compile']) in (bool, str)
-
-
-def test_config_is_found_with_and_without_its_folder_and_ending_from_anywhere(monkeypatch,
-                                                                              tmp_path):
+def test_config_is_found_with_and_without_its_folder_and_ending_from_anywhere(monkeypatch, tmp_path):
     for folder in (ROOT, tmp_path):
         monkeypatch.chdir(folder)
         for name in ('train_gpt2', 'train_gpt2.py', 'config/train_gpt2', 'config/train_gpt2.py'):
@@ -272,30 +186,6 @@ def test_defaults_are_the_contract_s_and_help_lists_them_with_their_comments(scr
         assert line.endswith(source.partition('  # ')[2])
 
 
-def test_help_wins_over_mistakes_and_shows_the_values_of_the_other_arguments(run_script, tmp_path):
-    config = config_file(tmp_path, 'num_samples = 3\ntemperature = 0.5')
-    out = run_script('sample.py', config, 'no_such_config', '--help', '--no_such_key=1',
-                     '--top_k=7').stdout
-    assert 'num_samples=3 ' in out and 'temperature=0.5' in out and '  top_k=7 ' in out
-    assert "start='\\n'" in out and 'FILE:path' in out and 'Overriding' not in out
-
-
-def test_misspelt_setting_of_train_is_refused_with_the_right_name(tmp_path):
-    names, (script, _) = configure_script('train.py'), settings_of('train.py')
-    suggested = tried = 0
-    for name, value in names.items():
-        wrong = sorted(word for word in misspellings(name) - set(names)
-                       if word.isidentifier() and word[0] != '_')
-        for i, word in enumerate(random.Random(0).sample(wrong, 6)):
-            arg = config_file(tmp_path, f'{word} = {value!r}') if i % 2 else f'--{word}={value}'
-            with pytest.raises(ValueError, match=f'^Unknown config key: {word} ') as error, \
-                    contextlib.redirect_stdout(io.StringIO()):
-                configure(dict(script), GPTConfig, args=[arg])
-            tried += 1
-            suggested += re.search(f'(did you mean| or) {name}\\b', str(error.value)) is not None
-    assert tried == 6 * len(names) > 300 and suggested > 0.97 * tried
-
-
 MODEL = '''
 from dataclasses import dataclass, field
 
@@ -307,10 +197,7 @@ class GPTConfig:
     window: int | None = None  # keys that a query sees
     gate: str = 'none'  # none, sigmoid
     torch: bool = False
-    max: int = 3
-    _own: int = 3
     layers: list = field(default_factory=list)
-    unset: int = field(init=False, default=1)
 '''
 
 
@@ -334,57 +221,20 @@ def test_fields_of_the_model_are_settings_but_for_those_that_the_script_binds(wi
     assert script['gate'] == 'none' and script['torch'] is ast and found.given == set()
     path = config_file(tmp_path, 'window = 8 * n_embd\nn_embd = 64  # the default\nbatch_size = 4')
     script, found = with_model(path, '--gate=sigmoid', '--dropout=1')
-    assert found == {'n_embd': 64, 'batch_size': 4, 'dropout': 1.0, 'window': 512,
-                     'gate': 'sigmoid'}
-    assert script['window'] == 512
-    assert found.given == {'window', 'n_embd', 'batch_size', 'gate', 'dropout'}
-
-
-@pytest.mark.parametrize('argument, message', [
-    ('--window=all', "window must be a whole number or None, not 'all'"),
-    *((f'--{name}', f'Unknown config key: {name.partition("=")[0]} ({hint}') for name, hint in [
-        ('gat=sigmoid', 'did you mean gate?)'), ('pos_emb=rope', 'this model.py has no such option)'),
-        ('use_rope=True', 'this model.py has no such option)'), ('vocab_size=65', 'taken from the data)'),
-        ('torch=True', 'the script uses this name itself: set the default in '),
-        ('max=4', 'the script uses this name itself: '), ('skip_spikes=3', 'removed)'),
-        ('finetune_from=out', "removed: init_from takes the run's folder"), ('ema_decay=0.9', 'removed: ')]),
-])
-def test_model_s_settings_are_checked_and_missing_ones_are_explained(argument, message, with_model):
-    with pytest.raises(ValueError) as error:
-        with_model(argument)
-    assert str(error.value).startswith(message)
-
-
-def test_help_lists_the_model_s_settings_with_the_comments_of_its_file(with_model, tmp_path,
-                                                                       capsys):
-    script = config_file(tmp_path,
-                         '"""A script."""\nn_embd = 64  # of the script\nbatch_size = 12', 's.py')
-    with pytest.raises(SystemExit):
-        with_model('--help', '--gate=sigmoid', __file__=script)
-    own, theirs = capsys.readouterr().out.split('\n\nSettings of the model (their_model.py):\n')
-    assert own.startswith('A script.\n\nSettings (--key=value):\n  n_embd=64')
-    assert 'of the script' in own
-    assert [' '.join(line.split()) for line in theirs.splitlines()] == [
-        'dropout=0 of the model', 'window=None keys that a query sees',
-        "gate='sigmoid' none, sigmoid"]
+    assert found == {'n_embd': 64, 'batch_size': 4, 'dropout': 1.0, 'window': 512, 'gate': 'sigmoid'}
+    assert script['window'] == 512 and found.given == {'window', 'n_embd', 'batch_size', 'gate', 'dropout'}
 
 
 @pytest.mark.parametrize('text, given', [
-    ('batch_size = 12', {'batch_size'}), ('batch_size: int = 12', {'batch_size'}),
-    ('for batch_size in (1, 2): pass', {'batch_size'}),
-    ('print([batch_size for batch_size in "ab"])', set()),
-    ('def set_it():\n  global bias\n  bias = True\nset_it()', {'bias'}),
-    ('if False:\n  bias = True', set()), ('def f():\n  bias = True', set()),
+    ('batch_size = 12', {'batch_size'}), ('print([batch_size for batch_size in "ab"])', set()),
+    ('if False:\n  bias = True', set()),
     ('from math import pi as _pi\nout_dir = str(_pi)', {'out_dir'}),
 ])
 def test_given_are_the_settings_that_a_config_assigns_be_it_their_default(text, given, tmp_path):
     assert configured(config_file(tmp_path, text)).given == given
 
 
-def test_config_is_utf8_whatever_the_locale_and_other_arguments_do_no_harm(tmp_path):
+def test_config_is_utf8_whatever_the_locale(tmp_path):
     config = config_file(tmp_path, 'start = "é日"  # café')
     done = run_small_script(tmp_path, config, PYTHONUTF8='0', LC_ALL='C', PYTHONCOERCECLOCALE='0')
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, ascii('é日')), done.stdout
-    if os.name != 'nt':
-        done = run_small_script(tmp_path, b'--start=\xff')
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, ascii('\udcff')), done.stdout

