@@ -2,24 +2,17 @@
 
 import errno
 import hashlib
-import io
-import json
 import os
-import pickle
 import socket
-import struct
 import subprocess
 import sys
 import threading
-import zipfile
 from contextlib import contextmanager, suppress
 
-import numpy as np
 import pytest
-import torch
 from runs import hold
 
-from support.machine.files import (download, explain_failure, free_disk, is_held, lock, read_text, replacing,
+from support.machine.files import (download, is_held, lock, read_text, replacing,
                                    unlock)
 
 
@@ -34,8 +27,9 @@ def one_line(match, kind=ValueError):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('has_links', [True, False])
-def test_file_is_whole_and_there_at_every_moment(has_links, tmp_path, monkeypatch):
+@pytest.mark.parametrize('missing', ['', 'link', 'fsync'])
+def test_file_is_whole_and_there_at_every_moment(missing, tmp_path, monkeypatch):
+    """Also on disks that have no links, or can't say when a file is on them."""
     path, keep, seen = tmp_path / 'file', tmp_path / 'kept', []
     path.write_text('a')
 
@@ -46,8 +40,8 @@ def test_file_is_whole_and_there_at_every_moment(has_links, tmp_path, monkeypatc
         return call
     for name in ('replace', 'link', 'unlink'):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
-    if not has_links:
-        monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError(95, 'no links')))
+    if missing:
+        monkeypatch.setattr(os, missing, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, 'none')))
     for text, kept in (('b', 'a'), ('c', 'b')):
         with replacing(path, keep) as temporary:
             temporary.write_text(text)
@@ -90,47 +84,6 @@ def test_text_is_read_as_utf8_and_anything_else_is_refused(tmp_path):
         path.write_bytes(data)
         with one_line(message):
             read_text(path)
-    with one_line('missing', FileNotFoundError):
-        read_text(tmp_path / 'none')
-
-
-def damaged_files():
-    """Functions that read damaged data, with every library that reads our files."""
-    archive = io.BytesIO()
-    torch.save({'weights': torch.zeros(9)}, archive)
-    return [
-        lambda: json.loads('{"a": '), lambda: json.loads('[' * 100_000), lambda: b'\xff'.decode(),
-        lambda: pickle.loads(b'x'), lambda: pickle.loads(pickle.dumps(['abc'])[:-3]),
-        lambda: pickle.loads(b''), lambda: pickle.loads(b'cnowhere\nf\n.'),
-        lambda: pickle.loads(b'\x80\x04\x8e' + b'\xff' * 8 + b'.'),
-        lambda: torch.load(io.BytesIO(b'abc'), weights_only=True),
-        lambda: torch.load(io.BytesIO(archive.getvalue()[:-9]), weights_only=True),
-        lambda: zipfile.ZipFile(io.BytesIO(b'PK')), lambda: struct.unpack('<H', b'a'),
-        lambda: np.load(io.BytesIO(b'\x93NUMPY')), lambda: next(iter([])), lambda: open('no such file'),
-        lambda: len(3), lambda: [].get('key'), lambda: {}['key']]
-
-
-def test_any_damage_is_one_line_that_starts_with_the_message():
-    for read in damaged_files():
-        with one_line(r'^file.bin is damaged \(\w+.*\)$') as error, explain_failure('file.bin is damaged'):
-            read()
-        assert error.value.__suppress_context__
-
-
-class TheirError(Exception):
-    pass
-
-
-@pytest.mark.parametrize('error, more, message', [
-    (OSError('x' * 999), (), r'^no \(OSError: x{300}\)$'),
-    (OSError('\ntwo\nlines'), (), r'^no \(OSError: two\)$'),
-    (EOFError(), (), r'^no \(EOFError\)$'), (TheirError(), (TheirError,), r'^no \(TheirError\)$'),
-    (KeyboardInterrupt(), (), None), (NameError(), (), None), (TheirError(), (), None)])
-def test_reason_is_the_first_line_and_programming_errors_and_interruptions_pass(error, more, message):
-    with pytest.raises(ValueError if message else type(error), match=message), explain_failure('no', *more):
-        raise error
-    with one_line(r'^no \(KeyError: \'id\'\)$'), explain_failure('no'):
-        raise RuntimeError('two\nlines') from KeyError('id')
 
 
 BODY = b'To be, or not to be'
@@ -139,9 +92,9 @@ WHOLE = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(BODY) + BODY
 
 
 @contextmanager
-def server(reply, stall=False):
+def server(reply):
     """A server on this machine that answers one request with `reply`; yields its address and the requests."""
-    requests, done = [], threading.Event()
+    requests = []
 
     def serve():
         with suppress(OSError):
@@ -149,14 +102,11 @@ def server(reply, stall=False):
             with connection:
                 requests.append(connection.recv(1 << 16))
                 connection.sendall(reply)
-                if stall:
-                    done.wait(10)  # then the file ends, with a wrong checksum
 
     with socket.create_server(('127.0.0.1', 0)) as listener:
         listener.settimeout(30)
         threading.Thread(target=serve, daemon=True).start()
         yield f'http://127.0.0.1:{listener.getsockname()[1]}/input.txt', requests
-        done.set()
 
 
 @pytest.fixture(autouse=True)
@@ -177,15 +127,10 @@ def test_download_keeps_the_right_content_and_a_file_that_is_there(tmp_path):
 @pytest.mark.parametrize('reply, reason', [
     (WHOLE.replace(b'not', b'now'), 'checksum'),
     (b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n' + BODY[:9], ''),  # cut in the middle
-    (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n' + BODY, ''),  # the same, in chunks
-    (b'HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n', ''),
-    (b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n', '404'),
-    (b'SSH-2.0-OpenSSH_9.6\r\n', ''), (b'', ''), (WHOLE[:-5], 'timed out')])
+    (b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n', '404')])
 def test_failing_download_names_the_way_round_and_leaves_nothing(reply, reason, tmp_path):
-    with server(reply, stall=reason == 'timed out') as (url, _), \
+    with server(reply) as (url, _), \
             one_line(f'{reason}.*put the file at {tmp_path / "input.txt"}.*--input=', FileNotFoundError):
-        download(url, SHA256, tmp_path / 'input.txt', timeout=0.5)
-    with one_line('--input=FILE', FileNotFoundError):  # nobody listens there any more
         download(url, SHA256, tmp_path / 'input.txt')
     assert list(tmp_path.iterdir()) == []
 
@@ -203,22 +148,3 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     assert is_held(path) and hold(path)[1].startswith(f'process {os.getpid()} ')  # looking didn't release it
     unlock(path)
     assert not path.exists()
-
-
-def test_a_lock_is_had_where_the_disk_has_none_or_numbers_files_anew(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip('fcntl')
-    monkeypatch.setattr(fcntl, 'lockf', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'no locks')))
-    monkeypatch.setattr(os.path, 'samestat', lambda *_: False)
-    assert lock(tmp_path / 'lock') is None and is_held(tmp_path / 'lock')
-    unlock(tmp_path / 'lock')
-    assert not (tmp_path / 'lock').exists()
-
-
-def test_free_space_is_that_of_the_nearest_folder_or_0_if_unknown(tmp_path, monkeypatch):
-    assert free_disk(tmp_path / 'none' / 'none') > 0
-
-    def fail(*_):
-        raise OSError(errno.ENOSYS, 'no answer')
-    monkeypatch.setattr(os, 'statvfs', fail)
-    monkeypatch.setattr('shutil.disk_usage', fail)
-    assert free_disk(tmp_path) == 0
