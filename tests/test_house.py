@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 
 import pytest
 import support
@@ -65,14 +63,3 @@ def test_nothing_is_put_in_the_place_of_a_model_s_methods(path):
 
 def ends_in_raise(handler):
     return isinstance(handler.body[-1], ast.Raise)
-
-
-@pytest.mark.parametrize('script', LAUNCHED, ids=str)
-def test_script_says_in_one_line_which_package_it_lacks(script):
-    if script.name == 'attention_study.py':
-        pytest.skip('it needs no packages itself, and starts train.py')
-    bare = subprocess.run([sys.executable, '-S', script], cwd=ROOT, capture_output=True, text=True)
-    assert bare.returncode and re.fullmatch(
-        r'ModuleNotFoundError: No module named .* for .*: activate the environment or install the package, '
-        r'see "Install" in README.md\n', bare.stderr), bare.stderr
-    assert bare.stdout == ''
