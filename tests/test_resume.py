@@ -24,8 +24,6 @@ OPTIONS = {
     'adamw': '--dropout=0.2 --gradient_accumulation_steps=2',
     'muon': '--optimizer=muon --qk_norm --pos_emb=rope --sampler=epoch --gradient_accumulation_steps=3 '
             '--batch_ramp_iters=6 --tie_weights=False --embedding_lr=0.02 --lr_schedule=wsd',
-    'bfloat16': '--dtype=bfloat16 --value_residual --ngram=2 --ngram_rows=32 --activation=swiglu '
-                '--activation_checkpointing --grad_clip=0.5 --weight_decay=0.5 --patience=9',
 }
 PLACES = {  # where a SIGTERM comes: after a line, at once or later
     'in the first evaluation': ('^step 0', 'stop'),
@@ -34,8 +32,7 @@ PLACES = {  # where a SIGTERM comes: after a line, at once or later
     'after a sample': ('^sample at iteration 4', 'stop'),
     'in the last iteration': ('^iter 7:', 'stop in training'),
 }
-CASES = [('adamw', place) for place in PLACES] + [
-    ('muon', 'in an evaluation'), ('bfloat16', 'in an iteration')]
+CASES = [('adamw', place) for place in PLACES] + [('muon', 'in an evaluation'), ('muon', 'in an iteration')]
 
 
 @pytest.fixture(scope='module')
@@ -118,12 +115,10 @@ def test_times_tokens_and_patience_go_on_in_a_resumed_run(train, tmp_path):
 
 
 def overwrite(path, what):
-    """Change a token file in one of the ways in which people do."""
+    """Change a token file as people do."""
     tokens = np.fromfile(path, np.uint16)
     if what == 'cut':
         os.truncate(path, 100)
-    elif what == 'removed':
-        path.unlink()
     else:
         with open(path, 'r+b') as file:
             tokens[::-1].tofile(file)
@@ -131,9 +126,9 @@ def overwrite(path, what):
 
 
 @pytest.mark.parametrize('name', ['train', 'val'])
-@pytest.mark.parametrize('what', ['cut', 'removed', 'other text'])
+@pytest.mark.parametrize('what', ['cut', 'other text'])
 def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, char_data, whole, tmp_path):
-    args, folder = whole('adamw')
+    args, _ = whole('adamw')
     data = shutil.copytree(char_data, tmp_path / 'data')
     with at_line('^iter 3:', lambda: overwrite(data / f'{name}.bin', what)), \
             pytest.raises(USER_ERRORS, match=f'{name}.bin') as error:
@@ -195,6 +190,15 @@ def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(kind, line, i
         tensors = [*state['model'].values(), *(t for s in state['optimizer']['state'].values()
                                                for t in s.values())]
         assert all(t.isfinite().all() for t in tensors) and state['iter_num'] <= bad
+
+
+def test_broken_wandb_leaves_the_run_whole(train, tmp_path, monkeypatch):
+    (tmp_path / 'wandb.py').write_text('def init(**_): pass\ndef log(_): raise OSError("no network")\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    log = train('--max_iters=3', '--eval_interval=1', '--wandb_log')['log']
+    sys.modules.pop('wandb')
+    assert len(losses(log)) == 4 and log.count('wandb is off') == 1
 
 
 def test_hung_process_ends_the_job(char_data, tmp_path):

@@ -60,11 +60,8 @@ def test_second_signal_ends_even_a_stuck_process_unless_one_is_a_warning(first, 
     assert status == (128 + getattr(signal, f'SIG{second}') if ends else -signal.SIGALRM)
 
 
-def test_work_is_interrupted_at_the_next_batch(stop_request):
-    done = []
-    with pytest.raises(signals.Stopped):
-        for batch in stop_request.watch(range(9)):
-            done.append(batch)
-            if batch == 3:
-                signal.raise_signal(signal.SIGTERM)
-    assert done == [0, 1, 2, 3]
+def test_ignored_signals_stay_ignored_as_under_nohup(stop_request):
+    assert {*OPTIONAL, signal.SIGINT, signal.SIGTERM} <= set(signals.stop_signals())
+    for number in OPTIONAL:
+        signal.signal(number, signal.SIG_IGN)
+    assert not set(OPTIONAL) & set(signals.stop_signals())
