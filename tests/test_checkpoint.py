@@ -28,7 +28,7 @@ STATE = State(
     optimizer={'state': {0: {'step': torch.tensor(3.0)}}, 'param_groups': [{'lr': 1e-3, 'params': [0]}]},
     model_args={'n_layer': 2, 'bias': False, 'dropout': 0.0}, iter_num=7, best_val_loss=1.5,
     config={'out_dir': 'out', 'top_k': None}, tokenizer={'kind': 'char', 'itos': {0: 'é'}},
-    seconds=2.5, n_tokens=700, n_worse=3, wandb_id='a1')
+    seconds=2.5, n_tokens=700, best_iter=3, wandb_id='a1')
 quiet = pytest.mark.filterwarnings('ignore::UserWarning')  # torch's, of odd pickle protocols
 
 

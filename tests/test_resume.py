@@ -105,7 +105,7 @@ def test_times_tokens_and_patience_go_on_in_a_resumed_run(train, tmp_path):
     with fault('^iter 4:', 'stop'):
         train(*args)
     before = State.load(tmp_path / 'out/latest.pt')
-    assert 0 < before.seconds < 60 and before.n_tokens == 5 * 64 and before.n_worse == 2
+    assert 0 < before.seconds < 60 and before.n_tokens == 5 * 64 and before.best_iter == 0
     before.seconds = 1000.0
     before.save(tmp_path / 'out/latest.pt')
     log = train(*args, '--init_from=auto', '--batch_size=2')['log']

@@ -250,7 +250,7 @@ def test_log_has_the_lines_that_scripts_parse(train, tmp_path):
     assert losses(log) == pytest.approx(logged(out), abs=1e-4)
     state = torch.load(out / 'ckpt.pt', weights_only=True)
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'data',
-            'scaler', 'guard', 'seconds', 'n_tokens', 'n_worse', 'wandb_id'} == set(state)
+            'scaler', 'guard', 'seconds', 'n_tokens', 'best_iter', 'wandb_id'} == set(state)
     best = min(logged(out, 'val_loss').values())
     assert state['iter_num'] == 7 and state['best_val_loss'] == pytest.approx(best)
     assert state['config']['gradient_accumulation_steps'] == 3 and state['config']['device'] == 'cpu'
