@@ -31,7 +31,6 @@ def fixed_seed():
 
 
 def tiny(**options):
-    """A tiny GPT in training mode."""
     return GPT(GPTConfig(**TINY | options))
 
 
@@ -70,8 +69,7 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', sys.argv)
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
         capsys.readouterr()
-        found = runner.execute(ROOT / script, args)
-        return found | {'log': capsys.readouterr().out}
+        return runner.execute(ROOT / script, args) | {'log': capsys.readouterr().out}
     return run
 
 
@@ -94,12 +92,11 @@ def elsewhere():
 
 @pytest.fixture(scope='session')
 def copy_repository(tmp_path_factory):
-    """A function that makes a copy of the repository's scripts with another model.py in it."""
     def copy(source):
         folder = tmp_path_factory.mktemp('copy')
+        shutil.copytree(ROOT / 'support', folder / 'support')
         for path in ROOT.glob('*.py'):
             shutil.copy2(path, folder)
-        shutil.copytree(ROOT / 'support', folder / 'support')
         (folder / 'model.py').write_text(source, encoding='utf-8')
         return folder
     return copy
@@ -118,9 +115,8 @@ def char_data(tmp_path_factory):
     """A folder with character data that a tiny model learns something from in a few iterations."""
     from support.text.prepare import write_text_dataset
     folder = tmp_path_factory.mktemp('char_data')
-    generator = np.random.default_rng(0)
     words = ['king', 'queen', 'crown', 'sword', 'night', 'day', 'love', 'war']
-    text = ' '.join(generator.choice(words, 4000)) + '\n'
+    text = ' '.join(np.random.default_rng(0).choice(words, 4000)) + '\n'
     write_text_dataset(folder, text, 'char', 'made by conftest.py')
     return folder
 
@@ -130,7 +126,6 @@ def save_model(folder, model, data_dir):
     from support.text.dataset import Dataset
     from support.training.models import model_args
     from support.training.state import State
-    Path(folder).mkdir()
     State(model.state_dict(), model_args(model.config), config={'data_dir': str(data_dir)},
           tokenizer=Dataset(data_dir, splits=()).tokenizer.to_dict()).save(Path(folder, 'ckpt.pt'))
     return folder
@@ -138,7 +133,6 @@ def save_model(folder, model, data_dir):
 
 @pytest.fixture
 def gpt2_folder(tmp_path):
-    """A small GPT-2 as transformers saves it, its weights random."""
     from transformers import GPT2Config, GPT2LMHeadModel
     config = GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / 'gpt2')

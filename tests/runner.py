@@ -1,11 +1,6 @@
 """
-Runs scripts one after the other in one process, which spares each the import of torch.
-
-    runner = Runner()
-    reply = runner(folder, 'train.py', '--max_iters=3')  # the folder has a copy of the repository
-    reply.output, reply.error                              # what a user would see
-
-Where the folder is another than before, its modules are imported anew.
+Runs scripts one after the other in one process, which spares each the import of torch. Where the folder is
+another than before, its modules are imported anew.
 """
 
 import contextlib

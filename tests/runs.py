@@ -1,17 +1,11 @@
-"""
-What the tests of runs share: faults at a place of a run, runs of two processes, what two folders share.
-
-    with fault('^iter 3:', 'stop'):
-        train(...)
-    replies = two_processes().train('--max_iters=4', ...)
-    assert differences('whole', 'parts') == []
-"""
+"""What the tests of runs share: faults at a place of a run, runs of two processes, what folders share."""
 
 import atexit
 import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -32,8 +26,6 @@ TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank', 'slowest_ms', '
 UNLIKE = ('config', 'seconds', 'wandb_id')  # of a state: what differs from run to run
 
 
-# ---------------------------------------------------------------------------- faults
-
 @contextlib.contextmanager
 def at_line(line, function):
     """Call a function once, when a line that matches is printed. Prints as before."""
@@ -53,7 +45,7 @@ def at_line(line, function):
 
 
 @contextlib.contextmanager
-def fault(line, kind, value=float('nan'), pid=None):
+def fault(line, kind, value=math.nan, pid=None):
     """What goes wrong once after a line that matches is printed.
 
     stop: a SIGTERM at once, to process `pid` or this one; stop in training, stop in evaluation: in the
@@ -62,18 +54,14 @@ def fault(line, kind, value=float('nan'), pid=None):
     armed = []
 
     def spoil(module, args, output):
-        """Of each module's forward pass."""
         mode = 'training' if module.training else 'evaluation'
         if not armed or not type(module).__name__.endswith('GPT') or kind == 'moment':
             return None
-        if kind.startswith('stop'):
-            if kind == f'stop in {mode}':
-                armed.clear()
-                signal.raise_signal(signal.SIGTERM)
-            return None
-        if mode == 'evaluation':
+        if kind != f'stop in {mode}' and (kind.startswith('stop') or mode == 'evaluation'):
             return None
         armed.clear()
+        if kind.startswith('stop'):
+            return signal.raise_signal(signal.SIGTERM)
         weight = next(module.parameters())
         if kind == 'gradient':
             handle = weight.register_hook(lambda g: (handle.remove(), g.index_fill(
@@ -93,17 +81,11 @@ def fault(line, kind, value=float('nan'), pid=None):
         else:
             armed.append(kind)
 
-    hooks = [register_module_forward_hook(spoil), register_optimizer_step_post_hook(spoil_moment)]
-    try:
-        with at_line(line, act):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with register_module_forward_hook(spoil), register_optimizer_step_post_hook(spoil_moment), \
+            at_line(line, act):
+        yield
     assert not armed, f'nothing went wrong after {line}'
 
-
-# ---------------------------------------------------------------------------- what runs leave
 
 def read_log(folder):
     """log.jsonl without the times."""
@@ -135,37 +117,41 @@ def differences(one, other, name='latest.pt'):
     return found + [k for k in a if k not in UNLIKE and not equal(a[k], b[k])]
 
 
-# ---------------------------------------------------------------------------- processes
+def hold(path):
+    """A process that tries to lock a file until its input ends, and its answer: 'None', or who holds it."""
+    program = ('import sys; from support.machine.files import lock\n'
+               'print(lock(sys.argv[1]), flush=True); input()')
+    process = subprocess.Popen([sys.executable, '-c', program, str(path)], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return process, process.stdout.readline().strip()
+
 
 class Processes:
     """Processes that run train.py again and again, which spares the import of torch each time."""
 
     def __init__(self, n):
-        env = os.environ | {'OMP_NUM_THREADS': '1'}
         self.processes = [subprocess.Popen(
             [sys.executable, __file__, str(rank), str(n)], stdin=subprocess.PIPE, cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, env=env) for rank in range(n)]
+            stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'}) for rank in range(n)]
         atexit.register(self.close)
 
-    def train(self, *args, line=None, kind=None, rank=0, of_others=()):
-        """Run train.py on all, with a fault on one (see `fault`). of_others: more arguments for all but the
-        first. Returns for each: output, error, and the bytes that it held of parameters and of moments."""
+    def train(self, *args, line=None, kind=None, value=math.nan, rank=0, of_others=()):
+        """Run train.py on all, with a fault on one. of_others: more arguments for all but the first.
+        Returns for each: output, error, and the bytes that it held of parameters and of moments."""
         request = {'args': [*map(str, args)], 'of_others': [*map(str, of_others)], 'port': free_port()}
-        request['fault'] = line and {'line': line, 'kind': kind, 'pid': self.processes[rank].pid}
+        request['fault'] = line and {'line': line, 'kind': kind, 'value': value,
+                                     'pid': self.processes[rank].pid}
         for process in self.processes:
-            process.stdin.write(json.dumps(request) + '\n')
-            process.stdin.flush()
+            print(json.dumps(request), file=process.stdin, flush=True)
         return [SimpleNamespace(**json.loads(p.stdout.readline())) for p in self.processes]
 
     def close(self):
         for process in self.processes:
-            process.stdin.close()
-            process.wait()
+            process.communicate()
 
 
 @functools.cache
 def two_processes():
-    """They live as long as the tests."""
     return Processes(2)
 
 
@@ -182,7 +168,8 @@ def work(rank, n):
                 script = runner.execute(ROOT / 'train.py', [
                     *request['args'], *(request['of_others'] if rank else [])])
             moments = [t for s in script['opt'].state.values() for t in s.values() if t.dim()]
-            held = [sum(map(local_bytes, ts)) for ts in (script['model'].parameters(), moments)]
+            held = [sum((t.to_local() if hasattr(t, 'to_local') else t).nbytes for t in ts)  # this process's
+                    for ts in (script['model'].parameters(), moments)]
             del script
         except (Exception, SystemExit) as e:
             error = f'{type(e).__name__}: {e}'
@@ -191,11 +178,6 @@ def work(rank, n):
             torch.distributed.destroy_process_group()
         reply = {'output': sys.stdout.getvalue(), 'error': error, 'held': held}
         print(json.dumps(reply), file=replies, flush=True)
-
-
-def local_bytes(t):
-    """Of the part of a tensor that this process holds."""
-    return (t.to_local() if hasattr(t, 'to_local') else t).nbytes
 
 
 def free_port():

@@ -5,8 +5,6 @@ import re
 
 import pytest
 
-from support.errors import USER_ERRORS
-
 SIZES = ('--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2', '--num_steps=3',
          '--decode_tokens=5', '--device=cpu', '--compile=False', '--real_data=False')
 LINE = r'^time per iteration: \d+\.\d{4}ms, MFU: (\d+\.\d\d)%'
@@ -22,53 +20,21 @@ def bench(run_here):
     return run
 
 
-@pytest.mark.parametrize('args, reason', [
-    ('--num_steps=-1', 'num_steps=-1 must be at least 1'), ('--decode_tokens=0', 'must be at least 1'),
-    (f'--seed={10**22}', 'fit into 64 bits'), ('--mode=fly', 'mode=fly is not one of'),
-    ('--weights=int8', 'cannot be trained'), ('--weights=int4', 'int4'), ('--n_head=5', 'multiple of n_head'),
-    ('--real_data=True --data_dir=nowhere', 'nowhere/train.bin is missing.* --real_data=False')])
-def test_mistake_is_one_line(args, reason, bench):
-    with pytest.raises(USER_ERRORS, match=reason) as error:
-        bench(*args.split())
-    assert '\n' not in str(error.value)
-
-
 def test_each_mode_is_in_the_table_and_in_the_json(bench):
     log, report, mfu = bench('--mode=all', '--decode_batch=3')
     rows = {row['work']: row for row in report['rows']}
     assert set(rows) == {'train', 'decode', 'data'}
     assert rows['train']['tokens_per_s'] == pytest.approx(2 * 16 / rows['train']['median_s'])
     assert rows['decode']['tokens_per_s'] == pytest.approx(3 * 5 / rows['decode']['median_s'])
-    assert rows['train']['flops_per_s'] > 0
-    assert rows['decode']['bytes_per_s'] > 0 and rows['data']['bytes_per_s'] > 0
-    assert all(limit > 0 for limit in report['measured_limits'].values())
     for work, r in rows.items():
         assert 0 < r['min_s'] <= r['median_s'] <= r['max_s'] and 0 < r['share'] <= 1
         assert re.search(rf'^{work} .* {100 * r["share"]:.1f}%$', log, re.M)
     assert mfu == round(100 * rows['train']['share'], 2)  # on a CPU, both are of what was measured
 
 
-def test_training_is_measured_on_real_data_and_mfu_is_a_share_of_the_given_peak(bench, char_data):
-    args = ('--real_data=True', f'--data_dir={char_data}', '--activation_checkpointing', '--pos_emb=rope')
-    _, report, mfu = bench(*args, '--peak_flops=1e10')
-    assert report['parameters'] == 21 * 32 + 12 * 32 * 32 + 3 * 32  # 21 characters, no positions
-    assert mfu == pytest.approx(report['rows'][0]['flops_per_s'] / 1e8, abs=0.01)
-
-
-def test_decoding_reads_a_byte_a_weight_in_int8(bench):
-    full, int8 = (bench('--mode=decode', f'--weights={w}', '--n_embd=128')[1] for w in ('full', 'int8'))
-    sizes = [r['rows'][0]['bytes_per_s'] * r['rows'][0]['median_s'] for r in (full, int8)]
-    assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.1)
-
-
-def test_profile_writes_a_trace(bench, tmp_path, monkeypatch):
+def test_mfu_is_a_share_of_the_given_peak_on_real_data(bench, char_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log, *_ = bench('--profile')
+    log, report, mfu = bench('--real_data=True', f'--data_dir={char_data}', '--peak_flops=1e10', '--profile')
     assert json.loads((tmp_path / 'bench_trace.json').read_text())['traceEvents'] and 'mm' in log
-
-
-@pytest.mark.cuda
-def test_decoding_is_not_compiled_unless_it_is_asked_for(run_here):
-    args = ('--mode=decode', '--device=cuda', '--compile=auto')
-    log = run_here('bench.py', *SIZES, *args)['log']
-    assert json.loads(log.splitlines()[-1])['compile'] is False
+    assert report['parameters'] == 21 * 32 + 12 * 32 * 32 + 3 * 32  # 21 characters
+    assert mfu == pytest.approx(report['rows'][0]['flops_per_s'] / 1e8, abs=0.01)

@@ -6,20 +6,15 @@ import importlib
 import inspect
 import io
 import os
-import random
 import re
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 
 from configurator import configure
 from model import GPTConfig
-from support import errors
 from support.settings import find_config
 
 SETTINGS = {
@@ -28,24 +23,19 @@ SETTINGS = {
     '__annotations__': {'top_k': int | None, 'compile': bool | str},
     '_private': 1, 'CONSTANT': 5, 'helper': print,
 }
-SCRIPTS = ('train.py', 'sample.py', 'bench.py')
 MACHINE = {'device', 'dtype', 'compile', 'backend'}  # what this machine does best
-DEFAULTS = {  # CONTRACT.md, "Settings and defaults"
-    'train.py': {
-        'out_dir': 'out', 'eval_interval': 2000, 'log_interval': 1, 'eval_iters': 200,
-        'eval_only': False, 'always_save_checkpoint': True, 'init_from': 'scratch',
-        'wandb_log': False,
-        'wandb_project': 'owt', 'wandb_run_name': 'gpt2', 'dataset': 'openwebtext',
-        'gradient_accumulation_steps': 40, 'batch_size': 12, 'block_size': 1024, 'n_layer': 12,
-        'n_head': 12, 'n_embd': 768, 'dropout': 0.0, 'bias': False, 'learning_rate': 6e-4,
-        'max_iters': 600000, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'grad_clip': 1.0,
-        'decay_lr': True, 'warmup_iters': 2000, 'lr_decay_iters': 600000, 'min_lr': 6e-5},
-    'sample.py': {
-        'init_from': 'resume', 'out_dir': 'out', 'start': '\n', 'num_samples': 10,
-        'max_new_tokens': 500, 'temperature': 0.8, 'top_k': 200, 'seed': 1337},
-    'bench.py': {
-        'batch_size': 12, 'block_size': 1024, 'bias': False, 'real_data': True, 'seed': 1337,
-        'profile': False},
+DEFAULTS = {  # as CONTRACT.md has them
+    'train.py': """
+        out_dir='out' eval_interval=2000 log_interval=1 eval_iters=200 eval_only=False
+        always_save_checkpoint=True init_from='scratch' wandb_log=False wandb_project='owt'
+        wandb_run_name='gpt2' dataset='openwebtext' gradient_accumulation_steps=40 batch_size=12
+        block_size=1024 n_layer=12 n_head=12 n_embd=768 dropout=0.0 bias=False learning_rate=6e-4
+        max_iters=600000 weight_decay=0.1 beta1=0.9 beta2=0.95 grad_clip=1.0 decay_lr=True
+        warmup_iters=2000 lr_decay_iters=600000 min_lr=6e-5""",
+    'sample.py': r"""
+        init_from='resume' out_dir='out' start='\n' num_samples=10 max_new_tokens=500
+        temperature=0.8 top_k=200 seed=1337""",
+    'bench.py': 'batch_size=12 block_size=1024 bias=False real_data=True seed=1337 profile=False',
 }
 
 
@@ -65,14 +55,11 @@ def config_file(folder, text, name='config_file.py'):
 def settings_of(script):
     """What a script's source states above its call of configure, and the lines that state it."""
     source = (ROOT / script).read_text(encoding='utf-8')
-    script_globals, lines = {'__file__': str(ROOT / script)}, {}
-    for node in ast.parse(source).body:
-        if 'configure(globals()' in ast.unparse(node):
-            break
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            exec(compile(ast.Module([node], []), script, 'exec'), script_globals)
-            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-            lines[name] = source.splitlines()[node.lineno - 1]
+    above = re.split(r'^\S.*configure\(globals\(\)', source, maxsplit=1, flags=re.M)[0]
+    script_globals = {'__file__': str(ROOT / script)}
+    exec(compile(above, script, 'exec'), script_globals)
+    lines = {line.partition(' ')[0].rstrip(':'): line for line in above.splitlines()
+             if re.match(r'[a-z_0-9]+(: \S.*)? = ', line)}
     return script_globals, lines
 
 
@@ -83,7 +70,7 @@ def configure_script(script, *args):
 
 
 def misspellings(name):
-    """The names one edit away: a letter less, more, other, or two exchanged."""
+    """For scripts/soak.py: the names one edit away, a letter less, more, other, or two exchanged."""
     letters = 'abcdefghijklmnopqrstuvwxyz_'
     parts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
     return {a + b[1:] for a, b in parts if b} | {a + c + b for a, b in parts for c in letters} \
@@ -103,70 +90,32 @@ def run_small_script(folder, *args, body='print(ascii(start))', **env):
                           encoding='utf-8', stdin=subprocess.DEVNULL)
 
 
-# ---------------------------------------------------------------------------- values
-
 @pytest.mark.parametrize('argument, value', [
-    ('--batch_size=32', 32), ('--batch_size=-1', -1), ('--batch_size=1_000', 1000),
-    ('--batch_size=0x10', 16), ('--batch_size=1e3', 1000), ('--learning_rate=1e-3', 1e-3),
-    ('--learning_rate=1', 1.0), ('--bias=True', True), ('--bias=true', True),
-    ('--bias=FALSE', False),
-    ('--bias', True), ('--out_dir=out-here', 'out-here'), ('--out_dir="quoted"', 'quoted'),
-    ('--out_dir=~/runs/a', os.path.expanduser('~/runs/a')), ('--out_dir=a~b', 'a~b'),
-    ('--data_dir=~', os.path.expanduser('~')), ('--data_dir=', ''), ('--start=~', '~'),
-    ('--start=', ''),
-    ('--start=1+1=', '1+1='), ('--start=--bias=True', '--bias=True'), ('--start=--help', '--help'),
-    ('--start= two words ', ' two words '), ('--start=\n', '\n'), ('--start=2024', '2024'),
-    ('--start=1e3', '1e3'), ('--start=007', '007'), ('--start=true', 'true'),
-    ('--start=[1, 2]', '[1, 2]'), ('--start=日本語', '日本語'), ('--start=–5', '–5'),
-    ('--top_k=None', None), ('--top_k=5', 5), ('--compile=auto', 'auto'),
-    ('--compile=False', False),
-    ('--compile', True),
-])
+    ('--batch_size=32', 32), ('--batch_size=1e3', 1000), ('--learning_rate=1e-3', 1e-3),
+    ('--learning_rate=1', 1.0), ('--bias=true', True), ('--bias', True), ('--out_dir="quoted"', 'quoted'),
+    ('--out_dir=~/runs/a', os.path.expanduser('~/runs/a')), ('--data_dir=', ''), ('--start=1+1=', '1+1='),
+    ('--start= two words ', ' two words '), ('--start=2024', '2024'), ('--start=true', 'true'),
+    ('--start={[]}', '{[]}'), ('--top_k=None', None), ('--compile=auto', 'auto'), ('--compile', True),
+], ids=lambda value: str(value)[:30])
 def test_value_arrives(argument, value):
     result = configured(argument)[argument[2:].partition('=')[0]]
     assert (type(result), result) == (type(value), value)
 
 
 @pytest.mark.parametrize('text, key, value', [
-    ('learning_rate = 1', 'learning_rate', 1.0), ('top_k = None', 'top_k', None),
-    ('start = 7', 'start', '7'), ('compile = False', 'compile', False),
-    ('compile = "auto"', 'compile', 'auto'), ('batch_size: int = 3', 'batch_size', 3),
-    ('start = "é"', 'start', 'é'), ('out_dir = "~/a"', 'out_dir', os.path.expanduser('~/a')),
-    ('\ufeffbatch_size = 3', 'batch_size', 3),  # Windows' editors begin a file with this mark
-    ('batch_size = 2 * batch_size', 'batch_size', 24),
-    ('learning_rate = batch_size', 'learning_rate', 12.0),
-    ('out_dir = "out-" + os.path.join("a", "b")', 'out_dir', os.path.join('out-a', 'b')),
-    ('def size():\n    return int(math.sqrt(np.float64(16)))\nbatch_size = size()',
-     'batch_size', 4),
-    ('bias = time.time() > 0 and not torch.zeros(1).any()\nbias = bool(bias)', 'bias', True),
+    ('learning_rate = 1', 'learning_rate', 1.0), ('batch_size: int = 3', 'batch_size', 3),
+    ('start = 7', 'start', '7'), ('\ufeffbatch_size = 3', 'batch_size', 3),  # as Windows' editors begin
+    ('"""Text."""\n_size = 2\nbatch_size = _size * batch_size', 'batch_size', 24),
+    ('def size():\n    return int(math.sqrt(np.float64(16)))\nbatch_size = size()', 'batch_size', 4),
+    ('from math import pi\nbatch_size = int(pi)', 'batch_size', 3),
+    ('bias = bool(time.time() > 0 and not torch.zeros(1).any())', 'bias', True),
 ])
-def test_value_arrives_from_a_config_which_sees_what_nanogpt_imports(text, key, value, tmp_path):
+def test_value_arrives_from_a_config_which_may_define_and_import(text, key, value, tmp_path):
     result = configured(config_file(tmp_path, text))[key]
     assert (type(result), result) == (type(value), value)
 
 
-def test_config_may_import_define_and_compute(tmp_path):
-    found = configured(config_file(tmp_path, '''
-        """A docstring."""
-        import math
-        import os.path
-        from functools import reduce as fold
-        from math import pi
-        _tokens = 2 ** 9
-
-        def rate(n):
-            return 1 / n
-
-        class Plan:
-            size = 3
-
-        batch_size = int(math.sqrt(_tokens * 2)) // 4 + Plan.size + fold(max, [0, 1]) + int(pi)
-        learning_rate = rate(8)
-    '''))
-    assert (found['batch_size'], found['learning_rate']) == (15, 0.125)
-
-
-def test_last_argument_wins_and_overrides_are_printed(tmp_path, capsys):
+def test_last_argument_wins_and_overrides_are_printed_once(tmp_path, capsys):
     config = config_file(tmp_path, 'batch_size = 2  # a reason\n')
     for args, size in (((config, '--batch_size=1'), 1), (('--batch_size=1', config), 2),
                        (('--batch_size=1', '--batch_size=3'), 3)):
@@ -177,162 +126,39 @@ def test_last_argument_wins_and_overrides_are_printed(tmp_path, capsys):
         'Overriding: learning_rate = 1.0\n')
 
 
-def test_only_the_first_process_prints(monkeypatch, capsys):
-    monkeypatch.setenv('RANK', '1')
-    assert configure(dict(SETTINGS), args=['--batch_size=7'])['batch_size'] == 7
-    assert capsys.readouterr().out == ''
+WHOLE = 'batch_size must be a whole number, not '
 
-
-@pytest.mark.parametrize('annotations', [{'__annotations__': {'compile': bool | str}},
-                                         {'__annotate__': lambda form: {'compile': bool | str}}])
-def test_annotations_say_the_types_in_old_and_new_pythons(annotations):
-    for text, value in (('False', False), ('auto', 'auto')):
-        found = configure({'compile': 'auto'} | annotations, args=[f'--compile={text}'])
-        assert found == {'compile': value}
-
-
-# ---------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('args, message', [
-    # types
-    (['--batch_size=1.5'], 'batch_size must be a whole number, not 1.5'),
-    (['--batch_size=big'], "batch_size must be a whole number, not 'big'"),
-    (['--batch_size=True'], 'batch_size must be a whole number, not True'),
-    (['--batch_size='], "batch_size must be a whole number, not ''"),
-    (['--batch_size=None'], 'batch_size must be a whole number, not None'),
-    (['--batch_size=1,000'], 'batch_size must be a whole number, not 1,000'),
-    (['--batch_size={[]}'], 'batch_size must be a whole number, not '),
-    (['--learning_rate=fast'], "learning_rate must be a number, not 'fast'"),
+    (['--batch_size=1.5'], f'{WHOLE}1.5'), (['--batch_size=big'], f"{WHOLE}'big'"),
     (['--learning_rate=True'], 'learning_rate must be a number, not True'),
-    (['--learning_rate=' + '9' * 400], 'learning_rate must be a number, not 999'),
     (['--bias=1'], 'bias must be True or False, not 1'),
-    (['--bias=yes'], "bias must be True or False, not 'yes'"),
     (['--out_dir=None'], 'out_dir must be a string, not None'),
     (['--top_k=many'], "top_k must be a whole number or None, not 'many'"),
-    (['--compile=None'], 'compile must be True or False or a string, not None'),
-    (['CONFIG batch_size = 1.5'], 'batch_size must be a whole number, not 1.5'),
-    (['CONFIG batch_size = "2"'], "batch_size must be a whole number, not '2'"),
-    (['CONFIG top_k = "all"'], "top_k must be a whole number or None, not 'all'"),
-    # names
+    (['CONFIG batch_size = "2"'], f"{WHOLE}'2'"),
     (['--bach_size=3'], 'Unknown config key: bach_size (did you mean batch_size?)'),
-    (['--zzz=3'], 'Unknown config key: zzz (--help lists them all)'),
-    *(([f'--{name}=3'], f'Unknown config key: {name}')
-      for name in ('CONSTANT', '_private', 'helper', '__annotations__')),
+    (['--CONSTANT=3'], 'Unknown config key: CONSTANT'),
     *(([f'CONFIG batch_size = 4\n{line}'], f'Unknown config key: {key}') for line, key in [
-        ('bach_size = 3',
-         'bach_size (did you mean batch_size?) (in config_file.py; a name of the '),
-        ('N = 3', 'N (--help lists them all) (in config_file.py; '),
-        ('anything = 1.5', 'anything ('),
-        ('for i in range(3): batch_size = i', 'i ('), ('rates = [1, 2]', 'rates ('),
-        ('print = 3', 'print ('), ('CONSTANT = 5', 'CONSTANT (')]),
-    (['--config=a.py'],
-     'Unknown config key: config (name the config file by itself: python SCRIPT.py '),
-    (['--config', 'a.py'], 'Unknown config key: config (name the config file by itself: '),
-    # slips
+        ('bach_size = 3', 'bach_size (did you mean '), ('for i in range(3): batch_size = i', 'i')]),
     (['--batch_size'], '--batch_size needs a value: --batch_size=...'),
-    (['--out_dir', 'out-run'], '--out_dir needs a value: --out_dir=out-run'),
-    (['--start', 'two words'], "--start needs a value: --start='two words'"),
-    (['--out_dir', '--bias'], '--out_dir needs a value: --out_dir=...'),
     (['--batch_size', '=', '3'], 'write --batch_size=3, without spaces around "="'),
-    (['--batch_size', '=3'], 'write --batch_size=3, without spaces around "="'),
-    (['--batch_size=', '3'], 'write --batch_size=3, without spaces around "="'),
-    (['--bias', '=', 'False'], 'write --bias=False, without spaces around "="'),
-    (['--start', '=', 'two words'], 'write --start=\'two words\', without spaces around "="'),
-    (['—batch_size=3'], '—batch_size=3 begins with a dash that is no hyphen: write --batch_size=3'),
-    (['–-batch_size=3'],
-     '–-batch_size=3 begins with a dash that is no hyphen: write --batch_size=3'),
-    (['--batch_size=–3'],
-     "batch_size must be a whole number, not '–3': its dash is no hyphen, write -3"),
-    (['--learning_rate=6e−4'],
-     "learning_rate must be a number, not '6e−4': its dash is no hyphen, write 6e-4"),
+    (['–-batch_size=3'], '–-batch_size=3 begins with a dash that is no hyphen: write --batch_size=3'),
     (['--out_dir='], 'out_dir is empty; its default is out'),
-    (['CONFIG out_dir = ""'], 'out_dir is empty; its default is out'),
-    # no config
-    (['config/eval_gtp2.py'],
-     'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
-    (['confg/eval_gpt2.py'], 'no config confg/eval_gpt2.py (did you mean config/eval_gpt2'),
-    (['zzz'], 'no config zzz; settings are written --key=value'),
-    (['x' * 300], 'no config xxx'),
-    (['-n', '3'], 'no config -n; settings are written --key=value'),
-    (['batch_size=3'], 'no config batch_size=3; settings are written --batch_size=3'),
-    (['-batch_size=3'], 'no config -batch_size=3; settings are written --batch_size=3'),
-    (['--bias', 'False'], 'no config False; settings are written --bias=False'),
-    (['--start=', 'x'], 'no config x; settings are written --start=x'),
-    (['--bias', 'config/no_such.py'], 'no config config/no_such.py'),
-    (['out-run'], 'no config out-run; out-run is a folder: --out_dir=out-run'),
-    (['out-run/ckpt.pt'], 'no config out-run/ckpt.pt; out-run is a folder: --out_dir=out-run'),
-    (['my_text'], 'no config my_text; my_text is a folder: --data_dir=my_text'),
+    (['config/eval_gtp2.py'], 'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
     (['CONFIG batch_size = size'], "config_file.py, line 1: name 'size' is not defined"),
 ], ids=lambda value: str(value)[:40])
 def test_mistake_is_one_line_that_says_what_to_write(args, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for path in ('out-run/ckpt.pt', 'my_text/train.bin'):
-        (tmp_path / path).parent.mkdir()
-        (tmp_path / path).write_bytes(b'0')
     if args[0].startswith('CONFIG '):
         config_file(tmp_path, args[0].removeprefix('CONFIG '))
         args = ['config_file.py']
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         configured(*args)
     found = str(error.value)
-    assert found.startswith(message) and '\n' not in found and len(found) < 450
-    hinted = found.partition('did you mean ')[2]
-    assert f'{args[-1]} ' not in hinted and f'{args[-1]}?' not in hinted
+    assert found.startswith(message) and '\n' not in found
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.text())
-@example('{[]}')
-@example('{{}}')
-@example('\0')
-@example('(' * 1000)
-@example('-' * 20000)
-@example('9' * 5000)
-@example("'" + 'x' * 100)
-def test_any_text_reaches_a_string_setting_as_it_is_or_as_the_string_it_quotes(text):
-    try:
-        literal = ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        literal = text
-    assume(literal is not None)
-    assert configured(f'--start={text}')['start'] == (literal if isinstance(literal, str) else text)
-
-
-values = st.text(max_size=20) | st.integers().map(str) | st.floats().map(str) | st.sampled_from([
-    '', 'None', 'true', 'False', '1j', '[]', '()', '{}', '{[]}', "b'x'", '...', 'x' * 300,
-    '9' * 400])
-arguments = values | st.builds('--{}={}'.format, st.sampled_from(sorted(SETTINGS)) | values, values)
-statements = st.builds('{} = {}'.format,
-                       st.sampled_from([*SETTINGS, 'bach_size', 'N', '_own', 'print', 'é', '1']),
-                       st.sampled_from(['1', '"x"', 'None', 'True', '2.5', '[1]', 'out_dir',
-                                        '1 +', '(',
-                                        'len', 'undefined', '10 ** 400', r'"\0"', 'lambda: 1']))
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(arguments.filter(lambda a: a not in ('-h', '--help')), max_size=3),
-       st.lists(statements | st.text(max_size=30), max_size=4))
-def test_random_arguments_and_configs_are_refused_or_leave_the_right_types(
-        tmp_path_factory, args, lines):
-    path = tmp_path_factory.getbasetemp() / 'random_config.py'
-    path.write_bytes('\n'.join(lines).encode('utf-8', 'surrogatepass'))
-    for part in (args, [str(path)]):
-        script = dict(SETTINGS)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                configure(script, args=part)
-        except (errors.UserError, errors.MissingFile) as error:
-            assert '\n' not in errors.in_one_line(error)
-            continue
-        except (TypeError, AttributeError):  # the config's own
-            continue
-        assert not [k for k in ('out_dir', 'batch_size', 'learning_rate', 'bias')
-                    if type(script[k]) is not type(SETTINGS[k])]
-        assert type(script['top_k']) in (int, type(None)) and type(script['compile']) in (bool, str)
-
-
-def test_config_is_found_with_and_without_its_folder_and_ending_from_anywhere(monkeypatch,
-                                                                              tmp_path):
+def test_config_is_found_with_and_without_its_folder_and_ending_from_anywhere(monkeypatch, tmp_path):
     for folder in (ROOT, tmp_path):
         monkeypatch.chdir(folder)
         for name in ('train_gpt2', 'train_gpt2.py', 'config/train_gpt2', 'config/train_gpt2.py'):
@@ -342,18 +168,11 @@ def test_config_is_found_with_and_without_its_folder_and_ending_from_anywhere(mo
     assert configured('mine')['batch_size'] == configured('config/mine.py')['batch_size'] == 99
 
 
-# ---------------------------------------------------------------------------- the scripts' settings
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.stem)
-def test_train_takes_every_config_of_the_repository(path):
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert configure_script('train.py', str(path)).given
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', DEFAULTS)
 def test_defaults_are_the_contract_s_and_help_lists_them_with_their_comments(script, capsys):
     found, lines = settings_of(script)
-    for key, value in DEFAULTS[script].items():
+    for key, _, text in (part.partition('=') for part in DEFAULTS[script].split()):
+        value = ast.literal_eval(text)
         assert (key, type(found[key]), found[key]) == (key, type(value), value)
     assert set(found) >= (MACHINE if script == 'train.py' else MACHINE - {'backend'})
     with pytest.raises(SystemExit) as exit_:
@@ -367,36 +186,6 @@ def test_defaults_are_the_contract_s_and_help_lists_them_with_their_comments(scr
         assert line.endswith(source.partition('  # ')[2])
 
 
-def test_help_wins_over_mistakes_and_shows_the_values_of_the_other_arguments(run_script, tmp_path):
-    config = config_file(tmp_path, 'num_samples = 3\ntemperature = 0.5')
-    out = run_script('sample.py', config, 'no_such_config', '--help', '--no_such_key=1',
-                     '--top_k=7').stdout
-    assert 'num_samples=3 ' in out and 'temperature=0.5' in out and '  top_k=7 ' in out
-    assert "start='\\n'" in out and 'FILE:path' in out and 'Overriding' not in out
-
-
-@pytest.mark.parametrize('place', ['command line', 'config'])
-def test_misspelt_setting_of_train_is_refused_with_the_right_name(place, tmp_path):
-    names, (script, _) = configure_script('train.py'), settings_of('train.py')
-    suggested = tried = 0
-    for name, value in names.items():
-        wrong = sorted(word for word in misspellings(name) - set(names)
-                       if word.isidentifier() and word[0] != '_')
-        for word in random.Random(0).sample(wrong, 6):
-            arg = f'--{word}={value}'
-            if place == 'config':
-                arg = config_file(tmp_path, f'{word} = {value!r}')
-            with pytest.raises(ValueError, match=f'^Unknown config key: {word} ') as error, \
-                    contextlib.redirect_stdout(io.StringIO()):
-                configure(dict(script), GPTConfig, args=[arg])
-            tried += 1
-            if re.search(f'(did you mean| or) {name}\\b', str(error.value)):
-                suggested += 1
-    assert tried == 6 * len(names) > 300 and suggested > 0.97 * tried
-
-
-# ---------------------------------------------------------------------------- the model's settings
-
 MODEL = '''
 from dataclasses import dataclass, field
 
@@ -408,10 +197,7 @@ class GPTConfig:
     window: int | None = None  # keys that a query sees
     gate: str = 'none'  # none, sigmoid
     torch: bool = False
-    max: int = 3
-    _own: int = 3
     layers: list = field(default_factory=list)
-    unset: int = field(init=False, default=1)
 '''
 
 
@@ -435,72 +221,20 @@ def test_fields_of_the_model_are_settings_but_for_those_that_the_script_binds(wi
     assert script['gate'] == 'none' and script['torch'] is ast and found.given == set()
     path = config_file(tmp_path, 'window = 8 * n_embd\nn_embd = 64  # the default\nbatch_size = 4')
     script, found = with_model(path, '--gate=sigmoid', '--dropout=1')
-    assert found == {'n_embd': 64, 'batch_size': 4, 'dropout': 1.0, 'window': 512,
-                     'gate': 'sigmoid'}
-    assert script['window'] == 512
-    assert found.given == {'window', 'n_embd', 'batch_size', 'gate', 'dropout'}
-
-
-@pytest.mark.parametrize('argument, message', [
-    ('--window=all', "window must be a whole number or None, not 'all'"),
-    ('--gat=sigmoid', 'Unknown config key: gat (did you mean gate?)'),
-    ('--pos_emb=rope', 'Unknown config key: pos_emb (this model.py has no such option)'),
-    ('--use_rope=True', 'Unknown config key: use_rope (this model.py has no such option)'),
-    ('--torch=True',
-     'Unknown config key: torch (the script uses this name itself: set the default in '),
-    ('--max=4', 'Unknown config key: max (the script uses this name itself: '),
-    ('--vocab_size=65', 'Unknown config key: vocab_size (taken from the data)'),
-    ('--finetune_from=out',
-     "Unknown config key: finetune_from (removed: init_from takes the run's folder"),
-    ('--ema_decay=0.9', 'Unknown config key: ema_decay (removed: '),
-    ('--plan_gpus=8xH100', 'Unknown config key: plan_gpus (removed: see docs/SCALING.md)'),
-    ('--cpu_offload=True', 'Unknown config key: cpu_offload (removed: '),
-    ('--allow_changed_data', 'Unknown config key: allow_changed_data (removed: '),
-    ('--skip_spikes=3', 'Unknown config key: skip_spikes (removed)'),
-])
-def test_model_s_settings_are_checked_and_missing_ones_are_explained(argument, message, with_model):
-    with pytest.raises(ValueError) as error:
-        with_model(argument)
-    assert str(error.value).startswith(message)
-
-
-def test_help_lists_the_model_s_settings_with_the_comments_of_its_file(with_model, tmp_path,
-                                                                       capsys):
-    script = config_file(tmp_path,
-                         '"""A script."""\nn_embd = 64  # of the script\nbatch_size = 12', 's.py')
-    with pytest.raises(SystemExit):
-        with_model('--help', '--gate=sigmoid', __file__=script)
-    own, theirs = capsys.readouterr().out.split('\n\nSettings of the model (their_model.py):\n')
-    assert own.startswith('A script.\n\nSettings (--key=value):\n  n_embd=64')
-    assert 'of the script' in own
-    assert [' '.join(line.split()) for line in theirs.splitlines()] == [
-        'dropout=0 of the model', 'window=None keys that a query sees',
-        "gate='sigmoid' none, sigmoid"]
-
-
-def test_settings_can_be_saved_in_a_checkpoint_that_any_program_reads(tmp_path):
-    found = configured('--batch_size=3')
-    torch.save({'config': found}, tmp_path / 'ckpt.pt')
-    read = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['config']
-    assert read == found and type(read).__module__ != type(found).__module__
+    assert found == {'n_embd': 64, 'batch_size': 4, 'dropout': 1.0, 'window': 512, 'gate': 'sigmoid'}
+    assert script['window'] == 512 and found.given == {'window', 'n_embd', 'batch_size', 'gate', 'dropout'}
 
 
 @pytest.mark.parametrize('text, given', [
-    ('batch_size = 12', {'batch_size'}), ('batch_size: int = 12', {'batch_size'}),
-    ('for batch_size in (1, 2): pass', {'batch_size'}),
-    ('print([batch_size for batch_size in "ab"])', set()),
-    ('def set_it():\n  global bias\n  bias = True\nset_it()', {'bias'}),
-    ('if False:\n  bias = True', set()), ('def f():\n  bias = True', set()),
+    ('batch_size = 12', {'batch_size'}), ('print([batch_size for batch_size in "ab"])', set()),
+    ('if False:\n  bias = True', set()),
     ('from math import pi as _pi\nout_dir = str(_pi)', {'out_dir'}),
 ])
 def test_given_are_the_settings_that_a_config_assigns_be_it_their_default(text, given, tmp_path):
     assert configured(config_file(tmp_path, text)).given == given
 
 
-def test_config_is_utf8_whatever_the_locale_and_other_arguments_do_no_harm(tmp_path):
+def test_config_is_utf8_whatever_the_locale(tmp_path):
     config = config_file(tmp_path, 'start = "é日"  # café')
     done = run_small_script(tmp_path, config, PYTHONUTF8='0', LC_ALL='C', PYTHONCOERCECLOCALE='0')
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, ascii('é日')), done.stdout
-    if os.name != 'nt':
-        done = run_small_script(tmp_path, b'--start=\xff')
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, ascii('\udcff')), done.stdout

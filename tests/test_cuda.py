@@ -1,26 +1,25 @@
 """What only a CUDA GPU can show: the numbers of the CPU, and no waiting for it. `make gpu` runs these."""
 
 import copy
-import json
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, losses, scrambled, tiny
+from conftest import losses, scrambled, tiny
 from runs import differences, logged
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import GPT, GPTConfig, KVCache
+from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
 from support.sampling.graphs import in_cuda_graph
-from support.training import fsdp, optim
+from support.training import optim
 from support.training.loss import lean_loss
 
 pytestmark = pytest.mark.cuda
 MODELS = [{}, {'bias': True}, {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 1, 'value_residual': True},
           {'pos_emb': 'alibi', 'norm': 'rmsnorm', 'activation': 'swiglu'},
-          {'attn_type': 'GK'}, {'attn_type': 'PA_relu'},
+          {'attn_type': 'GK'},
           {'ngram': 3, 'ngram_rows': 64, 'logit_softcap': 5.0, 'tie_weights': False}]
 SETTINGS = {'learning_rate': 1e-3, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'muon_lr': 1e-3,
             'embedding_lr': 0.0}
@@ -78,23 +77,13 @@ def test_logits_loss_and_gradients_equal_those_of_the_cpu(options, dtype, share)
 @pytest.mark.parametrize('dtype, share', [(None, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize('cap', [0.0, 5.0])
 def test_lean_loss_equals_that_of_the_cpu(dtype, share, cap):
-    cpu, gpu = pair(logit_softcap=cap)
-    x, y = batch()
+    (cpu, gpu), (x, y) = pair(logit_softcap=cap), batch()
     y[0, 5:] = -1
     assert_close(results(gpu, x, y, dtype, lean=True)[1], results(cpu, x, y)[1], share)
 
 
-@pytest.mark.parametrize('options', MODELS[:4], ids=str)
-def test_compiled_model_equals_the_uncompiled_one(options):
-    _, model = pair(**options)
-    compiled = copy.deepcopy(model)
-    compiled.compile()
-    x, y = batch()
-    assert_close(results(compiled, x, y, lean=True)[1], results(model, x, y)[1], 1e-4)
-
-
 @pytest.mark.parametrize('draw', [
-    {'temperature': 0}, {'temperature': 0.8, 'top_k': 20}, {'top_p': 0.9, 'min_p': 0.01, 'n_vocab': 60},
+    {'temperature': 0}, {'top_p': 0.9, 'min_p': 0.01, 'n_vocab': 60},
     {'temperature': 2.0, 'top_k': 9, 'repetition_penalty': 1.3}], ids=str)
 @pytest.mark.parametrize('options', MODELS, ids=str)
 def test_text_decoded_by_a_cuda_graph_is_that_of_the_cpu(options, draw, capsys):
@@ -110,7 +99,7 @@ def test_text_decoded_by_a_cuda_graph_is_that_of_the_cpu(options, draw, capsys):
 
 
 @pytest.mark.parametrize('options', [{}, MODELS[2], MODELS[3]], ids=str)
-def test_graph_is_made_in_bfloat16_and_decodes_the_same_text_again(options):
+def test_graph_is_made_in_bfloat16_decodes_the_same_text_again(options):
     model, idx = scrambled(tiny(**options), 0.3).eval().cuda(), torch.zeros(1, 3, dtype=torch.int64).cuda()
     with torch.autocast('cuda', torch.bfloat16), torch.inference_mode():
         texts = [generate(model, idx, 20, 0.8, n_samples=3, seeds=range(3)) for _ in range(2)]
@@ -118,13 +107,6 @@ def test_graph_is_made_in_bfloat16_and_decodes_the_same_text_again(options):
         model(idx, cache=cache)
         made, _ = in_cuda_graph(model, cache, torch.tensor([4]).cuda(), lambda: None)
     assert torch.equal(*texts) and made is not cache
-
-
-def test_model_that_somebody_watches_is_seen_at_each_token():
-    model, seen = tiny().eval().cuda(), []
-    model.transformer.h[1].register_forward_hook(lambda *_: seen.append(1))
-    generate(model, torch.zeros(1, 3, dtype=torch.int64).cuda(), 20)
-    assert len(seen) == 20
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
@@ -143,8 +125,7 @@ def test_updates_equal_those_of_the_cpu(name):
 
 
 @pytest.mark.parametrize('args', [
-    ('--dtype=bfloat16',), ('--dtype=bfloat16', '--optimizer=muon'), ('--dtype=float16',),
-    ('--dtype=float16', '--optimizer=muon')], ids=' '.join)
+    ('--dtype=bfloat16', '--optimizer=muon'), ('--dtype=float16',)], ids=' '.join)
 def test_iteration_that_is_not_logged_does_not_wait_for_the_gpu(args, train):
     """From the first forward pass of the third iteration to that of the sixth."""
     n_passes = [0]
@@ -163,16 +144,12 @@ def test_iteration_that_is_not_logged_does_not_wait_for_the_gpu(args, train):
     assert n_passes == [16]
 
 
-# ---------------------------------------------------------------------------- runs
-
 RUN = ('--device=cuda', '--n_embd=64', '--block_size=32', '--batch_size=8', '--gradient_accumulation_steps=2',
        '--eval_interval=5', '--max_iters=10', '--dropout=0.0')
 
 
 @pytest.mark.parametrize('args', [
-    ('--dtype=float16',), ('--dtype=float16', '--optimizer=muon'), ('--dtype=bfloat16', '--compile=True'),
-    ('--dtype=bfloat16', '--compile=True', '--activation_checkpointing=True'),
-    ('--dtype=bfloat16', '--parallel=fsdp', '--sample_interval=3'),
+    ('--dtype=float16', '--optimizer=muon'), ('--dtype=bfloat16', '--compile=True'),
     ('--dtype=bfloat16', '--parallel=fsdp', '--compile=True')], ids=' '.join)
 def test_run_learns_what_one_in_float32_does(args, train, tmp_path):
     train(*RUN, '--dtype=float32', *(a for a in args if 'optimizer' in a), out_dir=tmp_path / 'float32')
@@ -189,37 +166,3 @@ def test_resumed_run_equals_the_uninterrupted_one(args, train, tmp_path):
     train(*args, '--init_from=resume')
     assert differences(tmp_path / 'whole', tmp_path / 'out') in ([], ['log.jsonl'])  # an evaluation more
     assert logged(tmp_path / 'whole') == logged(tmp_path / 'out')
-
-
-@pytest.mark.parametrize('args', [
-    (), ('--optimizer=muon', '--pos_emb=rope', '--value_residual=True', '--sample_interval=4')], ids=' '.join)
-def test_cuda_graphs_of_the_compiler_compute_what_their_kernels_do_one_by_one(args, train, tmp_path,
-                                                                              monkeypatch):
-    """As TORCHINDUCTOR_CUDAGRAPHS=1 asks for them."""
-    found = []
-    for graphs in (False, True):
-        monkeypatch.setattr(torch._inductor.config.triton, 'cudagraphs', graphs)
-        torch._dynamo.reset()
-        folder = tmp_path / str(graphs)
-        train('--device=cuda', '--compile=True', '--dropout=0.2', '--max_iters=12',
-              '--eval_interval=4', *args, out_dir=folder)
-        lines = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
-        found.append([(e['iter'], e.get('loss'), e.get('val_loss')) for e in lines])
-    assert found[0] == found[1]
-
-
-def test_sharded_model_holds_its_weights_in_float32_and_computes_in_bfloat16():
-    model = GPT(GPTConfig(**TINY | {'bias': False}))
-    x, y = batch()
-    expected = results(copy.deepcopy(model).cuda(), x, y, torch.bfloat16)[1][0]
-    lean = lean_loss(model, ON_GPU)
-    try:
-        sharded = fsdp.shard(model, ON_GPU)
-        with ON_GPU.autocast():
-            loss = sharded(x.cuda(), y.cuda(), **lean)[1]
-        loss.backward()
-        assert {p.dtype for p in sharded.parameters()} == {p.grad.dtype for p in sharded.parameters()} \
-            == {torch.float32}
-        assert abs(loss.item() - expected.item()) < 0.02
-    finally:
-        torch.distributed.destroy_process_group()

@@ -1,7 +1,5 @@
 """hardware.py: rates are looked up for known GPUs and measured elsewhere."""
 
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,50 +9,23 @@ from support.machine import hardware
 
 
 @pytest.mark.parametrize('name, flops', [
-    ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA A100 80GB PCIe', 312e12),
-    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835e12),
-    ('NVIDIA H200', 989e12), ('NVIDIA GH200 480GB', 989e12), ('NVIDIA B200', 2250e12),
-    ('NVIDIA L4', 121e12), ('NVIDIA L40', 181e12), ('NVIDIA L40S', 362e12), ('NVIDIA A40', 150e12),
-    ('NVIDIA A10', 125e12), ('Tesla T4', 65e12), ('Tesla V100-SXM2-16GB', 125e12),
-    ('NVIDIA GeForce RTX 3090', 71e12), ('NVIDIA GeForce RTX 4090', 165e12),
-    *((name, None) for name in ('NVIDIA RTX A4000', 'NVIDIA A10G', 'NVIDIA A1000',
-                                'NVIDIA GeForce GTX 1080', 'Quadro T400')),
+    ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA L40', 181e12), ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 4090', 165e12),
+    ('NVIDIA RTX A4000', None), ('NVIDIA A10G', None),
 ])
 def test_peak_of_a_gpu_is_that_of_its_data_sheet(name, flops):
     gpu = hardware.gpu_of(name)
     assert (gpu and gpu.flops) == flops
 
 
-def test_peak_of_a_cpu_is_measured_and_leaves_no_trace():
+def test_peak_of_a_cpu_is_measured_as_the_fastest_call_and_leaves_no_trace():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert 1e8 < hardware.peak_flops('cpu', 'float32') < 1e14
+    peak = hardware.Peak('cpu', 'float32')
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
-
-
-def test_share_of_a_measured_peak_is_never_above_100_percent():
-    peak = hardware.Peak('cpu', 'float32')
-    assert peak.percent(peak.flops / 2) == 50
+    assert 1e8 < peak.flops < 1e14 and peak.percent(peak.flops / 2) == 50
     reached = 4 * peak.flops  # possible, as it was reached: the peak was measured on a busy machine
     assert peak.percent(reached) == 100 and peak.percent(reached / 4) == 25
-
-
-def test_measured_time_is_that_of_the_fastest_call():
-    naps = iter([0.1, 0.02, 0.1])
-    assert 0.02 <= hardware.best_time(lambda: time.sleep(next(naps)), 'cpu', repeats=3) < 0.1
-
-
-CPUINFO = 'vendor_id\t: {}\nmodel name\t: a processor\nflags\t\t: fpu sse2 {}\nbugs\t\t: amx\n'
-
-
-@pytest.mark.parametrize('vendor, flags, suits', [
-    ('AuthenticAMD', 'avx2 avx512f avx512_bf16', True), ('AuthenticAMD', 'avx2', False),
-    ('AuthenticAMD', 'avx2 avx512f amx_bf16 amx_tile', False),
-    ('GenuineIntel', 'avx2 avx512f', False), ('GenuineIntel', 'avx512f amx_tile', False),
-])
-def test_onednn_multiplies_where_it_is_exact_and_mkl_does_not_use_avx512(vendor, flags, suits):
-    assert hardware.suits_onednn(CPUINFO.format(vendor, flags)) == suits
-    assert not hardware.suits_onednn('processor\t: 0\nCPU implementer\t: 0x41\n')
 
 
 def test_products_of_the_library_chosen_here_are_exact():
@@ -65,14 +36,3 @@ def test_products_of_the_library_chosen_here_are_exact():
         errors['chosen'] = (x @ w.T - exact).abs().max()
     assert errors['chosen'] <= 8 * errors['default'], errors
     assert torch.backends.mkldnn.matmul.fp32_precision == 'ieee' or not hardware.prefers_onednn()
-
-
-@pytest.mark.skipif(sys.platform == 'win32', reason='sysconf')
-def test_memory_of_the_machine_is_known():
-    assert 1 << 26 < hardware.peak_memory('cpu') < 1 << 40
-    assert hardware.peak_memory('cpu') < hardware.total_memory('cpu')
-
-
-@pytest.mark.cuda
-def test_memory_of_a_gpu_is_known():
-    assert hardware.peak_memory('cuda') < hardware.total_memory('cuda')

@@ -1,7 +1,6 @@
 """train.py under faults: stopped, killed, its data or disk failing, its numbers not finite."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -25,26 +24,15 @@ OPTIONS = {
     'adamw': '--dropout=0.2 --gradient_accumulation_steps=2',
     'muon': '--optimizer=muon --qk_norm --pos_emb=rope --sampler=epoch --gradient_accumulation_steps=3 '
             '--batch_ramp_iters=6 --tie_weights=False --embedding_lr=0.02 --lr_schedule=wsd',
-    'fsdp': '--parallel=fsdp --dropout=0.2 --beta1=0.8',
-    'adapters': '--init_from={trained} --lora_rank=2 --dropout=0.2',
-    'bfloat16': '--dtype=bfloat16 --value_residual --ngram=2 --ngram_rows=32 --activation=swiglu '
-                '--activation_checkpointing --grad_clip=0.5 --weight_decay=0.5 --patience=9',
 }
 PLACES = {  # where a SIGTERM comes: after a line, at once or later
     'in the first evaluation': ('^step 0', 'stop'),
-    'between iterations': ('^iter 4:', 'stop'),
     'in an iteration': ('^iter 3:', 'stop in training'),
     'in an evaluation': ('^iter 5:', 'stop in evaluation'),
-    'after an evaluation': ('^step 6:', 'stop'),
-    'before a checkpoint': ('^saving checkpoint', 'stop'),
-    'in a sample': ('^iter 3:', 'stop in evaluation'),
     'after a sample': ('^sample at iteration 4', 'stop'),
     'in the last iteration': ('^iter 7:', 'stop in training'),
 }
-CASES = [('adamw', place) for place in PLACES] + [
-    ('muon', 'in an evaluation'), ('muon', 'in an iteration'), ('fsdp', 'between iterations'),
-    ('fsdp', 'in an evaluation'), ('fsdp', 'before a checkpoint'), ('adapters', 'between iterations'),
-    ('adapters', 'after a sample'), ('bfloat16', 'in an iteration'), ('bfloat16', 'in a sample')]
+CASES = [('adamw', place) for place in PLACES] + [('muon', 'in an evaluation'), ('muon', 'in an iteration')]
 
 
 @pytest.fixture(scope='module')
@@ -57,10 +45,7 @@ def finished():
 def whole(finished, train, tmp_path_factory):
     """A function that gives an option's arguments and the folder of its whole run."""
     def of(name):
-        if 'trained' not in finished and '{trained}' in OPTIONS[name]:
-            finished['trained'] = tmp_path_factory.mktemp('trained')
-            train('--max_iters=2', out_dir=finished['trained'])
-        args = (*RUN, *OPTIONS[name].format(**finished).split())
+        args = (*RUN, *OPTIONS[name].split())
         if name not in finished:
             folder = tmp_path_factory.mktemp(name)
             train(*args, out_dir=folder)
@@ -74,19 +59,10 @@ def test_run_stopped_anywhere_goes_on_bit_for_bit(name, place, train, whole, tmp
     args, folder = whole(name)
     with fault(*PLACES[place]):
         log = train(*args)['log']
-    assert 'stopped at iteration' in log or place == 'in the last iteration'
-    assert 'iter 8:' not in log or place == 'in the last iteration'
+    is_last = place == 'in the last iteration'
+    assert ('stopped at iteration' in log and 'iter 8:' not in log) or is_last
     train(*args, '--init_from=auto')
     assert differences(folder, tmp_path / 'out') == differences(folder, tmp_path / 'out', 'ckpt.pt') == []
-
-
-def test_run_stopped_again_and_again_goes_on_bit_for_bit(train, whole, tmp_path):
-    args, folder = whole('adamw')
-    for line in ('^iter 0:', '^step 3:', '^iter 3:', '^iter 4:', '^iter 7:'):
-        with fault(line, 'stop'):
-            train(*args, '--init_from=auto')
-    train(*args, '--init_from=auto')
-    assert differences(folder, tmp_path / 'out') == []
 
 
 def start(*args, env=None):
@@ -124,65 +100,35 @@ def test_ctrl_c_ends_a_run_with_status_0_and_its_state_and_a_kill_loses_little(c
     assert differences(folder, tmp_path / 'out') == []
 
 
-def test_damaged_state_costs_the_iterations_since_the_one_before(train, whole, tmp_path):
-    args, folder = whole('adamw')
-    with fault('^iter 6:', 'stop'):
-        train(*args)
-    latest = tmp_path / 'out/latest.pt'
-    latest.write_bytes(latest.read_bytes()[:-1000])
-    with open(tmp_path / 'out/log.jsonl', 'a') as file:
-        file.write('{"iter": 6, "lo')  # half a line
-    log = train(*args, '--init_from=auto')['log']
-    assert re.search(r'latest.pt is not a checkpoint, .*; set aside as .*latest.pt.damaged1\n', log)
-    assert re.search(r'resuming from .*previous.pt\n(.*\n)+resuming at iteration 6\n', log)
-    assert differences(folder, tmp_path / 'out') == []
-
-
-def test_times_and_tokens_go_on_in_a_resumed_run(train, tmp_path):
-    train('--max_iters=3')
-    before = State.load(tmp_path / 'out/latest.pt')
-    assert 0 < before.seconds < 60 and before.n_tokens == 4 * 64
-    before.seconds = 1000.0
-    before.save(tmp_path / 'out/latest.pt')
-    log = train('--max_iters=5', '--init_from=resume', '--batch_size=2')['log']
-    last = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-1])
-    assert 1000 < last['seconds'] < 1060 and last['tokens'] == 4 * 64 + 2 * 32
-    assert 'resuming with batch_size=2, before 4' in log
-
-
-def test_patience_goes_on_in_a_resumed_run(train, tmp_path):
+def test_times_tokens_and_patience_go_on_in_a_resumed_run(train, tmp_path):
     args = ('--max_iters=9', '--eval_interval=2', '--patience=3', '--learning_rate=0', '--min_lr=0')
     with fault('^iter 4:', 'stop'):
         train(*args)
-    log = train(*args, '--init_from=auto')['log']
+    before = State.load(tmp_path / 'out/latest.pt')
+    assert 0 < before.seconds < 60 and before.n_tokens == 5 * 64 and before.best_iter == 0
+    before.seconds = 1000.0
+    before.save(tmp_path / 'out/latest.pt')
+    log = train(*args, '--init_from=auto', '--batch_size=2')['log']
     assert list(losses(log)) == [5] and 'no better validation loss in 3 evaluations' in log
+    last = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-2])
+    assert 1000 < last['seconds'] < 1060 and last['tokens'] == 5 * 64 + 32
 
-
-# ---------------------------------------------------------------------------- data that change under a run
 
 def overwrite(path, what):
-    """Change a token file in one of the ways in which people do."""
+    """Change a token file as people do."""
     tokens = np.fromfile(path, np.uint16)
     if what == 'cut':
         os.truncate(path, 100)
-    elif what == 'removed':
-        path.unlink()
-    elif what == 'replaced':
-        tokens.tofile(path.with_suffix('.new'))
-        path.with_suffix('.new').rename(path)
-    elif what == 'longer':
-        with open(path, 'ab') as file:
-            file.write(b'\0\0')
     else:
         with open(path, 'r+b') as file:
-            (np.full_like(tokens, 60000) if what == 'other ids' else tokens[::-1]).tofile(file)
+            tokens[::-1].tofile(file)
         os.utime(path, (1, 1))
 
 
-@pytest.mark.parametrize('name, what', [(n, w) for n in ('train', 'val') for w in (
-    'cut', 'removed', 'replaced', 'longer', 'other ids', 'other text')])
+@pytest.mark.parametrize('name', ['train', 'val'])
+@pytest.mark.parametrize('what', ['cut', 'other text'])
 def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, char_data, whole, tmp_path):
-    args, folder = whole('adamw')
+    args, _ = whole('adamw')
     data = shutil.copytree(char_data, tmp_path / 'data')
     with at_line('^iter 3:', lambda: overwrite(data / f'{name}.bin', what)), \
             pytest.raises(USER_ERRORS, match=f'{name}.bin') as error:
@@ -190,12 +136,7 @@ def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, c
     assert '\n' not in str(error.value)
     saved = State.load(tmp_path / 'out/latest.pt').iter_num
     assert 4 <= saved <= 6 and list(logged(tmp_path / 'out'))[-1] == saved - 1
-    if what == 'cut':  # a run that has read no other ids
-        train(*args, '--init_from=auto')
-        assert differences(folder, tmp_path / 'out') == []
 
-
-# ---------------------------------------------------------------------------- a full disk
 
 def limit_files(n_bytes):
     """Files of this process can't grow beyond this size, as on a full disk."""
@@ -203,7 +144,7 @@ def limit_files(n_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes or most, most))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def roomy_again():
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield
@@ -211,7 +152,7 @@ def roomy_again():
     signal.signal(signal.SIGXFSZ, before)
 
 
-def test_run_goes_on_where_the_disk_is_full_and_saves_later(train, whole, tmp_path, roomy_again):
+def test_run_goes_on_where_the_disk_is_full_and_saves_later(train, whole, tmp_path):
     args, folder = whole('adamw')
     with at_line('^iter 3:', lambda: limit_files(20_000)), at_line('^iter 4:', lambda: limit_files(None)):
         log = train(*args)['log']
@@ -220,7 +161,7 @@ def test_run_goes_on_where_the_disk_is_full_and_saves_later(train, whole, tmp_pa
     assert not list((tmp_path / 'out').glob('*.part'))
 
 
-def test_run_that_cannot_save_its_last_state_does_not_end_well(train, tmp_path, roomy_again):
+def test_run_that_cannot_save_its_last_state_does_not_end_well(train, tmp_path):
     with at_line('^iter 4:', lambda: limit_files(20_000)), fault('^iter 4:', 'stop'), \
             pytest.raises(OSError, match='iteration 5 is lost.* good state is that of iteration 4,'):
         train('--max_iters=9', '--checkpoint_interval=2')
@@ -228,34 +169,15 @@ def test_run_that_cannot_save_its_last_state_does_not_end_well(train, tmp_path, 
     assert State.load(tmp_path / 'out/latest.pt').iter_num == 4
 
 
-def test_best_model_that_could_not_be_saved_is_not_counted_as_kept(train, tmp_path, roomy_again):
-    """The save of iteration 2 fails; that of 4 is the first that is there."""
-    with at_line('^step 2:', lambda: limit_files(20_000)), at_line('^iter 2:', lambda: limit_files(None)):
-        train('--max_iters=5', '--eval_interval=2', '--learning_rate=0', '--min_lr=0',
-              '--always_save_checkpoint=False', '--init_from=scratch')
-    assert not (tmp_path / 'out/ckpt.pt').exists()
-    with at_line('^step 2:', lambda: limit_files(20_000)), at_line('^iter 2:', lambda: limit_files(None)):
-        log = train('--max_iters=2', '--eval_interval=2', '--always_save_checkpoint=False')['log']
-    state = State.load(tmp_path / 'out/latest.pt')
-    first = float(re.search(r'^step 0: .*?val loss ([\d.]+)', log, re.M)[1])
-    assert state.best_val_loss == pytest.approx(first, abs=1e-4)  # that of iteration 0, not of 2
-
-
-# ---------------------------------------------------------------------------- numbers that aren't finite
-
 @pytest.mark.parametrize('kind, line, interval, value', [
-    ('loss', '^step 0', 1, 'nan'), ('loss', '^sample at .* 5', 10, 'inf'),
-    ('gradient', '^sample at .* 5', 1, '-inf'), ('gradient', '^sample at .* 5', 10, 'nan'),
-    ('gradient', '^step 8', 7, 'nan'), ('weight', '^sample at .* 5', 1, 'nan'),
-    ('weight', '^sample at .* 5', 10, 'inf'), ('moment', '^sample at .* 5', 1, 'nan'),
-    ('moment', '^sample at .* 5', 10, 'inf'),
+    ('loss', '^step 0', 1, 'nan'), ('gradient', '^sample at .* 5', 10, 'nan'),
+    ('weight', '^sample at .* 5', 10, 'inf'), ('moment', '^sample at .* 5', 10, 'inf'),
 ])
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(optimizer, kind, line, interval, value,
-                                                                   train, tmp_path):
+def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(kind, line, interval, value, train,
+                                                                   tmp_path):
     with fault(line, kind, float(value)), pytest.raises(FloatingPointError) as error:
         train('--max_iters=8', '--checkpoint_interval=3', '--eval_interval=8', '--sample_interval=5',
-              f'--log_interval={interval}', f'--optimizer={optimizer}')
+              f'--log_interval={interval}')
     found = re.match(r'iteration (\d+): .*(No state was saved before|The last good state is that of '
                      rf'iteration (\d+), in {tmp_path / "out"})', str(error.value))
     assert found and '\n' not in str(error.value)
@@ -268,8 +190,15 @@ def test_number_that_is_not_finite_ends_the_run_and_is_never_saved(optimizer, ki
         tensors = [*state['model'].values(), *(t for s in state['optimizer']['state'].values()
                                                for t in s.values())]
         assert all(t.isfinite().all() for t in tensors) and state['iter_num'] <= bad
-    assert all(math.isfinite(x) for entry in read_log(tmp_path / 'out') if 'health' not in entry
-               for x in entry.values())
+
+
+def test_broken_wandb_leaves_the_run_whole(train, tmp_path, monkeypatch):
+    (tmp_path / 'wandb.py').write_text('def init(**_): pass\ndef log(_): raise OSError("no network")\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    log = train('--max_iters=3', '--eval_interval=1', '--wandb_log')['log']
+    sys.modules.pop('wandb')
+    assert len(losses(log)) == 4 and log.count('wandb is off') == 1
 
 
 def test_hung_process_ends_the_job(char_data, tmp_path):

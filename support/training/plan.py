@@ -401,4 +401,4 @@ def duration(seconds):
     for unit, length, part, per in (('d', 86400, 'h', 3600), ('h', 3600, 'min', 60), ('min', 60, 's', 1)):
         if seconds >= length:
             return f'{int(seconds // length)} {unit} {int(seconds % length // per)} {part}'
-    return f'{seconds:.0f} s'
+    return f'{int(seconds)} s'

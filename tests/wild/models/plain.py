@@ -35,8 +35,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.ln_1, self.ln_2 = (nn.LayerNorm(c.n_embd, bias=c.bias) for _ in range(2))
-        self.attn = Attention(c)
+        self.ln_1, self.attn = nn.LayerNorm(c.n_embd, bias=c.bias), Attention(c)
+        self.ln_2 = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.mlp = nn.ModuleDict({'c_fc': nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias),
                                   'c_proj': nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)})
 

@@ -1,9 +1,9 @@
 """
 Do to runs what months of training do to them, and count what is lost.
 
-    python tests/soak.py                     # every fault, half an hour on one core
-    python tests/soak.py kill flip           # these two
-    python tests/soak.py kill --count=10     # fewer times than FAULTS says
+    python scripts/soak.py                     # every fault, half an hour on one core
+    python scripts/soak.py kill flip           # these two
+    python scripts/soak.py kill --count=10     # fewer times than FAULTS says
 
 Prints a line for each fault, such as `kill: 100 SIGKILLs, 61 inside a save, 0 runs lost`, and exits with
 status 1 if anything was lost. Linux only: it looks into /proc, and `disk` mounts a tmpfs of its own.
@@ -11,14 +11,13 @@ status 1 if anything was lost. Linux only: it looks into /proc, and `disk` mount
 
 import contextlib
 import errno
-import gc
+import functools
 import io
 import itertools
 import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -27,14 +26,14 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from conftest import ROOT, TINY_ARGS  # noqa: E402, before torch
+from conftest import TINY_ARGS  # noqa: E402, before torch
+from runs import Processes, differences, equal, free_port, read_log  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -45,143 +44,10 @@ from support.training import start as starting  # noqa: E402
 from support.training.state import State  # noqa: E402
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-TIMES = ('seconds', 'ms', 'tokens_per_s', 'mfu', 'slowest_rank',
-         'slowest_ms', 'median_ms')  # of log.jsonl: these differ from run to run
-STATE = ('model', 'trained', 'optimizer', 'iter_num', 'best_val_loss', 'guard', 'scaler', 'data', 'n_tokens')
+ONE_THREAD = os.environ | {'OMP_NUM_THREADS': '1'}
 
 
 # ---------------------------------------------------------------------------- runs
-
-class Ranks:
-    """Processes that run train.py again and again, which spares the import of torch each time."""
-
-    def __init__(self, n=1, launcher=()):
-        self.errors = tempfile.TemporaryFile('w+')  # noqa: SIM115, it is open as long as they live
-        command = [*launcher, sys.executable, __file__, '--worker']
-        self.processes = [subprocess.Popen(
-            [*command, str(rank), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'}) for rank in range(n)]
-
-    def train(self, *args, **fault):
-        """Run train.py on all ranks with a fault (see Fault); what each has to say, as namespaces."""
-        request = json.dumps({'args': [*TINY_ARGS, *map(str, args)], 'fault': fault, 'port': free_port()})
-        for process in self.processes:
-            process.stdin.write(request + '\n')
-            process.stdin.flush()
-        replies = [process.stdout.readline() for process in self.processes]
-        if not all(replies):
-            self.errors.seek(0)
-            raise RuntimeError(f'a worker has died:\n{self.errors.read()[-3000:]}')
-        return [SimpleNamespace(**json.loads(reply)) for reply in replies]
-
-    def close(self):
-        for process in self.processes:
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
-        self.errors.close()
-
-
-class Fault:
-    """What goes wrong in one run, in a worker. Iterations are counted from 1, in this process's run.
-
-    kind: 'stop' (a SIGTERM), 'evaluation' (the same, in one), 'gradient', 'weight', 'moment' (one number
-    becomes `value`), 'loss' (times `value`), 'sum' (the loss alone, not its gradient), 'disk' (the
-    file system has `leave` bytes from iteration `at` to `until`). rank_of: None for all.
-    """
-
-    def __init__(self, rank, kind=None, at=0, rank_of=None, value=0.0, leave=0, until=0, out_dir=None,
-                 lie=False, export=None):
-        self.kind, self.at, self.value = kind if rank_of in (None, rank) else None, at, float(value)
-        self.leave, self.until, self.out_dir, self.lie, self.export = leave, until, out_dir, lie, export
-        self.parameters, self.before, self.after = [], None, None
-
-    @contextlib.contextmanager
-    def __call__(self):
-        import model
-        from support.training import optim
-        clip, step, forward = torch.nn.utils.clip_grad_norm_, optim.AdamW.step, model.GPT.forward
-        clips, steps, forwards = itertools.count(1), itertools.count(1), itertools.count(1)
-
-        def faulty_clip(parameters, *args):
-            self.parameters, n = list(parameters), next(clips)
-            if self.kind == 'disk':
-                self.fill(n)
-            if self.kind == 'stop' and n == self.at:
-                signal.raise_signal(signal.SIGTERM)
-            if self.kind == 'gradient' and n == self.at:
-                self.parameters[-1].grad.view(-1)[3] = self.value
-            return clip(self.parameters, *args)
-
-        def faulty_step(optimizer, *args):
-            result, weight = step(optimizer, *args), optimizer.param_groups[0]['params'][0]
-            if self.kind in ('weight', 'moment') and next(steps) == self.at:
-                spoiled = weight.data if self.kind == 'weight' else optimizer.state[weight]['exp_avg']
-                spoiled[1, 3] = self.value
-            return result
-
-        def faulty_forward(module, *args, **kwargs):
-            logits, loss = forward(module, *args, **kwargs)
-            if self.kind == 'evaluation' and not module.training and next(forwards) == self.at:
-                signal.raise_signal(signal.SIGTERM)
-            if self.kind != 'evaluation' and module.training and next(forwards) == self.at:
-                loss = loss * self.value if self.kind == 'loss' else loss + self.value
-            return logits, loss
-
-        with contextlib.ExitStack() as stack:
-            patch = stack.enter_context(mock.patch.multiple(torch.nn.utils, clip_grad_norm_=faulty_clip))
-            stack.enter_context(mock.patch.object(optim.AdamW, 'step', faulty_step))
-            if self.kind in ('loss', 'sum', 'evaluation'):
-                stack.enter_context(mock.patch.object(model.GPT, 'forward', faulty_forward))
-            if self.lie:
-                stack.enter_context(mock.patch.object(shutil, 'disk_usage', lambda path: SimpleNamespace(
-                    total=10**12, used=0, free=10**12)))
-            yield patch
-        if self.export:
-            shutil.copytree(self.out_dir, self.export)
-            shutil.rmtree(self.out_dir)
-
-    def fill(self, n):
-        filler, latest = Path(self.out_dir).parent / 'filler', Path(self.out_dir, 'latest.pt')
-        if n == self.at:
-            self.before = latest.read_bytes()
-            stat = os.statvfs(self.out_dir)
-            with open(filler, 'wb') as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - self.leave))
-        if n == self.until:
-            self.after = latest.read_bytes()
-            filler.unlink()
-
-
-def work(rank, n):
-    """A worker's life: a request a line, a reply a line."""
-    replies, sys.stdout = sys.stdout, io.StringIO()
-    for line in sys.stdin:
-        request = json.loads(line)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
-                          MASTER_PORT=str(request['port']))
-        sys.argv = ['train.py', *request['args']]
-        fault, error, sys.stdout = Fault(rank, **request['fault']), None, io.StringIO()
-        try:
-            with fault():
-                runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
-        except (Exception, SystemExit) as e:
-            error = None if isinstance(e, SystemExit) and not e.code else f'{type(e).__name__}: {e}'
-            traceback.print_exc()
-            traceback.clear_frames(e.__traceback__)
-        gc.collect()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        reply = {'output': sys.stdout.getvalue(), 'error': error,
-                 'finite': all(p.isfinite().all().item() for p in fault.parameters),
-                 'kept': fault.before == fault.after}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as listener:
-        return listener.getsockname()[1]
-
 
 def make_data(folder):
     words = ['king', 'queen', 'crown', 'sword', 'night', 'day', 'love', 'war']
@@ -191,36 +57,17 @@ def make_data(folder):
     return folder
 
 
-def read_log(folder):
-    """log.jsonl without the times."""
-    lines = Path(folder, 'log.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def equal(one, other):
-    """Whether two trees of dicts, lists and tensors are the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return type(one) is type(other) and one == other
-
-
-def differences(one, other):
-    """What two finished runs' folders don't share, [] if nothing: of log.jsonl and of the last state."""
-    found = [] if read_log(one) == read_log(other) else ['log.jsonl']
-    a, b = (State.load(Path(folder, 'latest.pt')) for folder in (one, other))
-    return found + [key for key in STATE if not equal(getattr(a, key), getattr(b, key))]
-
-
 def numbers_of(state):
     """The tensors of a tree."""
     if isinstance(state, torch.Tensor):
         return [state]
     items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return [tensor for item in items for tensor in numbers_of(item)]
+
+
+def train(processes, *args, **fault):
+    """Of all processes, what train.py printed and its error."""
+    return processes.train(*TINY_ARGS, *args, **fault)
 
 
 def ranks_under(torchrun):
@@ -238,7 +85,7 @@ def start(script_args, launcher=()):
     """train.py as a user starts it, its output piped."""
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / 'train.py'), *TINY_ARGS, *script_args],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'})
+                            env=ONE_THREAD)
 
 
 def wait_for(process, start_of_line):
@@ -266,38 +113,31 @@ def exact(folder, data, count):
             '--learning_rate=1e-2', '--always_save_checkpoint=False']
     stops, lost = 0, []
     for n in (1, 2):
-        ranks = Ranks(n)
-        for dropout, accumulation, compiled in [(0.0, n, False), (0.0, 4, False), (0.2, n, False),
-                                                (0.2, 4, False)] + [(0.2, 1, True)] * (n == 1):
+        processes = Processes(n)
+        for dropout, accumulation, compiled in [*itertools.product((0.0, 0.2), (n, 4), (False,)),
+                                                *[(0.2, 1, True)] * (n == 1)]:
             case = [*args, f'--dropout={dropout}', f'--gradient_accumulation_steps={accumulation}',
                     f'--compile={compiled}']
             name = f'{n}-{dropout}-{accumulation}-{compiled}'
-            whole = folder / name
-            assert not any(r.error for r in ranks.train(*case, f'--out_dir={whole}'))
+            whole, out_dir = folder / name, folder / f'{name}-stopped'
+            assert not any(r.error for r in train(processes, *case, f'--out_dir={whole}'))
             for step in (1, 7, 20) if compiled else range(1, count + 1):
-                out_dir = folder / f'{name}-{step}'
-                replies = ranks.train(*case, f'--out_dir={out_dir}', kind='stop', at=step, rank_of=step % n)
+                replies = train(processes, *case, f'--out_dir={out_dir}', kind='stop', rank=step % n,
+                                line=f'^iter {step - 1}:')
                 stopped_at = State.load(out_dir / 'latest.pt').iter_num
-                replies += ranks.train(*case, f'--out_dir={out_dir}', '--init_from=resume')
+                replies += train(processes, *case, f'--out_dir={out_dir}', '--init_from=resume')
                 wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
                 stops += 1
-                in_evaluation = step % 6 == 0 or step == 20  # which is broken off
-                heard = step if n == 1 or in_evaluation else step + 1
-                if wrong or stopped_at != heard:
+                if wrong or not step <= stopped_at <= step + 2:  # the signal needs its time
                     lost.append(f'{name} stopped at {step}: {stopped_at}, {wrong}')
                 shutil.rmtree(out_dir)
-        ranks.close()
+        processes.close()
     return f'{stops} stops, {len(lost)} runs that differ from the uninterrupted one', lost
 
 
 def parts_in(folder):
     """Names of the checkpoints that are being written, or were when their process was killed."""
     return [p.name for p in Path(folder).glob('*.pt.*.part')]
-
-
-def kill_5(folder, data, count):
-    """The same with a state every 5 iterations."""
-    return kill(folder, data, count, interval=5)
 
 
 def kill(folder, data, count, interval=1):
@@ -364,10 +204,10 @@ def signals(folder, data, count):
     return f'{sent} signals, {good} exits with status 0, {len(lost)} times a step lost', lost
 
 
-def restart(folder, data, count, more=()):
+def restart(folder, data, count, parallel='ddp'):
     """A rank killed under torchrun --max-restarts, every other time inside a save: the job goes on."""
     args = [f'--data_dir={data}', '--gradient_accumulation_steps=2', '--max_iters=200', '--eval_interval=50',
-            '--checkpoint_interval=5', '--init_from=auto', *more]
+            '--checkpoint_interval=5', '--init_from=auto', f'--parallel={parallel}', '--n_embd=128']
     launcher = [*TORCHRUN, '--max-restarts=2']
     whole, kills, inside, good, lost = uninterrupted(folder / 'whole', args, launcher), 0, 0, 0, []
     for i in itertools.count():
@@ -391,11 +231,6 @@ def restart(folder, data, count, more=()):
         lost += wrong
     return (f'{kills} ranks killed, {inside} inside a save, {good} finished runs with the same log and '
             'weights'), lost
-
-
-def fsdp_restart(folder, data, count):
-    """The same of a sharded model."""
-    return restart(folder, data, count, ['--parallel=fsdp', '--n_embd=128'])
 
 
 def agents(n, args, *options):
@@ -436,9 +271,9 @@ def node(folder, data, count):
 
 def flip(folder, data, count):
     """Bytes flipped and files cut: seen each time, and an older state is taken where there is one."""
-    ranks, source = Ranks(), folder / 'source'
+    processes, source = Processes(1), folder / 'source'
     args = [f'--data_dir={data}', '--checkpoint_interval=2', '--eval_interval=4']
-    assert ranks.train(*args, '--max_iters=8', f'--out_dir={source}')[0].error is None
+    assert train(processes, *args, '--max_iters=8', f'--out_dir={source}')[0].error is None
     iterations = {p.name: State.load(p).iter_num for p in source.glob('*.pt')}
     assert iterations == {'ckpt.pt': 8, 'previous.pt': 8, 'latest.pt': 9}, iterations
     originals = {p.name: State.load(p) for p in source.glob('*.pt')}
@@ -460,7 +295,7 @@ def flip(folder, data, count):
             resumed = state and state.iter_num
         else:  # through train.py itself
             runs += 1
-            reply = ranks.train(*args, '--max_iters=8', f'--out_dir={out_dir}', '--init_from=resume')[0]
+            reply = train(processes, *args, '--max_iters=8', f'--out_dir={out_dir}', '--init_from=resume')[0]
             resumed = re.search(r'^resuming at iteration (\d+)', reply.output, re.M)
             resumed = int(resumed[1]) if resumed else None
             aside = [*out_dir.glob('*.damaged*')]
@@ -474,7 +309,7 @@ def flip(folder, data, count):
         taken += resumed is not None
         if len(aside) != len(names) or resumed != whole or not kept or not untouched:
             lost.append(f'{names}: {len(aside)} set aside, resumed at {resumed}, kept {kept}, {untouched}')
-    ranks.close()
+    processes.close()
     return (f'{count} damaged folders, {seen} files refused, {harmless} read as they were saved, {taken} '
             f'folders resumed ({runs} of all by train.py), {len(lost)} overwritten, missed or wrong'), lost
 
@@ -488,71 +323,58 @@ def reads_as(path, state):
 
 
 class DiskErrors:
-    """Errors of the disk while checkpoints are read: at the `at`-th operation, counted from 0, once or from
-    then on. An operation opens, seeks, reads, maps, lists or asks for the size."""
+    """Errors of the disk that holds a folder: at the `at`-th operation, counted from 0, alone or from then
+    on. An operation opens, seeks, reads, maps, lists or asks for the size."""
 
-    def __init__(self, folder, number, at, lasting):
-        self.folder, self.number, self.at, self.lasting = str(folder), number, at, lasting
-        self.count = 0
+    def __init__(self, folder, number, at, is_lasting):
+        self.places, self.number = (str(folder), '/proc/self/fd/'), number
+        self.at, self.is_lasting, self.count = at, is_lasting, 0
 
-    def step(self, path):
-        if not isinstance(path, int) and not str(path).startswith((self.folder, '/proc/self/fd/')):
+    def step(self, path=0):
+        if not isinstance(path, int) and not str(path).startswith(self.places):
             return
         self.count += 1
-        if self.count == self.at + 1 or self.lasting and self.count > self.at:
+        if self.count == self.at + 1 or self.is_lasting and self.count > self.at:
             raise OSError(self.number, os.strerror(self.number))
 
-    def wrap(self, real):
+    def failing(self, real):
         def call(path, *args, **kwargs):
             self.step(path)
             return real(path, *args, **kwargs)
         return call
 
-    def open(self, path, *args, **kwargs):
+    def open(self, path, *args, real=open, **kwargs):
         self.step(path)
-        file = self.real_open(path, *args, **kwargs)
-        return FaultyFile(file, self) if str(path).startswith((self.folder, '/proc/self/fd/')) else file
+        file = real(path, *args, **kwargs)
+        return FailingFile(file, self.step) if str(path).startswith(self.places) else file
 
-    def map(self, path, *args):
+    def map(self, path, *args, real=torch.UntypedStorage.from_file):
         try:
             self.step(path)
         except OSError as error:  # as PyTorch has it
             raise RuntimeError(f'unable to mmap 9 bytes from file <{path}>: {error.strerror} '
                                f'({error.errno})') from None
-        return self.real_map(path, *args)
+        return real(path, *args)
 
-    def __enter__(self):
-        self.real_open, self.real_map = open, torch.UntypedStorage.from_file
-        self.stack = contextlib.ExitStack()
-        for patch in (mock.patch('builtins.open', self.open), mock.patch('time.sleep'),
-                      mock.patch.object(torch.UntypedStorage, 'from_file', self.map),
-                      *(mock.patch.object(os, name, self.wrap(getattr(os, name)))
-                        for name in ('stat', 'fstat', 'listdir'))):
-            self.stack.enter_context(patch)
-
-    def __exit__(self, *_):
-        self.stack.close()
+    @contextlib.contextmanager
+    def __call__(self):
+        with contextlib.ExitStack() as stack:
+            for patch in (mock.patch('builtins.open', self.open), mock.patch('time.sleep'),
+                          mock.patch.object(torch.UntypedStorage, 'from_file', self.map),
+                          *(mock.patch.object(os, name, self.failing(getattr(os, name)))
+                            for name in ('stat', 'fstat', 'listdir'))):
+                stack.enter_context(patch)
+            yield
 
 
-class FaultyFile:
-    def __init__(self, file, errors):
-        self.file, self.errors = file, errors
+class FailingFile:
+    def __init__(self, file, step):
+        self.file, self.step = file, step
 
     def __getattr__(self, name):
-        found = getattr(self.file, name)
-        if name not in ('read', 'readinto', 'seek'):
-            return found
-
-        def call(*args):
-            self.errors.step(0)
-            return found(*args)
-        return call
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
+        if name in ('read', 'readinto', 'seek'):
+            self.step()
+        return getattr(self.file, name)
 
 
 def read_errors(out_dir, number, every=1):
@@ -563,22 +385,22 @@ def read_errors(out_dir, number, every=1):
     run, good, refused, lost = Runtime('cpu', 'float32', False, 'gloo'), 0, 0, []
     files = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
     newest = State.newest(out_dir)[1].iter_num
-    for lasting in (False, True):
+    for is_lasting in (False, True):
         for at in itertools.count(0, every):
-            errors, found = DiskErrors(out_dir, number, at, lasting), None
+            errors, place = DiskErrors(out_dir, number, at, is_lasting), f'{at}, {is_lasting}'
             try:
-                with errors, contextlib.redirect_stdout(io.StringIO()):
+                with errors(), contextlib.redirect_stdout(io.StringIO()):
                     found = starting.find_state(config, run)[0]
             except FileNotFoundError as error:
                 refused += 1
-                if not lasting or 'can\'t be read now' not in str(error) or '\n' in str(error):
-                    lost.append(f'{at}, {lasting}: {error}')
+                if not is_lasting or 'can\'t be read now' not in str(error) or '\n' in str(error):
+                    lost.append(f'{place}: {error}')
             else:
                 good += 1
                 if found is None or found.iter_num != newest:
-                    lost.append(f'{at}, {lasting}: started from {found and found.iter_num}')
-            now = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
-            lost += [f'{at}, {lasting}: {sorted(now)}'] if now != files else []
+                    lost.append(f'{place}: started from {found and found.iter_num}')
+            if {p.name: p.read_bytes() for p in Path(out_dir).iterdir()} != files:
+                lost.append(f'{place}: the files have changed')
             if errors.count <= at:  # there are no more operations
                 break
     return good, refused, lost
@@ -610,28 +432,55 @@ def damage(path):
     path.write_bytes(content)
 
 
+FILLER = """
+import os, shutil, sys
+from pathlib import Path
+from types import SimpleNamespace
+import support, runner
+from runs import at_line
+room, export, leave, lies, *args = sys.argv[1:]
+filler, latest, seen = Path(room, 'filler'), Path(room, 'out/latest.pt'), []
+
+def fill():
+    seen.append(latest.read_bytes())
+    stat = os.statvfs(room)
+    with open(filler, 'wb') as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - int(leave)))
+
+def free():
+    seen.append(latest.read_bytes())
+    filler.unlink()
+
+if lies == 'True':
+    shutil.disk_usage = lambda path: SimpleNamespace(total=10**12, used=0, free=10**12)
+with at_line('^iter 4:', fill), at_line('^iter 7:', free):
+    runner.execute('train.py', [*args, f'--out_dir={room}/out'])
+shutil.copytree(Path(room, 'out'), export)
+print('kept' if seen[0] == seen[1] else 'changed')
+"""
+
+
 def disk(folder, data, count):
     """A file system that is full at any place of a save: the old file stays, the run goes on, saves later."""
     room = folder / 'room'
     room.mkdir()
     mount = ('unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=16m t "$0" && exec "$@"', str(room))
-    ranks, args = Ranks(launcher=mount), [f'--data_dir={data}', '--max_iters=12', '--checkpoint_interval=3',
-                                          '--eval_interval=1000']
-    plain = Ranks()
-    assert plain.train(*args, f'--out_dir={folder / "whole"}')[0].error is None
-    plain.close()
-    size, kept, told, later, lost = (folder / 'whole/latest.pt').stat().st_size, 0, 0, 0, []
+    args = [*TINY_ARGS, f'--data_dir={data}', '--max_iters=12', '--checkpoint_interval=3',
+            '--eval_interval=1000']
+    whole = uninterrupted(folder / 'whole', args)
+    size, kept, told, later, lost = (whole / 'latest.pt').stat().st_size, 0, 0, 0, []
     for i in range(count):
         leave, export = (2 * i + 1) * size // (2 * count), folder / f'out{i}'
-        reply = ranks.train(*args, f'--out_dir={room / str(i)}', kind='disk', at=4, until=8, leave=leave,
-                            out_dir=str(room / str(i)), lie=i % 4 > 0, export=str(export))[0]
-        said = re.findall(r'^NOT SAVED: .*it needs [\d.]+ MB, [\d,.]+ MB are free', reply.output, re.M)
-        wrong = [reply.error] if reply.error else differences(folder / 'whole', export)
+        done = subprocess.run([*mount, sys.executable, '-c', FILLER, room, export, str(leave), str(i % 4 > 0),
+                               *args], cwd=ROOT, capture_output=True, text=True,
+                              env=ONE_THREAD | {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+        said = re.findall(r'^NOT SAVED: .*it needs [\d.]+ MB, [\d,.]+ MB are free', done.stdout, re.M)
+        wrong = [done.stderr[-500:]] if done.returncode else differences(whole, export)
         wrong += [p.name for p in export.glob('*.part')]
-        kept, told, later = kept + reply.kept, told + (len(said) == 1), later + (not wrong)
-        if wrong or not reply.kept or len(said) != 1:
-            lost.append(f'{leave} bytes left: {wrong}, {said}, kept {reply.kept}')
-    ranks.close()
+        is_kept = done.stdout.endswith('kept\n')
+        kept, told, later = kept + is_kept, told + (len(said) == 1), later + (not wrong)
+        if wrong or not is_kept or len(said) != 1:
+            lost.append(f'{leave} bytes left: {wrong}, {said}, kept {is_kept}')
     return (f'{count} full file systems, {kept} old states intact, {told} messages with the space needed and '
             f'free, {later} runs that saved later with the same log and state'), lost
 
@@ -640,70 +489,55 @@ def nan(folder, data, count):
     """One number that isn't finite, anywhere: all ranks stop, and none gets into a file."""
     cases, stopped, finite, lost = 0, 0, 0, []
     for n in (1, 2):
-        ranks = Ranks(n)
-        whole = itertools.product(('gradient', 'loss', 'sum', 'weight', 'moment'), (1, 3, 9, 13), (1, 10),
+        processes = Processes(n)
+        whole = itertools.product(('gradient', 'loss', 'weight', 'moment'), (0, 2, 8, 12), (1, 10),
                                   ('nan', 'inf', '-inf'))
-        for kind, at, interval, value in [*whole][:count]:
+        for kind, after, interval, value in [*whole][:count]:
             cases += 1
-            out_dir = folder / f'{n}-{kind}-{at}-{interval}-{value}'
-            rank_of = n - 1 if kind in ('loss', 'sum') else None
-            replies = ranks.train(
-                f'--data_dir={data}', '--max_iters=30', '--checkpoint_interval=3', '--eval_interval=9',
-                f'--gradient_accumulation_steps={n}', f'--log_interval={interval}', '--dist_timeout=20',
-                f'--out_dir={out_dir}', kind=kind, at=at, value=value, rank_of=rank_of)
-            bad = at if kind in ('weight', 'moment') else at - 1  # whose gradient is the first one not finite
-            told = re.match(r'FloatingPointError: iteration (\d+): .*'
-                            r'(No state was saved|last good state is that of iteration (\d+))',
-                            str(replies[0].error))
+            out_dir = folder / f'{n}-{kind}-{after}-{interval}-{value}'
+            replies = train(processes, f'--data_dir={data}', '--max_iters=30', '--checkpoint_interval=3',
+                            '--eval_interval=9', f'--gradient_accumulation_steps={n}', '--sample_interval=2',
+                            f'--log_interval={interval}', '--dist_timeout=20', f'--out_dir={out_dir}',
+                            line=f'^sample at iteration {after}:', kind=kind, value=float(value))
+            told = re.match(r'NotFinite: iteration (\d+): .*(No state was saved|'
+                            r'last good state is that of iteration (\d+))', str(replies[0].error))
             saved = Path(out_dir, 'latest.pt')
             good = State.load(saved).iter_num if saved.exists() else None
-            right = told and good == (told[3] and int(told[3])) and (
-                kind == 'moment' or int(told[1]) == bad) and (good is None or good <= bad)
+            right = told and good == (told[3] and int(told[3])) and after <= int(told[1]) <= after + 2 and (
+                good is None or good <= after)
             in_files = [f'{p.name} has {t.shape}' for p in out_dir.glob('*.pt')
                         for t in numbers_of(State.load(p).values()) if not t.isfinite().all()]
-            held = kind in ('weight', 'moment') or all(r.finite for r in replies)
-            stopped += all(r.error for r in replies) and held
+            stopped += all(r.error for r in replies)
             finite += not in_files
-            if not right or in_files or not held or not all(r.error for r in replies):
-                lost.append(f'{out_dir.name}: {[r.error for r in replies]}, {good}, {in_files}, {held}')
-        ranks.close()
-    return (f'{cases} numbers that are not finite, {stopped} stopped on all ranks before an update with '
-            f'them, {finite} folders without such a number, {len(lost)} wrong'), lost
-
-
-def misspellings(name):
-    letters = 'abcdefghijklmnopqrstuvwxyz_'
-    parts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
-    return {a + b[1:] for a, b in parts if b} | {a + c + b for a, b in parts for c in letters} \
-        | {a + c + b[1:] for a, b in parts if b for c in letters} \
-        | {a + b[1] + b[0] + b[2:] for a, b in parts if len(b) > 1}
+            if not right or in_files or not all(r.error for r in replies):
+                lost.append(f'{out_dir.name}: {[r.error for r in replies]}, {good}, {in_files}')
+        processes.close()
+    return (f'{cases} numbers that are not finite, {stopped} stopped on all ranks, {finite} folders without '
+            f'such a number, {len(lost)} wrong'), lost
 
 
 def misspell(folder, data, count):
     """Every name one edit away from a setting, on the command line and in a config file."""
-    from test_configurator import settings_of
+    from test_configurator import misspellings, settings_of
 
     from configurator import configure
     script, _ = settings_of('train.py')
-    names = configure(dict(script), [])
+    names, config = configure(dict(script), args=[]), folder / 'config.py'
     tried, suggested, private, lost = 0, 0, 0, []
-    config = folder / 'config.py'
     for name in names:
         wrong = sorted(w for w in misspellings(name) - set(names) if w.isidentifier())
         for word in wrong if count >= len(wrong) else random.sample(wrong, count):
             config.write_text(f'{word} = {names[name]!r}\n')
-            for args in ([f'--{word}={names[name]}'], [str(config)]):
-                if word.startswith('_') and len(args[0]) == len(str(config)):
-                    private += 1
-                    continue
+            is_private = word.startswith('_')  # a config's own name
+            private += is_private
+            for arg in [f'--{word}={names[name]}'] + [str(config)] * (not is_private):
                 tried += 1
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):
-                        configure(dict(script), args)
-                    lost.append(args[0])
+                        configure(dict(script), args=[arg])
+                    lost.append(arg)
                 except ValueError as error:
                     suggested += bool(re.search(rf'did you mean [^?]*\b{name}\b', str(error)))
-    sys.excepthook = sys.__excepthook__
     return (f'{len(names)} settings, {tried:,} misspellings, {tried - len(lost):,} refused, the right name '
             f'suggested for {suggested / tried:.2%}; {private} more begin with _, as a config may'), lost
 
@@ -742,10 +576,8 @@ def data_faults(folder, data, count):
     begin = time.perf_counter()
     subprocess.run([sys.executable, '-c', 'import torch'], check=True)
     torch_takes, slowest, lines, lost = time.perf_counter() - begin, 0.0, 0, []
-    ranks, source = Ranks(), folder / 'source'
-    shutil.copytree(data, source)
-    out = f'--out_dir={folder / "out"}'
-    assert ranks.train(f'--data_dir={source}', out, '--max_iters=4')[0].error is None
+    source, out = shutil.copytree(data, folder / 'source'), f'--out_dir={folder / "out"}'
+    uninterrupted(folder / 'out', [f'--data_dir={source}', '--max_iters=4'])
     kinds = ['odd size', 'cut', 'empty', 'int32', 'npy', 'id beyond the vocabulary', 'missing', 'a folder',
              'unreadable', 'meta.pkl', 'changed'][:count]
     for kind in kinds:
@@ -761,7 +593,6 @@ def data_faults(folder, data, count):
         else:
             lost.append(f'{kind}: {done.stderr}')
         print(f'  {kind}: {done.stderr.strip()[-300:]}')
-    ranks.close()
     return (f'{len(kinds)} faults, {lines} refused in one line, the slowest after {slowest:.1f} s, of which '
             f'importing torch takes {torch_takes:.1f} s'), lost
 
@@ -827,17 +658,16 @@ write_text_dataset(sys.argv[1], text, 'char', 'made by soak.py')
 
 def kill_prepare(folder, data, count):
     """SIGKILL inside a preparation: the data is whole, or refused, and never another tokenizer's."""
-    from support.text.tokenizer import CharTokenizer, read_tokenizer
-    from support.text.tokens import fingerprint, open_split
+    from support.text.dataset import Dataset
+    from support.text.tokenizer import CharTokenizer
     target, found = folder / 'data', {'whole': 0, 'refused': 0}
 
     def check(n):
         wrong = []
         try:
-            for split in ('train', 'val'):
-                fingerprint(target, split, open_split(target, split))
-            if not isinstance(read_tokenizer(target), CharTokenizer):
-                wrong = ['it opens as GPT-2\'s']
+            dataset = Dataset(target)
+            dataset.fingerprints()
+            wrong = [] if isinstance(dataset.tokenizer, CharTokenizer) else ['it opens as GPT-2\'s']
             found['whole'] += 1
         except (ValueError, FileNotFoundError):
             found['refused'] += 1
@@ -934,7 +764,7 @@ def output(folder, data, count):
                 '> /dev/null', 'both dead': f'2>&1 | head -n {random.randrange(30)} > /dev/null'}[kind]
         done = subprocess.run(['bash', '-o', 'pipefail', '-c', f'{command} {tail}'], cwd=ROOT, text=True,
                               stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              env=os.environ | {'OMP_NUM_THREADS': '1'})
+                              env=ONE_THREAD)
         wrong = [f'status {done.returncode}: {done.stderr[-500:]}'] if done.returncode else \
             differences(whole, out_dir)
         ended += bool(wrong)
@@ -1002,9 +832,9 @@ def attack(cases, command, plain, count):
         if took > seconds + 2:  # other programs may have been at work
             status, errors, took, memory = measured(command(name))
         slowest, largest = max(slowest, took - seconds), max(largest, memory - megabytes)
-        refused += status == 1 and len(errors.splitlines()) == 1
-        if status not in (0, 1) or status and len(errors.splitlines()) != 1 or took > seconds + 2 \
-                or memory > megabytes + 1000:
+        is_told = status == 1 and 'Traceback' not in errors and re.search(r'\n?\w+Error: .*\n$', errors)
+        refused += bool(is_told)
+        if not (status == 0 or is_told) or took > seconds + 2 or memory > megabytes + 1000:
             lost.append(f'{name}: status {status}, {took:.1f} s, {memory:.0f} MB, {errors[-700:]}')
     return (f'{len(names)} tried, {refused} refused in one line, the others used, at most {slowest:.1f} s '
             f'and {max(0, largest):.0f} MB more than a whole one'), lost
@@ -1094,11 +924,12 @@ def folders(folder, data, count):
 
 FAULTS = {  # how often, where --count doesn't say
     'exact': (exact, 20), 'kill': (kill, 100), 'signal': (signals, 50), 'restart': (restart, 20),
-    'fsdp_restart': (fsdp_restart, 20), 'node': (node, 5), 'flip': (flip, 1000), 'disk': (disk, 20),
-    'nan': (nan, 1000), 'misspell': (misspell, 10**6), 'data': (data_faults, 100),
-    'pairs': (pairs, 200), 'kill_5': (kill_5, 60), 'kill_prepare': (kill_prepare, 20),
-    'kill_move': (kill_move, 20), 'kill_draw': (kill_draw, 20), 'output': (output, 20),
-    'checkpoints': (checkpoints, 50), 'folders': (folders, 50), 'passing': (passing, 7),
+    'fsdp_restart': (functools.partial(restart, parallel='fsdp'), 20), 'node': (node, 5),
+    'flip': (flip, 1000), 'disk': (disk, 20), 'nan': (nan, 1000), 'misspell': (misspell, 10**6),
+    'data': (data_faults, 100), 'pairs': (pairs, 200), 'kill_5': (functools.partial(kill, interval=5), 60),
+    'kill_prepare': (kill_prepare, 20), 'kill_move': (kill_move, 20), 'kill_draw': (kill_draw, 20),
+    'output': (output, 20), 'checkpoints': (checkpoints, 50), 'folders': (folders, 50),
+    'passing': (passing, 7),
 }
 
 
@@ -1127,7 +958,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--worker']:
-        work(int(sys.argv[2]), int(sys.argv[3]))
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])
