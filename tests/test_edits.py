@@ -1,6 +1,7 @@
 """A line of model.py is edited, and training, evaluation and sampling change as the edited file by
 itself says, in float32 and in 16 bits, with adapters, int8 weights and logits in parts."""
 
+import ast
 import json
 import pickle
 
@@ -19,12 +20,12 @@ EDITS = {  # name: [(lines of model.py, what takes their place)]
     'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'), ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
     'positions': [('self.transformer.wpe(positions_of', 'self.transformer.wpe(31 - positions_of')],
     'an attention that takes x alone': [
-        ('def forward(self, x, cache=None, first_v=None):', '''def forward(self, x):
+        ('def forward(self, x, cache=None, first_v=None, begins=None):', '''def forward(self, x):
         q, k, v = self.c_attn(x).split(x.shape[2], dim=2)
         past = torch.ones(x.shape[1], x.shape[1]).tril()
         return self.c_proj((q @ k.mT * 0.1).sigmoid() * past @ v)
 
-    def unused(self, x, cache=None, first_v=None):''')],
+    def unused(self, x, cache=None, first_v=None, begins=None):''')],
 }
 LOSS_ONLY = ('nothing', 'label smoothing', 'a loss that is no mean')  # sampling stays as it is
 WHOLE = 'a loss that is no mean'  # can't be computed in parts
@@ -157,3 +158,16 @@ def test_edit_acts_in_training_evaluation_and_sampling(edit, visit, unedited, da
     assert ('loss: computed with all logits in memory' in log) == (edit == WHOLE)
     run(*TRAIN, f'--data_dir={data}', '--dtype=bfloat16', '--lora_rank=2')
     assert logged(folder)[0] == pytest.approx(in_16_bits[0], rel=1e-4)
+
+
+def test_nothing_is_put_in_the_place_of_a_module_s_methods():
+    """No assignment to an attribute forward, loss or attend, outside constructors."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('support/**/*.py'), *ROOT.glob('scripts/*.py')]:
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        made = [f for f in ast.walk(tree) if getattr(f, 'name', '') == '__init__']
+        allowed = {node for f in made for node in ast.walk(f)}
+        for node in {*ast.walk(tree)} - allowed:
+            name = node.attr if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) else ''
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setattr':
+                name = getattr(node.args[1], 'value', '')
+            assert name not in ('forward', 'loss', 'attend'), f'{path}, line {node.lineno}'

@@ -214,10 +214,10 @@ def test_memory_of_a_shape_is_used_again_and_of_few_shapes_is_kept():
     model, seen = scrambled(tiny(block_size=200)).eval(), []
 
     class Seen(type(model.transformer.h[0].attn)):
-        def attend(self, q, k, v, cache=None):
+        def attend(self, q, k, v, cache=None, begins=None):
             if q.shape[2] == 1:
                 seen.append((k.data_ptr(), k.shape[2]))
-            return super().attend(q, k, v, cache)
+            return super().attend(q, k, v, cache, begins)
     for block in model.transformer.h[:1]:
         block.attn.__class__ = Seen
 

@@ -1,5 +1,6 @@
 """lora.py: adapters alone are trained, and what is saved needs no knowledge of them."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import evaluations, losses, save_model, scrambled, tiny, tokens
@@ -103,3 +104,26 @@ def test_rank_and_alpha_reach_the_adapters(train, base, tmp_path):
     logs = [losses(train(*LORA, base, *more, out_dir=tmp_path / str(i))['log'])
             for i, more in enumerate(((), ('--lora_alpha=80',), ('--lora_rank=2',)))]
     assert len({log[0] for log in logs}) == 1 and len({log[12] for log in logs}) == 3
+
+
+def test_gpt2_from_a_folder_is_adapted(train, gpt2_folder, tmp_path):
+    for split in ('train', 'val'):
+        np.random.randint(50257, size=2000).astype(np.uint16).tofile(tmp_path / f'{split}.bin')
+    train(f'--init_from={gpt2_folder}', '--lora_rank=4', '--max_iters=2', '--eval_interval=2',
+          '--activation_checkpointing=True', data_dir=tmp_path)
+    state = State.load(tmp_path / 'out/ckpt.pt')
+    assert state.model_args['activation'] == 'gelu_tanh'
+    assert 'transformer.h.1.mlp.c_fc.weight' in state.model
+
+
+GOES_WITH = 'lora_rank=4 goes with optimizer=adamw and parallel=ddp only'
+ADAPTS = 'lora_rank=4 adapts a trained model: --init_from=gpt2, or a folder'
+
+
+@pytest.mark.parametrize('args, message', [
+    ('--lora_rank=-1', 'lora_rank=-1 must be at least 0'), ('--init_from=scratch', ADAPTS),
+    ('--init_from=auto', ADAPTS), ('--parallel=fsdp', GOES_WITH), ('--optimizer=muon', GOES_WITH)])
+def test_settings_that_do_not_go_with_adapters_are_refused(args, message, train, base, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(*LORA, base, args)
+    assert not (tmp_path / 'out').exists()

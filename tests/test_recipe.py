@@ -162,13 +162,14 @@ def test_state_of_normuon_continues_bit_for_bit():
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
-@pytest.mark.parametrize('settings, reason', [
-    ({'newton_schulz': 'slow'}, 'newton_schulz=slow is not one of steep, exact'),
-    ({'adam_eps': -1.0}, 'adam_eps=-1.0 must be at least 0'),
-    ({'optimizer': 'adamw', 'normuon': True}, 'are of optimizer=muon')])
-def test_setting_that_no_optimizer_has_is_one_line(settings, reason):
+@pytest.mark.parametrize('setting, reason', [
+    ('newton_schulz=slow', 'newton_schulz=slow is not one of steep, exact'),
+    ('adam_eps=-1', 'adam_eps=-1.0 must be at least 0'),
+    ('wsd_decay=0', 'wsd_decay=0.0 must be above 0'),
+    ('normuon=True', 'are of optimizer=muon')])
+def test_setting_that_no_optimizer_has_is_one_line(setting, reason, train):
     with pytest.raises(UserError, match=reason):
-        make_optimizer(tiny(), SETTINGS | settings, 'cpu')
+        train(f'--{setting}')
 
 
 # ---------------------------------------------------------------------------- depth

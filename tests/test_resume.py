@@ -115,18 +115,26 @@ def test_times_tokens_and_patience_go_on_in_a_resumed_run(train, tmp_path):
 
 
 def overwrite(path, what):
-    """Change a token file as people do."""
+    """Change a token file in one of the ways in which people do."""
     tokens = np.fromfile(path, np.uint16)
     if what == 'cut':
         os.truncate(path, 100)
+    elif what == 'removed':
+        path.unlink()
+    elif what == 'replaced':
+        tokens.tofile(path.with_suffix('.new'))
+        path.with_suffix('.new').rename(path)
+    elif what == 'longer':
+        with open(path, 'ab') as file:
+            file.write(b'\0\0')
     else:
         with open(path, 'r+b') as file:
-            tokens[::-1].tofile(file)
+            (np.full_like(tokens, 60000) if what == 'other ids' else tokens[::-1]).tofile(file)
         os.utime(path, (1, 1))
 
 
-@pytest.mark.parametrize('name', ['train', 'val'])
-@pytest.mark.parametrize('what', ['cut', 'other text'])
+@pytest.mark.parametrize('name, what', [(n, w) for n in ('train', 'val') for w in (
+    'cut', 'removed', 'replaced', 'longer', 'other ids', 'other text')])
 def test_data_that_change_under_a_run_end_it_with_its_state(name, what, train, char_data, whole, tmp_path):
     args, _ = whole('adamw')
     data = shutil.copytree(char_data, tmp_path / 'data')
