@@ -1,14 +1,12 @@
 """Corpora of documents: from files of any format and the hub, with their own splits or none, resumed."""
 # ruff: noqa: F811 (fixtures)
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from preparing import prepare, read, refusal  # noqa: F401
 
 from support.text.bpe import train_bpe
@@ -26,6 +24,7 @@ def corpus(bpe, prepare, monkeypatch, tmp_path):
     """`prepare`, with the caches of `datasets` in tmp_path."""
     import datasets
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))  # of a process of its own
     return prepare
 
 
@@ -64,8 +63,6 @@ def test_openwebtext_equals_the_documented_procedure(corpus, tmp_path):
         splits = loaded.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
         assert (found.train, found.val) == (plain(splits['train']['text']), plain(splits['test']['text']))
         assert found.train.count(END) == 2498 and found.info['tokenizer'] == 'gpt2'
-        names = {p.name for p in (corpus.data / 'documents').iterdir()}
-        assert names == {'dataset.json', 'train.bin', 'val.bin'}
 
 
 def test_limit_column_share_and_name_are_those_asked_for(corpus, tmp_path):
@@ -126,27 +123,17 @@ def test_source_without_documents_is_refused_in_one_line(source, content, words,
     assert words in corpus.fails('openwebtext', f'--source={source}', '--name=out')
 
 
-KILLED = """
-import sys
-import datasets
-datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-from support.text.bpe import train_bpe
-from support.text.corpus import prepare_corpus
-from support.text.documents import Corpus
-prepare_corpus(sys.argv[3], Corpus(sys.argv[1]), num_proc=1)
-"""
-
-
 @pytest.mark.parametrize('is_changed', [False, True])
 def test_killed_run_goes_on_where_it_was_if_the_text_is_the_same(is_changed, corpus, tmp_path, capsys):
     source, texts = tmp_path / 'a.jsonl', [f'{text} ' * 30 for text in DOCUMENTS * 4]
     write_table(source, texts)
-    process = subprocess.Popen([sys.executable, '-c', KILLED, source, tmp_path / 'cache', tmp_path / 'out'],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not [*tmp_path.glob('out/parts-*/train-*.bin')] and process.poll() is None:
+    process = multiprocessing.get_context('spawn').Process(
+        target=prepare_corpus, args=(tmp_path / 'out', Corpus(str(source))), kwargs={'num_proc': 1})
+    process.start()
+    while not [*tmp_path.glob('out/parts-*/train-*.bin')] and process.is_alive():
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert 'train.bin is missing' in refusal(Dataset, tmp_path / 'out')
     if is_changed:
         texts[5] = 'Another text, of another length'
@@ -232,15 +219,12 @@ def test_ready_files_are_taken_as_they_are(held, prepare):
     assert 'train has 8,003 tokens in 2 files' in out and len(Dataset(folder)['train']) == 8003
 
 
-def test_ready_files_that_are_not_whole_are_one_line_and_nothing_is_written(held, prepare):
-    args = 'fineweb', f'--shards_from={held}', '--shards=3'
+def test_ready_files_that_are_not_whole_or_not_alone_are_refused(held, prepare):
+    args, other = ('fineweb', f'--shards_from={held}', '--shards=3'), prepare.data / 'fineweb/train.bin'
+    other.write_bytes(b'ab')
+    assert 'has train.bin, which is not among these files' in prepare.fails(*args)
+    other.unlink()
     os.truncate(held / 'fineweb_train_000002.bin', 5000)
     assert '_000002.bin has 1,988 tokens, but 4,002 by its header' in prepare.fails(*args)
     (held / 'fineweb_train_000001.bin').unlink()
     assert '_000001.bin is missing' in prepare.fails(*args)
-
-
-def test_ready_files_are_not_put_beside_others(held, prepare):
-    (prepare.data / 'fineweb/train.bin').write_bytes(b'ab')
-    told = prepare.fails('fineweb', f'--shards_from={held}', '--shards=3')
-    assert 'has train.bin, which is not among these files' in told
