@@ -129,6 +129,8 @@ def test_a_tokenizer_that_loses_more_than_a_hundredth_is_refused_on_the_data(own
     lossy = BPETokenizer(changed(own, normalizer={'type': 'Lowercase'}))
     told = refusal(lossy.encode_array, 'AB CD ' * 500)
     assert 'changes or drops' in told and ' characters: ' in told and 'came back as' in told
+    composed = BPETokenizer(changed(own, normalizer={'type': 'NFC'}))  # which loses nothing
+    assert composed.decode(composed.encode_array('cafe\u0301 ' * 500)) == 'caf\u00e9 ' * 500
 
 
 # ---------------------------------------------------------------------------- files
