@@ -1,7 +1,6 @@
 """Runs data/*/prepare.py into a folder of the test's, and reads what they write."""
 
 import json
-import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -13,9 +12,7 @@ from conftest import ROOT
 from support.errors import USER_ERRORS
 from support.text.dataset import Dataset
 
-SHAKESPEARE = os.environ.get('SHAKESPEARE', '')
-CLOSED = 'http://127.0.0.1:9'  # nothing listens at this port
-CUT_OFF = {'http_proxy': CLOSED, 'https_proxy': CLOSED, 'no_proxy': '', 'NO_PROXY': ''}
+CUT_OFF = {'https_proxy': 'http://127.0.0.1:9', 'no_proxy': '', 'NO_PROXY': ''}  # a closed port
 SPEECH = 'To be, or not to be, that is the question:\nWhether \'tis nobler in the mind\n' * 20
 # what tokenizers join and part: contractions, digits, runs of white space, scripts, signs in two parts
 ODD = '''  When spring comes, it's the year 1995 – they'll say "so".\tTabs,  two  spaces,\r\nlines\n\n\n
@@ -28,9 +25,8 @@ META = {'vocab_size': 3, 'itos': {0: '\n', 1: 'a', 2: 'é'}, 'stoi': {'\n': 0, '
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, capsys, run_here):
-    """Runs a copy of data/NAME/prepare.py in this process, from the folder prepare.here, and gives
-    what it printed; prepare.data is the copy's data folder. prepare.fails gives its one-line error
-    instead, and asserts that nothing was written."""
+    """Runs a copy of data/NAME/prepare.py from the folder prepare.here, and gives what it printed;
+    prepare.data has the copies. prepare.fails gives its error, and asserts that nothing was written."""
     for path in (*ROOT.glob('data/*/prepare.py'), ROOT / 'data/chat/example.jsonl'):
         copy = tmp_path / 'data' / path.parent.name / path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +68,6 @@ def read(folder):
     ids = {split: data[split][:].tolist() for split in ('train', 'val')}
     info = json.loads((folder / 'dataset.json').read_text(encoding='utf-8'))
     for split, numbers in ids.items():
-        assert len(numbers) == info['tokens'][split]
         assert np.fromfile(folder / f'{split}.bin', info.get('dtype', 'uint16')).tolist() == numbers
     texts = [data.tokenizer.decode(numbers) for numbers in ids.values()]
     return SimpleNamespace(**ids, info=info, texts=texts, text=''.join(texts),

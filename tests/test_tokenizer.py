@@ -1,45 +1,33 @@
 """Text to ids and back, of characters, words and GPT-2; meta.pkl."""
 
-import builtins
-import json
 import os
 import pickle
-import subprocess
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from preparing import META, ODD, refusal
 from test_bpe import random_texts
 
 from support.hub.exporting import write_tokenizer
-from support.text.dataset import Dataset
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer, NoTokenizer, load_tokenizer, tokenizer_from
 from support.text.vocabulary import read_meta
 
 # ---------------------------------------------------------------------------- meta.pkl
 
-class Evil:
-    """What a malicious file unpickles to: the result of any call."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
+class Evil(str):
+    """What a malicious file unpickles to: the result of a command."""
 
     def __reduce__(self):
-        return self.call
+        return os.system, (str(self),)
 
 
 @pytest.mark.parametrize('protocol', [0, 2, 4])
-@pytest.mark.parametrize('function, argument', [
-    (os.system, 'echo > {}'), (builtins.exec, 'open({!r}, "w")'), (builtins.eval, 'open({!r}, "w")'),
-    (os.mkdir, '{}'), (subprocess.getoutput, 'echo > {}')], ids=lambda x: getattr(x, '__name__', ''))
-def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, protocol, tmp_path):
+def test_meta_that_is_damaged_or_would_run_code_is_refused_and_runs_none(protocol, tmp_path):
     marker = tmp_path / 'marker'
-    evil = Evil(function, argument.format(str(marker)))
+    evil = Evil(f'echo > {marker}')
     by_hand = f"(S'echo > {marker}'\nios\nsystem\n.", f"cos\nsystem\n(S'echo > {marker}'\ntR."
     data = [pickle.dumps(made, protocol) for made in (evil, META | {'more': [evil]})]
-    for content in [*data, *map(os.fsencode, by_hand)]:
+    for content in [*data, *map(os.fsencode, by_hand), b'', pickle.dumps(META)[:-9]]:
         (tmp_path / 'meta.pkl').write_bytes(content)
         assert 'meta.pkl is not a character vocabulary' in refusal(read_meta, tmp_path)
     assert not marker.exists()
@@ -47,70 +35,33 @@ def test_meta_that_would_run_code_is_refused_and_runs_none(function, argument, p
     assert marker.exists()  # the file does run code if read carelessly
 
 
-# LONG_BINPUT and BYTEARRAY8, whose arguments may ask for gigabytes
-sane_bytes = st.binary(max_size=80).filter(lambda data: not {ord('r'), 0x96} & set(data))
-whole_meta = pickle.dumps(META)
-damaged_meta = st.builds(lambda at, piece: whole_meta[:at] + piece + whole_meta[at + len(piece):],
-                         st.integers(0, len(whole_meta)), sane_bytes)
-
-
-@settings(deadline=None, max_examples=500)
-@given(sane_bytes | damaged_meta | st.builds(lambda n: whole_meta[:n], st.integers(0, len(whole_meta) - 1)))
-@example(b'')
-@example(b'Px\n.')  # a persistent id, whose error has two lines
-@example(pickle.dumps([1, 2]))
-@example(pickle.dumps(META | {'itos': 'abc'}))
-@example(pickle.dumps(META | {'itos': {'a': 0}}))
-@example(pickle.dumps(META | {'vocab_size': '3'}))
-@example(pickle.dumps({'vocab_size': 0, 'itos': {}, 'stoi': {}}))
-@example(pickle.dumps({'itos': {0: 'a'}}))
-def test_damaged_meta_is_refused_in_one_line_or_whole(tmp_path_factory, data):
-    folder = tmp_path_factory.getbasetemp()
-    (folder / 'meta.pkl').write_bytes(data)
-    try:
-        meta = read_meta(folder)
-    except ValueError as error:
-        assert 'meta.pkl is not a character vocabulary' in str(error) and '\n' not in str(error)
-    else:
-        assert isinstance(meta['vocab_size'], int) and all(isinstance(c, str) for c in meta['itos'].values())
-
-
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_meta_of_any_pickle_protocol_is_read(protocol, tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(META, protocol=protocol))
     assert read_meta(tmp_path) == META
-    assert Dataset(tmp_path, splits=()).tokenizer.encode('aé') == [1, 2]
 
 
 # ---------------------------------------------------------------------------- characters and words
 
-@settings(deadline=None)
-@given(st.text(min_size=1))
-def test_characters_survive_the_round_trip(text):
-    tokenizer = CharTokenizer.of_text(text)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.n_vocab == len(set(text)) and max(ids) < tokenizer.n_vocab
+def test_characters_survive_the_round_trip():
+    tokenizer = CharTokenizer.of_text(ODD)
+    ids = tokenizer.encode(ODD)
+    assert tokenizer.decode(ids) == ODD and tokenizer.n_vocab == len(set(ODD)) == max(ids) + 1
     again = tokenizer_from(tokenizer.to_dict())
-    assert again.encode(text) == ids and again.to_dict() == tokenizer.to_dict()
-
-
-LETTERS = 'ä€😀 \u2028é  we\n\t' + ''.join(map(chr, range(1, 0x3000, 7)))
+    assert again.encode(ODD) == ids and again.to_dict() == tokenizer.to_dict()
 
 
 @pytest.mark.parametrize('entries, text, parts, shown', [  # a vocabulary, a text, its parts, what is decoded
     (['to', 'be', 'or', 'not', 'to-morrow', '.'], 'to  be\nor not .', ['to', 'be', 'or', 'not', '.'],
      'to be or not .'),
     (['to', 'to be', ' ', '\n', 'b', 'e', 'be'], 'to be b\nebe', ['to be', ' ', 'b', '\n', 'e', 'be'],
-     'to be b\nebe'),
-    (sorted({*LETTERS}), LETTERS, [*LETTERS], LETTERS)], ids=['words', 'words and white space', 'characters'])
+     'to be b\nebe')])
 def test_prompts_are_encoded_and_shown_and_exported(entries, text, parts, shown, tmp_path):
     from transformers import AutoTokenizer
     tokenizer = CharTokenizer(dict(enumerate(entries)))
     ids = tokenizer.encode(text)
     assert [entries[i] for i in ids] == parts and tokenizer.decode(ids) == shown
     assert b''.join(tokenizer.decode_bytes([i]) for i in ids).decode().strip() == shown.strip()
-    assert 'not in this model\'s vocabulary: ' in refusal(tokenizer.encode, '\u4e01')
     write_tokenizer(tmp_path, tokenizer, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == shown
@@ -118,13 +69,10 @@ def test_prompts_are_encoded_and_shown_and_exported(entries, text, parts, shown,
     assert load_tokenizer(tmp_path).itos == tokenizer.itos
 
 
-@pytest.mark.parametrize('known, text, told', [
-    ('cab', 'azbé', "not in this model's vocabulary: 'z' 'é'; it knows 'abc'"),
-    (''.join(map(chr, range(0x4e00, 0x4e00 + 3000))), 'abcdefghijklmno', "'j' and 5 more; it knows 3,000"),
-    ('café 한', 'cafe\u0301', 'NFC'), ('café 한', '\u1112\u1161\u11ab', 'NFC'),
-    ('café 한', 'cafe\u0301 z', "'z' '\u0301'; it knows")])
-def test_unknown_characters_are_named_with_what_to_do(known, text, told):
-    assert told in refusal(CharTokenizer.of_text(known).encode, text)
+def test_unknown_characters_are_named_with_what_to_do():
+    told = refusal(CharTokenizer.of_text('cab').encode, 'azbé')
+    assert "not in this model's vocabulary: 'z' 'é'; it knows 'abc'" in told
+    assert 'NFC' in refusal(CharTokenizer.of_text('café 한').encode, 'cafe\u0301')
 
 
 # ---------------------------------------------------------------------------- GPT-2
@@ -143,12 +91,10 @@ def test_gpt2_s_ids_are_tiktoken_s_and_only_a_prompt_has_special_tokens(bpe):
 def test_tokens_have_the_bytes_of_what_they_decode_to(bpe):
     tokenizer, text = GPT2Tokenizer(), 'Hello, 日本語 café 🙂!'
     lengths = tokenizer.token_bytes()
-    assert lengths.shape == (50257,) and lengths.dtype == np.int64 and lengths[50256] == 0
-    assert (lengths[:50256] > 0).all() and lengths[198] == 1  # a line end
+    assert lengths.shape == (50257,) and lengths[50256] == 0
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
     tokenizer = CharTokenizer({0: 'a', 1: '\n', 2: 'é', 3: '日', 4: '🙂', 7: '\udcff'})
-    assert tokenizer.token_bytes().tolist() == [1, 1, 2, 3, 4, 0, 0, 3] and tokenizer.n_vocab == 8
-    assert tokenizer.token_bytes().dtype == np.int64
+    assert tokenizer.token_bytes().tolist() == [1, 1, 2, 3, 4, 0, 0, 3]
 
 
 def test_exported_gpt2_is_gpt2_to_transformers_and_to_us(bpe, tmp_path):
@@ -157,15 +103,12 @@ def test_exported_gpt2_is_gpt2_to_transformers_and_to_us(bpe, tmp_path):
     write_tokenizer(tmp_path, ours, 1024)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(text)['input_ids'] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
-    merges = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
-    assert len(merges) == 50_000 and merges[:3] == [['\u0120', 't'], ['\u0120', 'a'], ['h', 'e']]
     assert len(theirs) == 50257 and theirs.eos_token_id == theirs.bos_token_id == 50256
     assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
 
 
 @pytest.mark.parametrize('tokenizer, first, ends', [
-    (GPT2Tokenizer(), 50256, (50256,)), (CharTokenizer({0: 'a', 1: '\n'}), 1, ()),
-    (CharTokenizer({0: 'a', 1: 'b'}), 0, ()), (NoTokenizer(5), 0, ())])
+    (GPT2Tokenizer(), 50256, (50256,)), (CharTokenizer({0: 'a', 1: '\n'}), 1, ()), (NoTokenizer(5), 0, ())])
 def test_a_text_begins_after_an_end_and_a_sample_ends_there(tokenizer, first, ends):
     assert (tokenizer.first_token(), tokenizer.ends, tokenizer.begin) == (first, ends, ())
     assert (tokenizer.end,) == (ends or (None,))
@@ -179,8 +122,7 @@ def test_what_a_checkpoint_keeps_makes_the_tokenizer_anew_or_is_one_line(tmp_pat
     for state in (GPT2Tokenizer().to_dict(), None):
         assert isinstance(tokenizer_from(state), GPT2Tokenizer)
     assert tokenizer_from({'kind': 'none', 'n_vocab': 7}).n_vocab == 7
-    for state in ({'kind': 'char', 'itos': 7}, {'kind': 'char'}, {'kind': 'none'}, 7, {'a': 1},
-                  {'kind': 'bpe', 'json': 'x'}):
+    for state in ({'kind': 'char', 'itos': 7}, 7, {'kind': 'bpe', 'json': 'x'}):
         assert 'the checkpoint\'s tokenizer is damaged' in refusal(tokenizer_from, state)
     config = {'data_dir': str(tmp_path / 'gone')}  # of an older checkpoint, which names its data alone
     told = refusal(tokenizer_of(State({}, {'vocab_size': 65}, config=config)).decode, [1])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from preparing import META, refusal
 
-from support.errors import MissingFile, UserError
+from support.errors import MissingFile
 from support.text.dataset import Dataset, find_dataset
 from support.text.prepare import write_dataset
 from support.text.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -36,18 +35,6 @@ def cut_in_shards(folder, ids, sizes, split='train'):
         part.tofile(folder / f'{split}_{i:03}.bin')
 
 
-@pytest.fixture
-def long_folder(tmp_path):
-    """A data set whose train.bin has LONG tokens, zeros without room on the disk but for three."""
-    make(tmp_path)
-    with open(tmp_path / 'train.bin', 'wb') as file:
-        file.truncate(2 * LONG)
-        for at in (5, LONG // 2, LONG - 1):
-            file.seek(2 * at)
-            file.write(np.uint16(at % 60 + 1).tobytes())
-    return tmp_path
-
-
 def change_a_token(path, at, token):
     with open(path, 'r+b') as file:
         file.seek(2 * at)
@@ -59,10 +46,8 @@ def change_a_token(path, at, token):
 @pytest.mark.parametrize('sampler, seed, at, n_tokens, block_size, starts', [
     ('random', 1337, 0, 1_003_854, 256, [230731, 497885, 530148, 960125]),
     ('random', -1, 10**6, 2**33, 1024, [1096299394, 2526030435, 5706966294, 7894185042]),
-    ('epoch', 1337, 0, 1_003_854, 256, [305035, 470411, 629643, 474507, 831371, 789387]),
     ('epoch', 1337, 3918, 1_003_854, 256, [668043, 606347, 918579, 931379, 129331, 589619]),
     ('epoch', -5, 10**9, 9_035_582_198, 1024, [6937418867, 3505034355, 1981193331, 4408383603]),
-    ('epoch', 7, 0, 100, 64, [34, 31, 10, 26, 19, 20]),
     ('epoch', 7, 12, 1000, 64, [380, 636, 503, 567, 119, 759, 887, 55, 439, 631, 695, 247, 311]),
 ])
 def test_a_resumed_run_reads_what_it_always_did(sampler, seed, at, n_tokens, block_size, starts):
@@ -84,31 +69,16 @@ def test_an_epoch_has_each_window_once_side_by_side(n_tokens):
     assert n < 9 or (whole[:n] != whole[n:2 * n]).any()
 
 
-@pytest.mark.parametrize('n_tokens, count', [(9, 1), (18, 1), (18, 3), (18, 11), (2**33, 5)])
-def test_each_random_window_is_equally_likely_and_each_part_of_the_text_has_one(n_tokens, count):
-    split, room = Split('train', range(n_tokens)), n_tokens - 8
-    starts = np.stack([split.train_windows('random', 0, i, count, 8)
-                       for i in range(12_000 // count)])
-    assert starts.min() >= 0 and starts.max() < room
-    counts = np.bincount((starts * min(room, 10) // room).ravel())
-    assert len(counts) == min(room, 10)
-    assert (abs(counts - counts.mean()) < 5.5 * counts.mean()**0.5).all()  # standard deviations
-    assert (abs(starts - (np.arange(count) + 0.5) / count * room) <= room / count / 2 + 1).all()
-
-
 # ---------------------------------------------------------------------------- evaluation, reading
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(2, 400), st.integers(1, 40), st.integers(1, 7), st.integers(0, 9))
 @example(33, 8, 4, 0)
-@example(34, 8, 4, 0)
-@example(2, 40, 7, 0)
 def test_evaluation_reads_each_target_once_or_windows_spread_evenly(n, block_size, batch_size,
                                                                     n_batches):
     split = Split('val', np.arange(n, dtype=np.uint16))
     batches = split.eval_windows(block_size, batch_size, n_batches)
     n_windows = -(-(n - 1) // block_size)
-    assert np.array_equal(batches, split.eval_windows(block_size, batch_size, n_batches))
     if n_batches and n_batches * batch_size < n_windows:
         assert batches.shape == (n_batches, batch_size) and batches.dtype == np.int64
         gaps = np.diff(np.append(batches, n_windows * block_size))
@@ -129,29 +99,18 @@ def test_targets_are_the_inputs_one_token_further_and_there_are_none_past_the_en
     assert x[:2].tolist() == [[100, 101, 102, 103], [108, 65535, 65535, 65535]]
     assert y.tolist() == [[101, 102, 103, 104], [65535, -1, -1, -1], [-1] * 4]
     assert split.epoch_length(4) == 10 and split.target_share(np.array([0, 8]), 0, 1, 4) == 1
-    starts = Split('val', range(9_035_582_198)).eval_windows(1024, 12, 200)
-    assert starts.shape == (200, 12) and 0.999 < starts[-1, -1] / 9_035_581_174 < 1
 
 
-def test_a_thread_reads_one_result_ahead_and_its_error_reaches_the_caller():
-    asked = []
-
-    def arguments():
-        for i in (1, 2, 0, 4):
-            asked.append(i)
-            yield 8, i
-
-    results = prefetch(lambda a, b: a // b, arguments())
-    assert next(results) == 8 and asked == [1, 2] and next(results) == 4
+def test_what_a_thread_reads_is_in_order_and_its_error_reaches_the_caller():
+    results = prefetch(lambda a, b: a // b, iter([(8, 1), (8, 2), (8, 0), (8, 4)]))
+    assert (next(results), next(results)) == (8, 4)
     with pytest.raises(ZeroDivisionError):
         next(results)
-    assert list(prefetch(max, [])) == [] and list(prefetch(max, [(3, 4)])) == [4]
 
 
 # ---------------------------------------------------------------------------- batches that grow
 
-@pytest.mark.parametrize('micro_steps, iterations', [
-    (1, 0), (4, 0), (4, 1), (4, 3), (8, 100), (100, 8), (100, 99), (49, 98), (40, 1999)])
+@pytest.mark.parametrize('micro_steps, iterations', [(1, 0), (4, 1), (8, 100), (100, 8), (49, 98)])
 def test_batch_grows_from_one_micro_step_to_all(micro_steps, iterations):
     ramp = BatchRamp(micro_steps, iterations)
     sizes = [ramp.at(i) for i in range(iterations + 5)]
@@ -159,7 +118,6 @@ def test_batch_grows_from_one_micro_step_to_all(micro_steps, iterations):
     assert abs(sizes[0] - micro_steps / (iterations + 1)) < 1
     assert [ramp.before(i) for i in range(len(sizes) + 1)] == [0, *np.cumsum(sizes)]
     assert BatchRamp(100, 99).at(6) == 8  # not 7: 100 * 0.07 is above 7 in floating point
-    assert BatchRamp(8, 10**15).before(10**15) == pytest.approx(4.5e15)  # not counted one by one
 
 
 # ---------------------------------------------------------------------------- what a folder holds
@@ -170,13 +128,8 @@ def test_folder_that_nanogpt_made_is_one_object(tmp_path):
     data = Dataset(tmp_path)
     assert [*data.splits] == ['train', 'val'] and [len(s) for s in data.splits.values()] == [4, 2]
     assert data['train'][:].tolist() == [2, 1, 0, 1] and data['val'][np.array([1])].tolist() == [2]
-    assert (data.folder, data.info, data.template) == (tmp_path, {}, None)
     assert (data.vocab_size, data.vocab_path) == (3, tmp_path / 'meta.pkl')
-    assert data.tokenizer.decode([2, 1]) == 'éa' and data['val'].name == 'val'
-    assert data['train'].path == str(tmp_path / 'train.bin')
-    data.check(1, 3), data.check_unchanged()
-    with pytest.raises(ValueError):
-        data['train'][:][0] = 1  # read only
+    assert data.tokenizer.decode([2, 1]) == 'éa'
 
 
 def test_splits_are_opened_as_asked_for_and_without_a_vocabulary_ids_are_gpt2_s(tmp_path):
@@ -186,16 +139,13 @@ def test_splits_are_opened_as_asked_for_and_without_a_vocabulary_ids_are_gpt2_s(
         data = Dataset(tmp_path, splits)
         assert [*data.splits] == [*splits] and isinstance(data.tokenizer, GPT2Tokenizer)
         assert (data.vocab_size, data.vocab_path) == (50304, None)
-    told = refusal(Dataset, tmp_path, error=MissingFile)
-    assert 'val.bin is missing; see "Your own text" in README.md' in told
+    assert 'see "Your own text" in README.md' in refusal(Dataset, tmp_path, error=MissingFile)
     (tmp_path / 'prepare.py').touch()
-    (tmp_path / 'val.bin').mkdir()
     assert f'val.bin is missing; run: python {tmp_path / "prepare.py"}' in refusal(Dataset, tmp_path)
 
 
 @pytest.mark.parametrize('data_dir, dataset, found', [
-    ('', 'mine', 'data/mine'), ('', 'data/mine', 'data/mine'), ('', './elsewhere', './elsewhere'),
-    ('elsewhere', 'mine', 'elsewhere'), ('', 'missing', 'data/missing'),
+    ('', 'mine', 'data/mine'), ('', './elsewhere', './elsewhere'), ('elsewhere', 'mine', 'elsewhere'),
     ('', 'elsewhere', 'data/elsewhere'),  # a name, not a path
     ('', 'shakespeare_char', str(ROOT / 'data/shakespeare_char'))])
 def test_dataset_is_a_name_in_data_or_the_path_of_a_folder(data_dir, dataset, found, tmp_path, monkeypatch):
@@ -207,10 +157,6 @@ def test_dataset_is_a_name_in_data_or_the_path_of_a_folder(data_dir, dataset, fo
 
 @pytest.mark.parametrize('info, told', [
     ({'tokens': {'train': 98}}, 'train.bin has 99 tokens, but dataset.json says 98'),
-    ({'tokens': {'train': 99, 'val': 48}}, 'val.bin has 49 tokens, but dataset.json says 48'),
-    ({'unfinished': True}, 'was broken off; prepare it again'),
-    ({'dtype': 'float32'}, 'dtype=float32 is not one of uint16, uint32'),
-    ({'dtype': ['uint16']}, "dtype=['uint16'] is not one of"),
     ({'dtype': 'uint32'}, 'train.bin has 198 bytes, not a positive multiple of 4'),
     ({'tokenizer': 'char'}, 'meta.pkl is missing, but dataset.json says that the tokens are char'),
 ])
@@ -218,42 +164,7 @@ def test_dataset_json_that_is_not_of_the_files_is_refused(info, told, tmp_path):
     assert told in refusal(Dataset, make(tmp_path, info=info))
 
 
-def test_dataset_json_is_read_once(tmp_path):
-    data = Dataset(make(tmp_path, info={'source': 'a', 'tokens': {'train': 99, 'val': 49}}))
-    (tmp_path / 'dataset.json').write_text('{')
-    data.check(8, 128), data.check_unchanged()
-    assert data.fingerprints() and data.info['source'] == 'a'
-
-
-@pytest.mark.skipif(not os.path.exists('/proc/self/mem'), reason='reading it fails, even as root')
-@pytest.mark.parametrize('name', ['train.bin', 'meta.pkl', 'dataset.json'])
-def test_file_that_can_not_be_read_is_one_line(name, tmp_path):
-    make(tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).symlink_to('/proc/self/mem')
-    assert f'{tmp_path / name} ' in refusal(Dataset, tmp_path)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=200), st.none() | st.binary(max_size=40) | st.integers(-1, 110))
-@example(b'\x93NUMPY\1\0', None)
-@example(bytes(2), 0)
-def test_random_files_are_read_whole_or_refused_in_one_line(tmp_path_factory, content, info):
-    folder = tmp_path_factory.mktemp('fuzz', numbered=True)
-    (folder / 'train.bin').write_bytes(content)
-    if info is not None:
-        text = info if isinstance(info, bytes) else json.dumps({'tokens': {'train': info}}).encode()
-        (folder / 'dataset.json').write_bytes(text)
-    try:
-        data = Dataset(folder, ['train'])
-        data.check(3, 30_000)
-    except UserError as error:
-        assert str(error) and '\n' not in str(error)
-    else:
-        assert data['train'][:].tobytes() == content and info in (None, len(data['train']))
-
-
-# ---------------------------------------------------------------------------- ids
+# ---------------------------------------------------------------------------- ids and fingerprints
 
 def test_split_without_room_or_with_an_id_beyond_the_vocabulary_is_refused(tmp_path):
     data = Dataset(make(tmp_path, val=range(1, 11)))
@@ -267,28 +178,24 @@ def test_split_without_room_or_with_an_id_beyond_the_vocabulary_is_refused(tmp_p
         assert 'train.bin holds token id 64, but the model\'s vocab_size is 64' in told
 
 
-def test_of_a_long_split_64_pieces_are_checked_and_the_rest_when_it_is_read(long_folder, capsys):
-    (long_folder / 'dataset.json').write_text('{"sha256": {"train.bin": "wrong"}}')
-    change_a_token(long_folder / 'train.bin', LONG // 64 - 3, 65)  # between the first two pieces
-    data = Dataset(long_folder)
+def test_of_a_long_split_64_pieces_are_checked_and_the_rest_when_it_is_read(tmp_path):
+    path = make(tmp_path, train=range(1, 60)) / 'train.bin'
+    os.truncate(path, 2 * LONG)  # zeros without room on the disk
+    change_a_token(path, LONG // 64 - 3, 65)  # between the first two pieces
+    data = Dataset(tmp_path)
     data.check(8, 65)
-    assert data.fingerprints()['train'].startswith('c82fb1b6ba1fa2346aab4dd5a2f6ac21c6780ffa9552f4')
-    out = capsys.readouterr().out
-    assert out.count('\n') == 1
-    assert 'train.bin: 67,108,864 of its 134,217,728 tokens were checked, in 64 pieces, not' in out
+    assert data.fingerprints()['train'].startswith('ee75289e959b75141986f3eca8edd882e69d7baca94140')
     data['train'].read(np.array([0, 1000]), 8)
     assert 'train.bin holds token id 65, but the model\'s vocab_size is 65' in refusal(
         data['train'].read, np.array([0, LONG // 64 - 8]), 8)
     for at in (0, LONG // 2, LONG - 1):  # pieces begin and end there
-        change_a_token(long_folder / 'train.bin', at, 64)
-        assert 'holds token id 64' in refusal(Dataset(long_folder).check, 8, 64)
+        change_a_token(path, at, 64)
+        assert 'holds token id 64' in refusal(Dataset(tmp_path).check, 8, 64)
 
 
-@pytest.mark.parametrize('ids, vocab_size', [([70_000, 3, 127_999] * 30, 128_000),
-                                             ([5, 0, 7] * 30, 8)])
-def test_ids_of_32_bits_are_read_where_dataset_json_says_so(ids, vocab_size, tmp_path):
-    counts = {'train': len(ids), 'val': len(ids)}
-    info = {'dtype': 'uint32', 'tokens': counts, 'tokenizer': 'llama-3', 'vocab_size': vocab_size}
+def test_ids_of_32_bits_are_read_where_dataset_json_says_so(tmp_path):
+    ids, vocab_size = [70_000, 3, 127_999] * 30, 128_000
+    info = {'dtype': 'uint32', 'tokenizer': 'llama-3', 'vocab_size': vocab_size}
     data = Dataset(make(tmp_path, ids, ids, info, np.uint32))
     data.check(8, vocab_size), data.check_unchanged()
     x, y = data['val'].read(np.array([1]), 3)
@@ -297,76 +204,34 @@ def test_ids_of_32_bits_are_read_where_dataset_json_says_so(ids, vocab_size, tmp
     cut_in_shards(tmp_path, np.array(ids, np.uint32), [40, len(ids) - 40])
     (tmp_path / 'train.bin').unlink()
     assert Dataset(tmp_path)['train'][:].tolist() == ids
-    assert 'vocab_size is 5' in refusal(data.check, 8, 5)
 
 
-# ---------------------------------------------------------------------------- fingerprints
-
-def test_fingerprint_is_the_file_s_sha256_and_changes_with_each_token(tmp_path):
-    ids = np.arange(100) % 61
-    found = {Dataset(make(tmp_path, train=part)).fingerprints()['train']
-             for part in (ids, ids[:-1])}
-    assert hashlib.sha256(ids.astype(np.uint16)).hexdigest() in found
-    assert 'd14736da8874ad053c2cbef909b5028dbdf1dc379c940012308779ab549ed1ac' in found
-    for at in (0, 50, 99):
-        changed = np.where(np.arange(100) == at, 7, ids)
-        found.add(Dataset(make(tmp_path, train=changed)).fingerprints()['train'])
-    assert len(found) == 5
-
-
-def test_file_that_is_not_that_of_dataset_json_is_refused_whatever_its_time(tmp_path):
+def test_file_that_is_not_that_of_dataset_json_is_refused(tmp_path):
     splits = {'train': [[1, 2, 1, 0]], 'val': [[0, 1]]}
     write_dataset(tmp_path, splits, CharTokenizer(META['itos']), 'a test')
     assert Dataset(tmp_path).fingerprints()
     change_a_token(tmp_path / 'train.bin', 3, 1)
-    for seconds in (1e9, 2e9):
-        os.utime(tmp_path / 'train.bin', (seconds, seconds))
-        told = refusal(Dataset(tmp_path).fingerprints)
-        assert 'train.bin doesn\'t match its SHA-256 in dataset.json' in told
+    told = refusal(Dataset(tmp_path).fingerprints)
+    assert 'train.bin doesn\'t match its SHA-256 in dataset.json' in told
     assert Dataset(tmp_path, ['val']).fingerprints()
 
 
 # ---------------------------------------------------------------------------- shards
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(0, 1000))
-def test_shards_read_as_one_file(tmp_path_factory, sizes, seed):
-    folder, generator = tmp_path_factory.mktemp('shards'), np.random.default_rng(seed)
-    ids = generator.integers(1, 30_000, sum(sizes)).astype(np.uint16)
-    cut_in_shards(folder, ids, sizes)
-    data = Dataset(folder, ['train'])
+def test_shards_read_as_one_file(tmp_path):
+    generator, starts = np.random.default_rng(0), np.arange(99)
+    ids = generator.integers(1, 30_000, 99).astype(np.uint16)
+    cut_in_shards(tmp_path, ids, [1, 40, 7, 1, 5, 5, 5, 5, 5, 5, 5, 15])  # more than are kept open
+    data = Dataset(tmp_path, ['train'])
     split, whole = data['train'], Split('train', ids)
-    assert len(split) == len(ids) and len(list(folder.iterdir())) == len(sizes)
-    for start, stop in generator.integers(0, len(ids) + 3, (20, 2)):
+    for start, stop in generator.integers(0, 102, (200, 2)):
         assert np.array_equal(split[start:stop], ids[start:stop])
-    starts = generator.integers(0, len(ids), 20)
     for one, other in zip(split.read(starts, 7), whole.read(starts, 7)):
         assert np.array_equal(one, other) and one.dtype == other.dtype
-    assert data.fingerprints()['train'] == hashlib.sha256(ids).hexdigest()
-
-
-def test_at_most_eight_shards_are_open_at_a_time_and_each_is_the_one_that_was_there(tmp_path):
-    cut_in_shards(tmp_path, np.arange(1, 401, dtype=np.uint16), [4] * 100)
-    (tmp_path / 'train_050.bin').write_bytes(b'\x93NUMPY  ')
-    split = Dataset(tmp_path, ['train'])['train']
-    for i in range(50):
-        assert split[4 * i:4 * i + 1] == 4 * i + 1
-    if os.path.exists('/proc/self/maps'):
-        with open('/proc/self/maps') as maps:
-            assert 0 < sum(f'{tmp_path}/train_' in line for line in maps) <= 8
-    assert 'train_050.bin holds a NumPy header' in refusal(split.__getitem__, slice(200, 201))
-    replace(tmp_path / 'train_060.bin')
-    told = refusal(split.__getitem__, slice(240, 241))
-    assert 'train_060.bin was replaced since it was opened' in told
+    assert len(split) == 99 and data.fingerprints()['train'] == hashlib.sha256(ids).hexdigest()
 
 
 # ---------------------------------------------------------------------------- files that change
-
-def overwrite(path):
-    content = path.read_bytes()
-    time.sleep(0.02)  # a file system's clock may tick every few milliseconds
-    with open(path, 'r+b') as file:
-        file.write(content)
 
 
 def replace(path):
@@ -376,19 +241,17 @@ def replace(path):
     os.replace(other, path)
 
 
-CHANGES = {'has become shorter': lambda path: os.truncate(path, 8), 'was written to': overwrite,
+CHANGES = {'has become shorter': lambda path: os.truncate(path, 8),
+           'was written to': lambda path: os.utime(path, (1, 1)),
            'was replaced': replace, 'is gone': os.remove}
 
 
-@pytest.mark.parametrize('name', ['val.bin', 'train_030.bin', 'val.mask'])
+@pytest.mark.parametrize('name', ['val.bin', 'val.mask'])
 @pytest.mark.parametrize('what', CHANGES)
 def test_file_that_changed_since_it_was_opened_is_named(what, name, tmp_path):
-    make(tmp_path, train=range(1, 401))
-    if name == 'train_030.bin':
-        cut_in_shards(tmp_path, np.arange(1, 401, dtype=np.uint16), [10] * 40)
-        (tmp_path / 'train.bin').unlink()
+    make(tmp_path)
     if name == 'val.mask':
-        for split, n in (('train', 400), ('val', 49)):
+        for split, n in (('train', 99), ('val', 49)):
             (tmp_path / f'{split}.mask').write_bytes(bytes([2] + [1] * (n - 1)))
     data = Dataset(tmp_path)
     data.check_unchanged()
