@@ -23,7 +23,7 @@ def by_formula(attn_type, q, k, v, **settings):
     config, shared = GPTConfig(attn_type=attn_type, **settings), q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
     return torch.stack([torch.stack([
-        naive.weights(config, h, q_h, k_b[h // shared]) @ v_b[h // shared]
+        naive.weights(config, h, q_h, k_b[h // shared], seen=None) @ v_b[h // shared]
         for h, q_h in enumerate(q_b)]) for q_b, k_b, v_b in zip(q, k, v)])
 
 

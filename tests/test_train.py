@@ -99,7 +99,8 @@ def plain_loop(folder, settings, model=None, opt=None, first=0):
 
 IN_THE_LOOP = [  # the last one is what the row is about, those before it are its context
     '--learning_rate=3e-3', '--min_lr=5e-3', '--warmup_iters=4', '--warmup_iters=0',
-    '--lr_decay_iters=3', '--decay_lr=False', '--lr_schedule=linear', '--lr_schedule=wsd', '--lr_schedule=wsd --wsd_decay=0.7',
+    '--lr_decay_iters=3', '--decay_lr=False', '--lr_schedule=linear', '--lr_schedule=wsd',
+    '--lr_schedule=wsd --wsd_decay=0.7',
     '--lr_schedule=constant', '--weight_decay=9',
     '--beta1=0.5', '--beta2=0.5', '--grad_clip=1.5', '--grad_clip=0', '--seed=7', '--dropout=0.3',
     '--gradient_accumulation_steps=3', '--batch_size=3', '--block_size=8', '--sampler=epoch',

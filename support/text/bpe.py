@@ -129,7 +129,6 @@ class BPETokenizer:
         """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL. Raises
         ValueError if more than a hundredth of what it was given doesn't come back when the ids are
         decoded."""
-        say_of_end(self, text)
         if self.quick:
             with contextlib.suppress(ValueError):  # a million blanks exceed its stack
                 ids = self.quick.encode_to_numpy(replace_surrogates(text), disallowed_special=())

@@ -26,7 +26,7 @@ from support.text.bpe import END, BPETokenizer, train_bpe
 from support.text.documents import SPLIT_NAMES, has_own_splits, load_documents, report_files_of
 from support.text.prepare import (SAMPLE, check_fraction, how_many_to_train_on,
                                   resolve_tokenizer)
-from support.text.stream import Encoded, dtype_for, n_cores
+from support.text.stream import Encoded, dtype_for, encode_document, n_cores
 from support.text.writing import write_dataset, write_tokens
 
 PART = 2048  # documents
@@ -110,7 +110,7 @@ def encode_documents(documents, coder, folder, name, n_threads):
         ids, sizes = [], []
         for at in range(first, min(first + PART, n), AT_A_TIME):
             texts, = documents[at:min(at + AT_A_TIME, first + PART)].values()
-            ids += [part for text in texts for part in (coder.encode_array(text), end)]
+            ids += [part for text in texts for part in (encode_document(coder, text), end)]
             sizes += [(len(text), len(text.encode())) for text in texts]
         n_characters, n_bytes = map(sum, zip(*sizes))
         path = Path(folder, f'{name}-{first:09}-{n_characters}-{n_bytes}.bin')

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support.text.bpe import BPETokenizer
+from support.text.bpe import BPETokenizer, say_of_end
 from support.text.tokenizer import CharTokenizer
 
 BLOCK = 1 << 20  # characters that are encoded at a time
@@ -179,8 +179,14 @@ def encoder(coder):
     if is_of_characters(coder):
         return table_encoder(coder)
     if hasattr(coder, 'encode_array'):
-        return coder.encode_array
+        return lambda text: encode_document(coder, text)
     return lambda text: np.array(coder.encode(text), np.uint32)
+
+
+def encode_document(coder, text):
+    """Ids of a text in which nothing is special, which is said once if it has the name of an end."""
+    say_of_end(coder, text)
+    return coder.encode_array(text)
 
 
 def has_threads(coder):

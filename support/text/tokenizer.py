@@ -22,7 +22,7 @@ import numpy as np
 
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
-from support.text.bpe import END, LARGEST_ID, BPETokenizer, quick_encoding, say_of_end
+from support.text.bpe import END, LARGEST_ID, BPETokenizer, quick_encoding
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
 BPE_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # as tiktoken has it
@@ -141,7 +141,6 @@ class GPT2Tokenizer:
 
     def encode_array(self, text):
         """Ids of a document, in which nothing is special, (N,) uint32; releases the GIL."""
-        say_of_end(self, text)
         try:
             return self.quick.encode_to_numpy(text, disallowed_special=())
         except ValueError:

@@ -82,8 +82,9 @@ def write_dataset(data_dir, splits, tokenizer, source, masks=None, more=None):
                 'dtype': np.dtype(dtype).name,
                 'tokenizer': tokenizer.to_dict()['kind'], 'vocab_size': tokenizer.n_vocab,
                 'source': str(source), **(more or {}),
-                'ends': [*tokenizer.ends],
                 'sha256': {f'{split}.bin': w.sha256 for split, w in written.items()}}
+        if 'ends' in tokenizer.to_dict():
+            info['ends'] = [*tokenizer.ends]
         for split, mask in (masks or {}).items():
             mask.tofile(stack.enter_context(replacing(data_dir / f'{split}.mask')))
             info['sha256'][f'{split}.mask'] = hashlib.sha256(mask).hexdigest()
