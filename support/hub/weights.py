@@ -15,6 +15,7 @@ from pathlib import Path
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure
 
+MAPPED = 1 << 26  # bytes to read before files are mapped anew: what was read counts as memory
 INDEXES = {'model.safetensors.index.json': 'model.safetensors', 'pytorch_model.bin.index.json':
            'pytorch_model.bin'}  # and the single file instead of which there are several
 
@@ -24,18 +25,27 @@ class TensorFiles:
     be read, or isn't in the folder."""
 
     def __init__(self, folder):
-        self.folder, self.files = Path(folder), {}  # {name: the open file that has it}
-        self.shapes = {}
+        self.folder, self.shapes = Path(folder), {}
+        self.paths, self.opened = {}, {}  # {name: path of its file}, {path: the open file}
+        self.n_read = 0  # bytes since all files were mapped
         for path in weight_files(self.folder):
-            for name, shape, file in open_tensors(path):
+            self.opened[path] = file = open_tensors(path)
+            for name, shape in shapes_in(path, file):
                 if name in self.shapes:
                     raise UserError(f'{path} and another file have {name}')
-                self.shapes[name], self.files[name] = tuple(shape), (path, file)
+                self.shapes[name], self.paths[name] = tuple(shape), path
 
     def read(self, name):
-        path, file = self.files[name]
+        path = self.paths[name]
+        if self.n_read > MAPPED:
+            self.opened, self.n_read = {}, 0
+        if path not in self.opened:
+            self.opened[path] = open_tensors(path)
+        file = self.opened[path]
         with explained(path):
-            return file[name] if isinstance(file, dict) else file.get_tensor(name)
+            tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
+        self.n_read += tensor.nbytes
+        return tensor
 
 
 def weight_files(folder):
@@ -68,19 +78,24 @@ def is_plain_name(name):
 
 
 def open_tensors(path):
-    """[(name, shape, open file)] of a file's tensors, of which none is read yet."""
+    """A file's tensors, of which none is read yet: the library's object, or a dict."""
     with explained(path):
         if path.suffix == '.safetensors':
             from safetensors import safe_open
-            file = safe_open(path, framework='pt')
-            names = file.keys()  # not an iterable itself
-            return [(name, file.get_slice(name).get_shape(), file) for name in names]
+            return safe_open(path, framework='pt')
         import torch
         try:
-            file = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         except RuntimeError:  # of before PyTorch 1.6, no archive
-            file = torch.load(path, map_location='cpu', weights_only=True)
-        return [(name, tensor.shape, file) for name, tensor in file.items()]
+            return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def shapes_in(path, file):
+    """[(name, shape)]"""
+    with explained(path):
+        if isinstance(file, dict):
+            return [(name, tensor.shape) for name, tensor in file.items()]
+        return [(name, file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
 
 
 @contextlib.contextmanager
