@@ -7,8 +7,8 @@ Train a GPT.
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d \\
         --rdzv_endpoint=HOST:29400 train.py config/train_gpt2.py     # on each of two nodes
 
-Every setting below can be given in a config file or as --key=value, and so can every option of the model:
-those are the fields of GPTConfig in model.py. --help lists them all.
+Every setting below can be given in a config file or as --key=value, and so can every option of the model,
+the fields of GPTConfig in model.py. --help lists them all.
 """
 
 from configurator import configure  # import first: reports missing packages
@@ -72,21 +72,15 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more if the data is seen many times
 bias = False  # biases in the linear and normalisation layers
-# optimizer
+# optimizer; its other options are those of OptimizerOptions in support/training/optim.py
 optimizer = 'adamw'  # adamw, muon (for the matrices of the blocks, with AdamW for the rest)
 muon_lr = 0.02  # Muon's highest learning rate; learning_rate is then AdamW's
 learning_rate = 6e-4  # the highest, after the warm-up
 embedding_lr = 0.0  # that of the token embedding, with tie_weights=False; 0: learning_rate
-scalar_lr = 0.0  # that of biases, factors of norms and the like; 0: learning_rate
 max_iters = 600000
 weight_decay = 0.1  # of matrices and embeddings
-adam_weight_decay: float | None = None  # of what AdamW trains; None: weight_decay
 beta1 = 0.9
 beta2 = 0.95
-adam_eps = 0.0  # AdamW's epsilon; 0: PyTorch's, 1e-8
-newton_schulz = 'steep'  # of Muon: steep (5 steps, about orthogonal), exact (12 steps)
-normuon = False  # of Muon: rows of an update are made equally large
-cautious_decay = False  # of Muon: weights decay only where the update makes them smaller, too
 grad_clip = 1.0  # clip gradients to this norm; 0: don't
 lora_rank = 0  # train low-rank adapters only: fine-tuning in little memory; 0: train all weights
 lora_alpha = 16.0  # the adapters' output is scaled by alpha / rank
@@ -110,7 +104,7 @@ residual_16bit = False  # the residual stream in dtype's 16 bits, not in float32
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
 seed = 1337
 
-config = configure(globals(), GPTConfig)  # which makes the other options of the model settings, too
+config = configure(globals(), GPTConfig, more=[optim.OptimizerOptions])  # whose fields are settings, too
 
 # ---------------------------------------------------------------------------- machine
 

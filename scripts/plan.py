@@ -17,13 +17,13 @@ import torch
 from model import GPT, GPTConfig
 from support.machine.runtime import Runtime
 from support.text.tokenizer import PADDED_GPT2_VOCAB
-from support.training import models, plan, start
+from support.training import models, optim, plan, start
 
 exec(compile((ROOT / 'train.py').read_text(encoding='utf-8').partition('\nconfig = configure(')[0],
              'train.py', 'exec'))
 gpus = '8xH100'  # their number and kind: a key of GPUS in support/machine/hardware.py
 
-config = configure(globals(), GPTConfig)
+config = configure(globals(), GPTConfig, more=[optim.OptimizerOptions])
 
 start.check_settings(config, Runtime('cuda', 'bfloat16', True, 'nccl'))
 with torch.device('meta'):  # no memory for its weights

@@ -132,50 +132,53 @@ def is_plain_value(name, value):
     return name[0] != '_' and isinstance(value, PLAIN)
 
 
-def configure(variables, model_config=None, args=None, is_setting=is_own_setting, out=None):
+def configure(variables, model_config=None, args=None, is_setting=is_own_setting, out=None, more=()):
     """Apply `args` (default: sys.argv[1:]) to the settings in `variables`, a script's globals.
 
     Settings are the names bound so far for which is_setting(name, value) holds, and the fields with
-    defaults of model_config, a dataclass, which are bound too. Returns them as Settings. Raises
-    ValueError for an unknown key or a wrong type, FileNotFoundError for a missing config. out: where
-    overridden settings are shown, by default on standard output.
+    defaults of model_config, a dataclass, and of those in more, which are bound too. Returns them as
+    Settings. Raises ValueError for an unknown key or a wrong type, FileNotFoundError for a missing
+    config. out: where overridden settings are shown, by default on standard output.
     """
     prepare_streams()
     args = sys.argv[1:] if args is None else args
-    script = read_script(variables, model_config, is_setting, out or sys.stdout)
+    script = read_script(variables, is_setting, out or sys.stdout, [model_config, *more])
     if '--help' in args or '-h' in args:
-        show_help(script, args, model_config)
+        show_help(script, args, [model_config, *more])
         sys.exit(0)
     for i in range(len(args)):
         apply_argument(script, args, i)
     return Settings({key: variables[key] for key in script.allowed}, script.given)
 
 
-def read_script(variables, model_config, is_setting, out):
-    """The Script with these globals. Binds the fields of model_config whose names are free."""
+def read_script(variables, is_setting, out, classes):
+    """The Script with these globals. Binds the fields of the classes, of which the first is the
+    model's, whose names are free."""
     hints = variables.get('__annotations__') or {}
     if variables.get('__annotate__'):  # from Python 3.14 on, annotations are computed on demand
         hints = variables['__annotate__'](1)
     allowed = {k: allowed_types(hints.get(k), v) for k, v in variables.items() if is_setting(k, v)}
-    of_model, hints = read_model(model_config)
-    for name, default in of_model.items():
-        if name not in variables and not hasattr(builtins, name):
-            variables[name] = default
-            allowed[name] = allowed_types(hints.get(name), default)
+    for kind in classes:
+        found, hints = read_fields(kind)
+        for name, default in found.items():
+            if name not in variables and not hasattr(builtins, name):
+                variables[name] = default
+                allowed[name] = allowed_types(hints.get(name), default)
+    of_model, _ = read_fields(classes[0])
     return Script(variables, allowed, {k: variables[k] for k in allowed}, of_model, out)
 
 
-def read_model(model_config):
+def read_fields(kind):
     """{field: default} of a dataclass, without vocab_size, which the data decide; its
     annotations."""
-    if not dataclasses.is_dataclass(model_config):
+    if not dataclasses.is_dataclass(kind):
         return {}, {}
-    of_model = {f.name: f.default for f in dataclasses.fields(model_config)
-                if f.init and f.name != 'vocab_size' and is_plain_value(f.name, f.default)}
+    found = {f.name: f.default for f in dataclasses.fields(kind)
+             if f.init and f.name != 'vocab_size' and is_plain_value(f.name, f.default)}
     try:
-        return of_model, typing.get_type_hints(model_config)
+        return found, typing.get_type_hints(kind)
     except (NameError, TypeError):  # names that only a type checker imports
-        return of_model, {}
+        return found, {}
 
 
 def allowed_types(hint, value):
@@ -425,9 +428,9 @@ def nearest(name, known, shown='{}'):
 
 # ---------------------------------------------------------------------------- help
 
-def show_help(script, args, model_config):
-    """Print the script's docstring, then its settings and the model's: the comments of their
-    source, and the values that the other arguments give."""
+def show_help(script, args, classes):
+    """Print the script's docstring, then its settings and those of the classes: the comments of
+    their source, and the values that the other arguments give."""
     script.out = None
     for i, arg in enumerate(args):
         with contextlib.suppress(UserError, MissingFile):
@@ -436,14 +439,16 @@ def show_help(script, args, model_config):
     path = script.variables.get('__file__')
     source = Path(path).read_text(encoding='utf-8') if path else ''
     comments = comments_in(source)
-    own = [key for key in script.allowed if key in comments or key not in script.of_model]
+    fields = {key: kind for kind in classes for key in read_fields(kind)[0]}
+    own = [key for key in script.allowed if key in comments or key not in fields]
     print((ast.get_docstring(ast.parse(source)) or '').strip() + '\n\nSettings (--key=value):')
     print_settings(script, own, comments)
-    of_model = [key for key in script.allowed if key not in own]
-    if of_model:
-        file, source = source_of(model_config)
-        print(f'\nSettings of the model ({file}):')
-        print_settings(script, of_model, comments_in(source))
+    for kind in classes:
+        others = [key for key in script.allowed if key not in own and fields[key] is kind]
+        if others:
+            file, source = source_of(kind)
+            print(f'\nSettings of {kind.__name__} ({file}):')
+            print_settings(script, others, comments_in(source))
 
 
 def print_settings(script, keys, comments):

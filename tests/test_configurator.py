@@ -16,6 +16,7 @@ from conftest import ROOT
 from configurator import configure
 from model import GPTConfig
 from support.settings import find_config
+from support.training.optim import OptimizerOptions
 
 SETTINGS = {
     'out_dir': 'out', 'start': '\n', 'batch_size': 12, 'learning_rate': 6e-4, 'bias': False,
@@ -66,7 +67,8 @@ def settings_of(script):
 def configure_script(script, *args):
     """The settings of one of our scripts after `args`."""
     script_globals, _ = settings_of(script)
-    return configure(script_globals, GPTConfig if script == 'train.py' else None, args=list(args))
+    classes = (GPTConfig, [OptimizerOptions]) if script == 'train.py' else (None, ())
+    return configure(script_globals, classes[0], args=list(args), more=classes[1])
 
 
 def misspellings(name):

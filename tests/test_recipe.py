@@ -12,7 +12,7 @@ from support.errors import UserError
 from support.hub.exporting import architecture, beyond
 from support.settings import configure
 from support.training.models import config_from_settings, load_optimizer
-from support.training.optim import make_optimizer
+from support.training.optim import OptimizerOptions, make_optimizer
 
 SETTINGS = {'optimizer': 'muon', 'learning_rate': 1e-2, 'weight_decay': 0.5, 'beta1': 0.9, 'beta2': 0.95,
             'muon_lr': 0.03, 'embedding_lr': 0.0}
@@ -23,7 +23,7 @@ def settings_of(*args):
     source = (ROOT / 'train.py').read_text(encoding='utf-8').partition('\nconfig = configure(')[0]
     space = {'__name__': 'settings'}
     exec(compile(source, 'train.py', 'exec'), space)
-    return configure(space, GPTConfig, args=[str(a) for a in args])
+    return configure(space, GPTConfig, args=[str(a) for a in args], more=[OptimizerOptions])
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ Each group has a name and its own initial_lr, and each parameter that is trained
 """
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,17 @@ from support.machine.console import print0
 from support.machine.hardware import fastest_float32, has_bfloat16
 
 
-OFF = {'scalar_lr': 0.0, 'adam_eps': 0.0, 'adam_weight_decay': None, 'newton_schulz': 'steep',
-       'normuon': False, 'cautious_decay': False}  # settings of make_optimizer that may be missing
+@dataclass
+class OptimizerOptions:
+    """Further settings of the optimizer."""
+    scalar_lr: float = 0.0  # of biases, factors of norms and the like; 0: learning_rate
+    adam_weight_decay: float | None = None  # of what AdamW trains beside Muon; None: weight_decay
+    adam_eps: float = 0.0  # AdamW's epsilon; 0: PyTorch's, 1e-8
+    newton_schulz: str = 'steep'  # of Muon: steep (5 steps, about orthogonal), exact (12 steps)
+    normuon: bool = False  # of Muon: rows of an update are made equally large
+    cautious_decay: bool = False  # of Muon: weights decay only where the update makes them smaller, too
+
+
 NEWTON_SCHULZ = {  # iterations, and the coefficients of the polynomial a s + b s^3 + c s^5
     'steep': (5, (3.4445, -4.7750, 2.0315)),  # Jordan et al. 2024: singular values of 0.7 to 1.2
     'exact': (12, (2.0, -1.5, 0.5)),  # converges: all but the smallest become 1
@@ -27,8 +37,8 @@ NEWTON_SCHULZ = {  # iterations, and the coefficients of the polynomial a s + b 
 
 def make_optimizer(model, settings, device_type):
     """The optimizer for train.py's settings: optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr,
-    embedding_lr, and those of OFF. UserError where the model lacks what they need."""
-    settings = OFF | settings
+    embedding_lr, and perhaps those of OptimizerOptions. UserError where the model lacks what they need."""
+    settings = vars(OptimizerOptions()) | settings
     lr, weight_decay, how = settings['learning_rate'], settings['weight_decay'], {}
     adam_decay = weight_decay if settings['adam_weight_decay'] is None else settings['adam_weight_decay']
     check(settings)
