@@ -7,11 +7,13 @@ Fine-tune SmolLM2 (135M, Apache-2.0) on a CPU, on your own text: only low-rank a
 
 For conversations, init_from and tokenizer are HuggingFaceTB/SmolLM2-135M-Instruct (docs/open-models.md).
 Beside 134.5M weights 2.0M are trained. Measured on tiny Shakespeare with the instruction-tuned model in
-float32, over 32 windows of the validation text, on two Zen 4 cores; the time has not been measured:
+float32, over 32 windows of the validation text, on two Zen 4 cores: 2 min 11 s of training, 4 min 28 s with
+the three evaluations, 2.0 GB at the peak.
 
     iteration      validation loss    bits/byte
         0               3.730           1.726
        50               3.363           1.557
+      100               3.335           1.544
 """
 
 out_dir = 'out-smollm2-lora'
