@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_ARGS
+from conftest import TINY_ARGS, tiny
 from runs import differences, equal, logged, read_log, two_processes
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from support.machine.runtime import Runtime
+from support.training import fsdp
 from support.training.state import State
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
@@ -168,3 +170,14 @@ def test_epochs_leave_no_window_out_while_the_batch_grows(ramp, train, tmp_path)
     for epoch in (seen[:n], seen[n:2 * n]):
         assert np.diff(sorted(epoch)).tolist() == [16] * (n - 1) and epoch != sorted(epoch)
     assert seen[:n] != seen[n:2 * n]
+
+
+def test_state_of_a_sharded_model_is_a_copy_which_training_does_not_change():
+    model = fsdp.shard(tiny(), Runtime('cpu', 'float32', False, 'gloo'))
+    state = fsdp.full_model_state(model)
+    before = {name: t.clone() for name, t in state.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    torch.distributed.destroy_process_group()
+    assert equal(dict(state), before)
