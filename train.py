@@ -326,6 +326,10 @@ def evaluate(seconds, lr):
     return vitals
 
 
+def is_out_of_patience():
+    return patience and iter_num - best_iter >= patience * eval_interval
+
+
 def save_state(name, keep=None, with_optimizer=True):
     """Write what an exact resume needs to out_dir; all processes call it. Returns False, on all, if the file
     could not be written: a full disk costs a warning, not the run."""
@@ -351,7 +355,7 @@ def write_state(name, keep=None, with_optimizer=True):
         data=fingerprints,
         scaler=scaler.state_dict(),
         guard=guard.state_dict(),
-        seconds=meter.seconds,
+        seconds=meter.total_seconds(),
         n_tokens=meter.tokens,
         wandb_id=wandb_id,
     )
@@ -409,7 +413,7 @@ if dry_run:
 if run.is_master and iter_num == 0:
     folder.move_earlier_run(out_dir)
 if iter_num > max_iters:
-    print0(f'finished at iteration {max_iters}; raise --max_iters to go on')
+    print0(f'finished at iteration {iter_num - 1}; raise --max_iters to go on')
 else:
     print0('to continue after a stop: the same command with --init_from=auto')
 log, stop = RunLog(config, run, iter_num, wandb_id), signals.StopRequest(run)
@@ -426,7 +430,7 @@ try:
             vitals = evaluate_and_save(lr)
         except signals.Stopped:  # in an evaluation or a sample, which then doesn't count
             continue
-        if patience and iter_num - best_iter >= patience * eval_interval:
+        if is_out_of_patience():
             print0(f'stopping: no better validation loss in {patience} evaluations')
             break
         loss, grad_norm = update(lr, vitals)
@@ -447,16 +451,19 @@ finally:
 # ---------------------------------------------------------------------------- the end
 
 stop.close()
+seconds = meter.total_seconds()
 guard.stop_if_not_finite(iter_num, last_state())
 stopped = iter_num <= max_iters
 if iter_num > saved_iter and (checkpoint_interval or stopped) and not save_state('latest.pt', 'previous.pt'):
     raise OSError(f'the state of iteration {iter_num} is lost. {last_state()}')
-log.close(patience=meter.seconds / 100)
+log.close(patience=seconds / 100)
 if stopped:
-    print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto')
+    further = ' and a larger --patience' if is_out_of_patience() else ''
+    print0(f'stopped at iteration {iter_num}; to continue: the same command with --init_from=auto{further}')
 elif os.path.isfile(os.path.join(out_dir, 'ckpt.pt')):
-    print0(f'to read what it writes: python sample.py --out_dir={out_dir}')
-print0(log.summary({'iterations': iter_num, 'seconds': meter.seconds, 'tokens': meter.tokens,
+    chat = ' --interactive=True --chat=True' if data.template else ''
+    print0(f'to read what it writes: python sample.py --out_dir={out_dir}{chat}')
+print0(log.summary({'iterations': iter_num, 'seconds': seconds, 'tokens': meter.tokens,
                     'peak_memory_bytes': hardware.peak_memory(run.device)}))
 folder.release(out_dir)
 run.stop()

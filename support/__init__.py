@@ -13,6 +13,7 @@ What the scripts share. Imports go down: a wing uses itself and those below it.
 import atexit
 import gc
 import os
+import signal
 import sys
 
 HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the repository
@@ -36,11 +37,23 @@ def show_import_error(kind, error, trace):
     if issubclass(kind, ModuleNotFoundError):
         print(f'{kind.__name__}: {error} for {sys.executable}: activate the environment or install '
               f'the package, {INSTALL}', file=sys.stderr)
-    elif not issubclass(kind, KeyboardInterrupt):
+    elif issubclass(kind, KeyboardInterrupt):
+        say_interrupted()
+    else:
         sys.__excepthook__(kind, error, trace)
-    elif (os.environ.get('RANK') or '0') == '0':
+
+
+def say_interrupted():
+    if (os.environ.get('RANK') or '0') == '0':
         # a terminal has echoed ^C on the current line
         print('\ninterrupted' if sys.stderr.isatty() else 'interrupted', file=sys.stderr)
+
+
+def end_import(number, frame):
+    """SIGINT's handler until the settings are read: a KeyboardInterrupt could be caught within an import of
+    PyTorch's, which then goes on."""
+    say_interrupted()
+    os._exit(130)
 
 
 atexit.register(gc.freeze)  # Python ends 0.4 s sooner without a search for cycles in all of PyTorch
@@ -49,3 +62,5 @@ if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 if runs_own_script():
     sys.excepthook = show_import_error
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_import)

@@ -31,7 +31,8 @@ OUT_OF_MEMORY = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Storage
 
 def kind_of(error):
     """The name of an error's class, of Python's own where it is one of these."""
-    return (type(error).__base__ if isinstance(error, USER_ERRORS) else type(error)).__name__
+    kinds = [kind for kind in type(error).__mro__ if not issubclass(kind, USER_ERRORS)]
+    return kinds[0].__name__
 
 
 def in_one_line(error):

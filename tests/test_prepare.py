@@ -47,7 +47,8 @@ def test_dataset_json_and_meta_pkl_say_what_the_files_hold(tmp_path):
     found = read(tmp_path)
     assert found.info == Dataset(tmp_path).info == {
         'tokens': {'train': 975, 'val': 325}, 'largest_id': 2, 'dtype': 'uint16', 'vocab_size': 3,
-        'tokenizer': 'char', 'source': 'a test', 'text': found.info['text'], 'sha256': {
+        'tokenizer': 'char', 'source': 'a test', 'text': found.info['text'], 'how': 'char, val_fraction=0.25',
+        'sha256': {
             f'{split}.bin': hashlib.sha256((tmp_path / f'{split}.bin').read_bytes()).hexdigest()
             for split in ('train', 'val')}}
     assert pickle.loads((tmp_path / 'meta.pkl').read_bytes()) == META  # as nanoGPT reads it

@@ -80,7 +80,9 @@ if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
 conversations = Conversations(paths, strict)
 cut = cut_of(len(conversations), val_fraction, source, 'conversations')
-check_replacing(folder, conversations.mark, overwrite)
+marks = {'text': conversations.mark,
+         'how': f'{tokenizer}, vocab_size={vocab_size}, val_fraction={val_fraction}'}
+check_replacing(folder, marks, overwrite)
 order = np.random.default_rng(2357).permutation(len(conversations))
 coder = coder or make_tokenizer(conversations, order[:cut])
 template = Path(path).is_dir() and folder_template(path) or template_for(coder)
@@ -89,6 +91,6 @@ cut = lengths[:cut_of(len(lengths), val_fraction, source, 'conversations')].sum(
 parts = {'train': slice(cut), 'val': slice(cut, None)}
 write_dataset(folder, {split: [ids[part]] for split, part in parts.items()}, coder, source,
               {split: mask[part] for split, part in parts.items()},
-              {'chat': template, 'text': conversations.mark})
+              {'chat': template, **marks})
 print(f'{len(lengths):,} conversations, half of them up to {np.sort(lengths)[len(lengths) // 2]:,} tokens '
       f'long, the longest {lengths.max():,}; a block_size of as many holds each of them whole')

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def prepare_streams():
     """Make a script's streams UTF-8, its errors one line, and its end silent after a closed
     pipe."""
     sys.excepthook = show_error
+    if signal.getsignal(signal.SIGINT) is support.end_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit.register(flush_or_drop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # redirected on Windows, it can't encode most of Unicode

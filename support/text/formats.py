@@ -165,7 +165,7 @@ def decoded(stream, path, encoding):
         held = '\r' if text.endswith('\r') and not is_last else ''  # the line end may go on
         text = text[:len(text) - len(held)]
         if '\0' in text:
-            raise NotText(f'{path} is not text: it has zero bytes. {how_to_read(start)}')
+            raise NotText(f'{path} is not text: it has zero bytes; {how_to_read(start)}')
         if text:
             yield text.replace('\r\n', '\n') if '\r' in text else text
 

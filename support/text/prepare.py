@@ -112,8 +112,10 @@ def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, voca
     cut = cut_of(n, val_fraction, source) if val is None else cut_between(found, source)
     print(f'{source}: {n:,} characters' if val is None else
           f'{source}: {cut:,} characters, and {n - cut:,} for validation')
-    more = {'text': '+'.join(one.mark() for one in found)}
-    check_replacing(data_dir, more['text'], overwrite)
+    how = f'{tokenizer}, vocab_size={vocab_size}' if tokenizer == 'bpe' else tokenizer
+    how += f', val_fraction={val_fraction}' if val is None else ''
+    more = {'text': '+'.join(one.mark() for one in found), 'how': how}
+    check_replacing(data_dir, more, overwrite)
     if tokenizer == 'char':
         coder = CharTokenizer.of_text(characters)
     elif tokenizer == 'bpe':
@@ -149,13 +151,13 @@ def cut_between(found, source):
     return found[0].n_characters
 
 
-def check_replacing(folder, text, overwrite):
-    """UserError if a folder has a dataset of another text, unless it is to be replaced. text:
-    what tells it from others, as dataset.json has it."""
+def check_replacing(folder, wanted, overwrite):
+    """UserError if a folder has a dataset of another text, or of the same prepared otherwise, unless
+    it is to be replaced. wanted: what dataset.json would have of text and how."""
     if not any(Path(folder).glob('*.bin')):
         return
     info = info_of(folder)
-    if info.get('text') == text:
+    if all(info.get(name) == value for name, value in wanted.items()):
         print(f'{folder} has this text already; its files are written again')
     elif info.get('unfinished') or overwrite:
         print(f'replacing the data set in {folder}{of_source(info)}')
@@ -173,7 +175,8 @@ def info_of(folder):
 
 
 def of_source(info):
-    return f', of {info["source"][:200]}' if info.get('source') else ''
+    how = f' ({info["how"]})' if info.get('how') else ''
+    return f', of {info["source"][:200]}{how}' if info.get('source') else ''
 
 
 # ---------------------------------------------------------------------------- folders

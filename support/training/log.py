@@ -120,7 +120,7 @@ class Meter:
     """
 
     def __init__(self, run, seconds=0.0, tokens=0):
-        self.run, self.seconds, self.tokens = run, seconds, tokens
+        self.run, self.seconds, self.tokens, self.paused = run, seconds, tokens, None
         self.times = []  # seconds an iteration, a number for each lap
         self.begin_lap()
 
@@ -131,11 +131,16 @@ class Meter:
     def pause(self):
         """Leave the time within it out. Yields the seconds so far."""
         self.run.synchronize()
-        begin = time.perf_counter()
+        begin = self.paused = time.perf_counter()
         try:
-            yield self.seconds + begin - self.clock
+            yield self.total_seconds()
         finally:
             self.clock += time.perf_counter() - begin
+            self.paused = None
+
+    def total_seconds(self):
+        """Those of all iterations so far; `seconds` are those until the last line of the log."""
+        return self.seconds + (self.paused or time.perf_counter()) - self.clock
 
     def begin_iteration(self):
         self.begin = self.run.moment()
