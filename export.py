@@ -106,6 +106,8 @@ def check_target(folder):
     if there and not is_ours and not overwrite:
         raise UserError(f'{folder} has {", ".join(there)} of another program: name an empty --export_dir, '
                          'or add --overwrite=True')
+    if there and is_ours:
+        print(f'replacing the export in {folder}')
     if push and not re.fullmatch(r'(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,94}(?<![.-])', push, re.A):
         raise UserError(f'push={push} is no name of a repository on the hub, which is like me/my-gpt')
 

@@ -38,11 +38,11 @@ class RunLog:
         wandb = {'project': settings['wandb_project'], 'name': settings['wandb_run_name'],
                  'config': dict(settings), 'id': wandb_id, 'resume': 'allow'}
         draw = [str(ROOT / 'plot.py'), out_dir, '--low_priority=True']
+        board = Path(out_dir, 'tensorboard') if is_writing and settings.get('tensorboard') else None
+        self.board = open_tensorboard(board, first_iter)
         self.wandb = Wandb(wandb if is_writing and settings['wandb_log'] else None)
         self.lines = JsonLines(Path(out_dir, 'log.jsonl') if is_writing else None, first_iter)
         self.drawing = Drawing(draw if is_writing and settings['plot'] else None)
-        board = Path(out_dir, 'tensorboard') if is_writing and settings.get('tensorboard') else None
-        self.board = open_tensorboard(board, first_iter)
         self.progress = Progress(settings['max_iters'])
         self.first_iter, self.vitals = first_iter, []
 
@@ -393,4 +393,5 @@ class Drawing:
                 self.process.communicate()
                 self.process = None
             self.start()
-        self.is_busy(patience)
+        if self.is_busy(patience):
+            print0('the picture of the run follows in a few seconds')
