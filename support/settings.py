@@ -43,7 +43,7 @@ CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle'
 DASHES = '\u2013\u2014\u2212'  # en dash, em dash, minus sign: editors put them in place of hyphens
 FROM_DATA = 'taken from the data'
 OTHER_NAMES = {  # settings of other repositories: what does it here
-    'epochs num_epochs n_epochs max_epochs': 'max_iters; the line "run" says how many epochs they are',
+    'epochs num_epochs n_epochs max_epochs': 'max_iters (iterations; a run says how many epochs they are)',
     'use_rope rope rotary use_rotary use_rotary_embeddings': "pos_emb = 'rope'",
     'use_alibi': "pos_emb = 'alibi'",
     'use_rmsnorm rmsnorm use_rms_norm rms_norm': "norm = 'rmsnorm'",

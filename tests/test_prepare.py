@@ -135,11 +135,14 @@ def test_another_text_replaces_a_data_set_only_on_demand(prepare, bpe):
     assert 'my_text has this text already; its files are written again\n' in prepare_text()
     assert files_below(folder) == before
     (prepare.here / 'a.txt').write_text(SPEECH + 'more')
-    assert ('my_text has another data set, of a.txt: choose another --name, or replace it with '
-            '--overwrite=True') in prepare.fails('text', 'a.txt')
+    for more in ('--tokenizer=char', '--tokenizer=bpe', '--val_fraction=0.5'):
+        message = prepare.fails('text', 'a.txt', more)
+        assert 'my_text has another data set, of a.txt (char, val_fraction=0.1): choose' in message
+        assert '--overwrite=True' in message
     assert 'replacing the data set in ' in prepare_text('--overwrite=True', '--tokenizer=bpe')
     own = {'meta.pkl', 'tokenizer.json'}
     for tokenizer, files in (('char', {'meta.pkl'}), ('gpt2', set()), ('bpe', own)):
+        prepare_text(f'--tokenizer={tokenizer}', '--overwrite=True')
         assert 'has this text already' in prepare_text(f'--tokenizer={tokenizer}')
         assert read(folder).text == SPEECH + 'more\n' and read(folder).info['tokenizer'] == tokenizer
         assert own & {p.name for p in folder.iterdir()} == files
