@@ -14,7 +14,8 @@ out_dir = 'out-finetune-chat'
 init_from = 'gpt2'
 dataset = 'chat'
 
-# 4 conversations * 8 micro-steps = 32 an iteration
+# 4 windows * 8 micro-steps = 32 an iteration, each full of conversations
+pack = True
 batch_size = 4
 gradient_accumulation_steps = 8
 block_size = 512
