@@ -126,6 +126,21 @@ def test_noise_stays_the_same_from_version_to_version():
     assert out.flatten().tolist() == [78, 36, 960, 839, 93, 251]
 
 
+HALVES = torch.tensor([[1 / 16, 1 / 4, 1 / 16, 1 / 2, 1 / 8]]).log() + 7
+ALIKE = torch.zeros(1, 4)  # whose probabilities and their sums are exact
+
+
+@pytest.mark.parametrize('logits, options, n_kept', [
+    (HALVES, {'top_k': 9}, 5), (HALVES, {'top_p': 0.49}, 1), (HALVES, {'top_p': 0.51}, 2),
+    (HALVES, {'min_p': 0.51}, 1), (HALVES, {'min_p': 0.49}, 2), (HALVES, {'top_k': 2, 'top_p': 0.66}, 1),
+    (ALIKE, {}, 4), (ALIKE, {'top_p': 0.25}, 1), (ALIKE, {'top_p': 0.5}, 2), (ALIKE, {'top_p': 0.75}, 3),
+    (ALIKE, {'min_p': 1.0}, 4)], ids=str)
+def test_likeliest_are_kept_up_to_the_edge_and_none_beyond(logits, options, n_kept):
+    values, ids = keep_likeliest(logits, **options)
+    kept = ids[values > -math.inf].tolist()
+    assert len(kept) == n_kept and logits[0, kept].min() >= logits[0].sort().values[-n_kept]
+
+
 @pytest.mark.parametrize('top_k', [None, 1, 30])
 @pytest.mark.parametrize('top_p', [1.0, 0.1, 0.95])
 @pytest.mark.parametrize('min_p', [0.0, 0.02, 0.5])

@@ -177,6 +177,14 @@ def test_run_that_cannot_save_its_last_state_does_not_end_well(train, tmp_path):
     assert State.load(tmp_path / 'out/latest.pt').iter_num == 4
 
 
+def test_best_model_that_could_not_be_saved_is_not_counted_as_kept(train, tmp_path):
+    with at_line('^step 2:', lambda: limit_files(20_000)), at_line('^iter 2:', lambda: limit_files(None)):
+        train('--max_iters=2', '--eval_interval=2', '--always_save_checkpoint=False')
+    val_loss = logged(tmp_path / 'out', 'val_loss')
+    state = State.load(tmp_path / 'out/latest.pt')
+    assert state.best_val_loss == val_loss[0] > val_loss[2] and not (tmp_path / 'out/ckpt.pt').exists()
+
+
 @pytest.mark.parametrize('kind, line, interval, value', [
     ('loss', '^step 0', 1, 'nan'), ('gradient', '^sample at .* 5', 10, 'nan'),
     ('weight', '^sample at .* 5', 10, 'inf'), ('moment', '^sample at .* 5', 10, 'inf'),
