@@ -193,8 +193,8 @@ if run.compile:
     if parallel == 'fsdp':
         fsdp.compile_blocks(model)
     else:
-        model.compile(mode='reduce-overhead' if cuda_graphs else None)
         # torch.compile in place: no prefix on the parameters' names
+        model.compile(mode='reduce-overhead' if cuda_graphs else None)
 parallel_model, no_sync = model, nullcontext
 if parallel == 'fsdp':
     no_sync = partial(fsdp.no_sync, model)

@@ -59,7 +59,7 @@ def _scaling_params(depth):
 n_embd = _width(n_layer)
 n_head = n_embd // _HEAD
 
-# tokens: 12 for each of these parameters (nanochat's fit; Hoffmann et al. 2022: about 20 for each of all)
+# tokens: 12 a scaling parameter (nanochat's fit; Hoffmann et al. 2022: about 20 a parameter)
 _D, _D12 = 12 * _scaling_params(n_layer), 12 * _scaling_params(12)
 
 # batch: 2^19 tokens at depth 12, then as D^0.383 (Bergsma et al. 2025, "Power Lines"), a power of 2

@@ -38,6 +38,7 @@ from runs import Processes, differences, equal, free_port, read_log  # noqa: E40
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from configurator import configure  # noqa: E402
 from support.machine.runtime import Runtime  # noqa: E402
 from support.text.prepare import write_text_dataset  # noqa: E402
 from support.training import start as starting  # noqa: E402
@@ -61,8 +62,11 @@ def numbers_of(state):
     """The tensors of a tree."""
     if isinstance(state, torch.Tensor):
         return [state]
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return [tensor for item in items for tensor in numbers_of(item)]
+    if isinstance(state, dict):
+        state = [*state.values()]
+    if not isinstance(state, (list, tuple)):
+        return []
+    return [tensor for item in state for tensor in numbers_of(item)]
 
 
 def train(processes, *args, **fault):
@@ -114,30 +118,50 @@ def exact(folder, data, count):
     stops, lost = 0, []
     for n in (1, 2):
         processes = Processes(n)
-        for dropout, accumulation, compiled in [*itertools.product((0.0, 0.2), (n, 4), (False,)),
-                                                *[(0.2, 1, True)] * (n == 1)]:
+        cases = [*itertools.product((0.0, 0.2), (n, 4), (False,)), *[(0.2, 1, True)] * (n == 1)]
+        for dropout, accumulation, compiled in cases:
             case = [*args, f'--dropout={dropout}', f'--gradient_accumulation_steps={accumulation}',
                     f'--compile={compiled}']
-            name = f'{n}-{dropout}-{accumulation}-{compiled}'
-            whole, out_dir = folder / name, folder / f'{name}-stopped'
-            assert not any(r.error for r in train(processes, *case, f'--out_dir={whole}'))
-            for step in (1, 7, 20) if compiled else range(1, count + 1):
-                replies = train(processes, *case, f'--out_dir={out_dir}', kind='stop', rank=step % n,
-                                line=f'^iter {step - 1}:')
-                stopped_at = State.load(out_dir / 'latest.pt').iter_num
-                replies += train(processes, *case, f'--out_dir={out_dir}', '--init_from=resume')
-                wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
-                stops += 1
-                if wrong or not step <= stopped_at <= step + 2:  # the signal needs its time
-                    lost.append(f'{name} stopped at {step}: {stopped_at}, {wrong}')
-                shutil.rmtree(out_dir)
+            whole = folder / f'{n}-{dropout}-{accumulation}-{compiled}'
+            steps = (1, 7, 20) if compiled else range(1, count + 1)
+            lost += stopped_at_each(processes, n, case, whole, steps)
+            stops += len(steps)
         processes.close()
     return f'{stops} stops, {len(lost)} runs that differ from the uninterrupted one', lost
+
+
+def stopped_at_each(processes, n, case, whole, steps):
+    """What is wrong with a run of n processes that is stopped at each of these steps, and resumed."""
+    out_dir, lost = whole.with_name(f'{whole.name}-stopped'), []
+    assert not any(r.error for r in train(processes, *case, f'--out_dir={whole}'))
+    for step in steps:
+        replies = train(processes, *case, f'--out_dir={out_dir}', kind='stop', rank=step % n,
+                        line=f'^iter {step - 1}:')
+        stopped_at = State.load(out_dir / 'latest.pt').iter_num
+        replies += train(processes, *case, f'--out_dir={out_dir}', '--init_from=resume')
+        wrong = [r.error for r in replies if r.error] or differences(whole, out_dir)
+        if wrong or not step <= stopped_at <= step + 2:  # the signal needs its time
+            lost.append(f'{whole.name} stopped at {step}: {stopped_at}, {wrong}')
+        shutil.rmtree(out_dir)
+    return lost
 
 
 def parts_in(folder):
     """Names of the checkpoints that are being written, or were when their process was killed."""
     return [p.name for p in Path(folder).glob('*.pt.*.part')]
+
+
+def kill_at_random(process, out_dir):
+    """SIGKILL, most often inside a save: the n-th since the start."""
+    if random.random() < 0.8:
+        wait_for(process, 'iter ')
+        for writing in [True, False] * random.randint(0, 3) + [True]:
+            while process.poll() is None and writing != bool(parts_in(out_dir)):
+                pass
+        time.sleep(random.uniform(0, 0.02))
+    else:
+        time.sleep(random.uniform(0, 4))
+    process.kill()
 
 
 def kill(folder, data, count, interval=1):
@@ -149,15 +173,7 @@ def kill(folder, data, count, interval=1):
     while True:
         process = start([*args, f'--out_dir={out_dir}'])
         if kills < count:
-            if random.random() < 0.8:  # inside a save: the n-th since the start
-                wait_for(process, 'iter ')
-                for writing in [True, False] * random.randint(0, 3) + [True]:
-                    while process.poll() is None and writing != bool(parts_in(out_dir)):
-                        pass
-                time.sleep(random.uniform(0, 0.02))
-            else:
-                time.sleep(random.uniform(0, 4))
-            process.kill()
+            kill_at_random(process, out_dir)
         output = process.communicate()[0]
         if process.returncode == -signal.SIGKILL:
             kills += 1
@@ -377,10 +393,19 @@ class FailingFile:
         return getattr(self.file, name)
 
 
+def start_with(errors, config, run):
+    """The state that a run finds under DiskErrors, and the line with which it ends instead, else ''."""
+    try:
+        with errors(), contextlib.redirect_stdout(io.StringIO()):
+            return starting.find_state(config, run)[0], ''
+    except FileNotFoundError as error:
+        return None, str(error)
+
+
 def read_errors(out_dir, number, every=1):
-    """An error at each (or every 2nd, ...) operation in turn that finds and reads the states in a folder,
-    once, then from there on. Returns the number of starts that went on with the newest state, of those that
-    ended with a line, and what was wrong: any other result, and any file that was changed."""
+    """An error at each (or every 2nd, ...) operation that finds and reads the states in a folder: first at
+    that operation alone, then also at all later ones. Returns how many starts took the newest state, how
+    many ended with a line, and what was wrong: any other result, or a changed file."""
     config = {'init_from': 'auto', 'eval_only': False, 'out_dir': str(out_dir)}
     run, good, refused, lost = Runtime('cpu', 'float32', False, 'gloo'), 0, 0, []
     files = {p.name: p.read_bytes() for p in Path(out_dir).iterdir()}
@@ -388,17 +413,13 @@ def read_errors(out_dir, number, every=1):
     for is_lasting in (False, True):
         for at in itertools.count(0, every):
             errors, place = DiskErrors(out_dir, number, at, is_lasting), f'{at}, {is_lasting}'
-            try:
-                with errors(), contextlib.redirect_stdout(io.StringIO()):
-                    found = starting.find_state(config, run)[0]
-            except FileNotFoundError as error:
-                refused += 1
-                if not is_lasting or 'can\'t be read now' not in str(error) or '\n' in str(error):
-                    lost.append(f'{place}: {error}')
-            else:
-                good += 1
-                if found is None or found.iter_num != newest:
-                    lost.append(f'{place}: started from {found and found.iter_num}')
+            found, message = start_with(errors, config, run)
+            good, refused = good + (not message), refused + bool(message)
+            said_so = is_lasting and 'can\'t be read now' in message and '\n' not in message
+            if message and not said_so:
+                lost.append(f'{place}: {message}')
+            if not message and (found is None or found.iter_num != newest):
+                lost.append(f'{place}: started from {found and found.iter_num}')
             if {p.name: p.read_bytes() for p in Path(out_dir).iterdir()} != files:
                 lost.append(f'{place}: the files have changed')
             if errors.count <= at:  # there are no more operations
@@ -516,11 +537,19 @@ def nan(folder, data, count):
             f'such a number, {len(lost)} wrong'), lost
 
 
+def refusal(script, arg):
+    """What configure says of an argument; None if it takes it."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            configure(script, args=[arg])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def misspell(folder, data, count):
     """Every name one edit away from a setting, on the command line and in a config file."""
     from test_configurator import misspellings, settings_of
-
-    from configurator import configure
     script, _ = settings_of('train.py')
     names, config = configure(dict(script), args=[]), folder / 'config.py'
     tried, suggested, private, lost = 0, 0, 0, []
@@ -530,14 +559,12 @@ def misspell(folder, data, count):
             config.write_text(f'{word} = {names[name]!r}\n')
             is_private = word.startswith('_')  # a config's own name
             private += is_private
-            for arg in [f'--{word}={names[name]}'] + [str(config)] * (not is_private):
-                tried += 1
-                try:
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        configure(dict(script), args=[arg])
-                    lost.append(arg)
-                except ValueError as error:
-                    suggested += bool(re.search(rf'did you mean [^?]*\b{name}\b', str(error)))
+            messages = {arg: refusal(dict(script), arg)
+                        for arg in [f'--{word}={names[name]}'] + [str(config)] * (not is_private)}
+            tried += len(messages)
+            lost += [arg for arg, message in messages.items() if message is None]
+            suggested += sum(bool(re.search(rf'did you mean [^?]*\b{name}\b', message or ''))
+                             for message in messages.values())
     return (f'{len(names)} settings, {tried:,} misspellings, {tried - len(lost):,} refused, the right name '
             f'suggested for {suggested / tried:.2%}; {private} more begin with _, as a config may'), lost
 

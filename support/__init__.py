@@ -50,8 +50,8 @@ def say_interrupted():
 
 
 def end_import(number, frame):
-    """SIGINT's handler until the settings are read: a KeyboardInterrupt could be caught within an import of
-    PyTorch's, which then goes on."""
+    """SIGINT's handler until the settings are read: an import of PyTorch's may catch a
+    KeyboardInterrupt and go on."""
     say_interrupted()
     os._exit(130)
 

@@ -101,7 +101,7 @@ class Script:
     variables: dict  # its globals
     allowed: dict  # {setting: the types that it may have}
     defaults: dict
-    of_model: dict  # {field of the model: default}, of those too that are no settings
+    of_model: dict  # {field of the model: default}, also of fields that are no settings
     out: typing.TextIO | None
     given: set = dataclasses.field(default_factory=set)
 
@@ -133,11 +133,12 @@ def is_plain_value(name, value):
     return name[0] != '_' and isinstance(value, PLAIN)
 
 
-def configure(variables, model_config=None, args=None, is_setting=is_own_setting, out=None, more=()):
+def configure(variables, model_config=None, args=None, is_setting=is_own_setting, out=None,
+              more=()):
     """Apply `args` (default: sys.argv[1:]) to the settings in `variables`, a script's globals.
 
-    Settings are the names bound so far for which is_setting(name, value) holds, and the fields with
-    defaults of model_config, a dataclass, and of those in more, which are bound too. Returns them as
+    Settings are the names bound so far for which is_setting(name, value) holds. The fields with
+    defaults of model_config and of `more`, dataclasses, are bound too, and are settings. Returns
     Settings. Raises ValueError for an unknown key or a wrong type, FileNotFoundError for a missing
     config. out: where overridden settings are shown, by default on standard output.
     """

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from model import GPT, GPTConfig, KVCache
 from support.hub.exporting import architecture, beyond, to_transformers
 from support.hub.huggingface import folder_tokenizer, load_pretrained, own_tokenizer, read_pretrained
+from support.hub.weights import TensorFiles
 from support.text.bpe import train_bpe
 from support.text.tokenizer import GPT2Tokenizer, NoTokenizer
 from support.training.models import model_args
@@ -510,3 +511,14 @@ def test_a_model_s_tokenizer_is_its_own_or_gpt2_s_by_size(tmp_path):
     assert folder_tokenizer(str(folder)).ends == (7, 9) and folder_tokenizer(str(folder)).end == 0
     (folder / 'generation_config.json').write_text('{"eos_token_id": 5}')
     assert folder_tokenizer(str(folder)).ends == (5,)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a file is held by its name in /proc')
+def test_weights_are_those_of_the_file_that_was_opened_though_it_is_replaced(tmp_path):
+    from safetensors.torch import load_file, save_file
+    path = llama_folder(tmp_path / 'llama') / 'model.safetensors'
+    before, files = load_file(path), TensorFiles(path.parent)
+    save_file({name: t + 1 for name, t in before.items()}, path.with_suffix('.new'))
+    path.with_suffix('.new').replace(path)
+    files.n_read = 1 << 40  # so that the next read maps its file anew
+    assert all(torch.equal(files.read(name), t) for name, t in before.items())

@@ -267,7 +267,7 @@ def test_evaluations_and_samples_leave_no_trace_in_the_training(args, train, tmp
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_checkpoints_go_from_ours_to_nanogpt_s_and_back(bias, train, char_data, tmp_path):
-    """Either goes on with the other's as it would have itself."""
+    """Each resumes from the other's checkpoint as from its own."""
     args = (*LOOP, '--max_iters=9', f'--bias={bias}')
     settings = settings_of(*args)
     whole = plain_loop(char_data, settings)

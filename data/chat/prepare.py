@@ -29,7 +29,7 @@ from support.text.bpe import END, check_vocab_size, train_bpe
 from support.text.chat import MARKERS, ChatForm, folder_template, template_for
 from support.text.conversations import Conversations, encode_all
 from support.text.prepare import (check_replacing, cut_of, dataset_folder, how_many_to_train_on,
-                                  resolve_tokenizer)
+                                  how_prepared, resolve_tokenizer)
 from support.text.stream import dtype_for
 from support.text.tokenizer import CharTokenizer
 from support.text.writing import write_dataset
@@ -80,8 +80,7 @@ if tokenizer == 'bpe':
     check_vocab_size(vocab_size, (END, *MARKERS.values()))
 conversations = Conversations(paths, strict)
 cut = cut_of(len(conversations), val_fraction, source, 'conversations')
-marks = {'text': conversations.mark,
-         'how': f'{tokenizer}, vocab_size={vocab_size}, val_fraction={val_fraction}'}
+marks = {'text': conversations.mark, 'how': how_prepared(tokenizer, vocab_size, val_fraction)}
 check_replacing(folder, marks, overwrite)
 order = np.random.default_rng(2357).permutation(len(conversations))
 coder = coder or make_tokenizer(conversations, order[:cut])

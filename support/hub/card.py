@@ -122,11 +122,13 @@ def model_card(name, state, kind, n_parameters, tokenizer, log):
     losses = {k: f'{v:.4f}' for k, v in losses.items() if isinstance(v, float) and math.isfinite(v)}
     settings = {k: public(state.config[k]) for k in SHOWN if k in state.config}
     base = settings.get('init_from', '')
+    base_line = f'base_model: {base}\n' if is_hub_name(base) else ''
+    iteration = 'unknown' if state.iter_num is None else state.iter_num
     return CARD.format(
         name=escaped(name), quoted=repr(name), parameters=n_parameters, kind=KINDS[kind],
-        base=f'base_model: {base}\n' if is_hub_name(base) else '',
+        base=base_line,
         trust=', trust_remote_code=True' * (kind == OWN_CODE),
-        iteration='unknown' if state.iter_num is None else state.iter_num,
+        iteration=iteration,
         block_size=state.model_args.get('block_size', GPTConfig.block_size),
         prompt=prompt, token=token, losses=table('nats per token', losses),
         data=table('data', data_rows(state)),

@@ -13,9 +13,8 @@ import re
 from pathlib import Path
 
 from support.errors import MissingFile, UserError
-from support.machine.files import explain_failure
+from support.machine.files import MAPPED, HeldFile, explain_failure
 
-MAPPED = 1 << 26  # bytes to read before files are mapped anew: what was read counts as memory
 INDEXES = {'model.safetensors.index.json': 'model.safetensors', 'pytorch_model.bin.index.json':
            'pytorch_model.bin'}  # and the single file instead of which there are several
 
@@ -26,11 +25,13 @@ class TensorFiles:
 
     def __init__(self, folder):
         self.folder, self.shapes = Path(folder), {}
-        self.paths, self.opened = {}, {}  # {name: path of its file}, {path: the open file}
-        self.n_read = 0  # bytes since all files were mapped
+        self.paths = {}  # {name: path of its file}
+        self.held, self.mapped = {}, {}  # {path: HeldFile}, {path: its tensors}
+        self.n_read = 0  # bytes since files were mapped
         for path in weight_files(self.folder):
-            self.opened[path] = file = open_tensors(path)
-            for name, shape in shapes_in(path, file):
+            with explained(path):
+                self.held[path] = HeldFile(path)
+            for name, shape in shapes_in(path, self.map_file(path)):
                 if name in self.shapes:
                     raise UserError(f'{path} and another file have {name}')
                 self.shapes[name], self.paths[name] = tuple(shape), path
@@ -38,14 +39,21 @@ class TensorFiles:
     def read(self, name):
         path = self.paths[name]
         if self.n_read > MAPPED:
-            self.opened, self.n_read = {}, 0
-        if path not in self.opened:
-            self.opened[path] = open_tensors(path)
-        file = self.opened[path]
+            self.mapped, self.n_read = {}, 0
+        file = self.map_file(path)
         with explained(path):
             tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
         self.n_read += tensor.nbytes
         return tensor
+
+    def map_file(self, path):
+        """A file's tensors, of the file that was opened first, whatever its path names by now."""
+        if path not in self.mapped:
+            held = self.held[path]
+            self.mapped[path] = open_tensors(path, held.name())
+            if not held.is_the_same():
+                raise UserError(f'{path} was replaced while it was read')
+        return self.mapped[path]
 
 
 def weight_files(folder):
@@ -77,17 +85,18 @@ def is_plain_name(name):
     return Path(name).name == name and not re.search(r'[\\/:]', name) and name not in ('', '..')
 
 
-def open_tensors(path):
-    """A file's tensors, of which none is read yet: the library's object, or a dict."""
+def open_tensors(path, name):
+    """A file's tensors, of which none is read yet: the library's object, or a dict. name: a path of
+    the open file."""
     with explained(path):
         if path.suffix == '.safetensors':
             from safetensors import safe_open
-            return safe_open(path, framework='pt')
+            return safe_open(name, framework='pt')
         import torch
         try:
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            return torch.load(name, map_location='cpu', weights_only=True, mmap=True)
         except RuntimeError:  # of before PyTorch 1.6, no archive
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(name, map_location='cpu', weights_only=True)
 
 
 def shapes_in(path, file):

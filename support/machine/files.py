@@ -150,6 +150,9 @@ def flush_to_disk(path):
 
 # ---------------------------------------------------------------------------- reading what is there
 
+MAPPED = 1 << 26  # bytes to read before a file is mapped anew: what was read counts as memory
+
+
 class HeldFile:
     """A file that is opened once, for programs that read it in several ways. It remembers an error
     of the disk, which zipfile and torch.load may take for damage."""

@@ -150,7 +150,7 @@ class StaticCache(KVCache):
 
 # ---------------------------------------------------------------------------- kept for later calls
 
-KEPT = weakref.WeakKeyDictionary()  # {model: {shape: Kept}}, of those that no call uses now
+KEPT = weakref.WeakKeyDictionary()  # {model: {shape: Kept}}, while no call uses them
 
 
 class Kept:

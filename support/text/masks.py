@@ -24,7 +24,7 @@ READ, TARGET, BEGIN = 0, 1, 2
 
 
 class Pieces(NamedTuple):
-    """Conversations, in order, and the pieces of those that are longer than a window, (N,) each."""
+    """Conversations in order, the long ones cut into pieces of at most a window, (N,) each."""
     starts: np.ndarray
     lengths: np.ndarray  # in tokens, at most block_size + 1
     n_targets: np.ndarray  # at least 1: others are left out

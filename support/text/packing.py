@@ -37,7 +37,7 @@ class Packing:
         return items[np.lexsort((generator.random(len(items)), self.window_of))]
 
     def items(self, seed, epochs, windows):
-        """The items of these windows, each in its epoch, (B, S) int64, filled up with -1."""
+        """Items of the given windows in their epochs, (B, S) int64, padded with -1."""
         begins, ends = self.ends[windows - 1] * (windows > 0), self.ends[windows]
         at = begins[:, None] + np.arange((ends - begins).max(initial=0))
         found = np.empty_like(at)

@@ -112,8 +112,7 @@ def write_text_dataset(data_dir, text, tokenizer, source, val_fraction=0.1, voca
     cut = cut_of(n, val_fraction, source) if val is None else cut_between(found, source)
     print(f'{source}: {n:,} characters' if val is None else
           f'{source}: {cut:,} characters, and {n - cut:,} for validation')
-    how = f'{tokenizer}, vocab_size={vocab_size}' if tokenizer == 'bpe' else tokenizer
-    how += f', val_fraction={val_fraction}' if val is None else ''
+    how = how_prepared(tokenizer, vocab_size, val_fraction if val is None else None)
     more = {'text': '+'.join(one.mark() for one in found), 'how': how}
     check_replacing(data_dir, more, overwrite)
     if tokenizer == 'char':
@@ -149,6 +148,12 @@ def cut_between(found, source):
         raise UserError(f'{source} has {found[0].n_characters:,} characters, and the text for '
                         f'validation {found[1].n_characters:,}: each needs some')
     return found[0].n_characters
+
+
+def how_prepared(tokenizer, vocab_size, val_fraction=None):
+    """The settings on which a dataset depends besides its text, in words."""
+    how = f'{tokenizer}, vocab_size={vocab_size}' if tokenizer == 'bpe' else tokenizer
+    return how if val_fraction is None else f'{how}, val_fraction={val_fraction}'
 
 
 def check_replacing(folder, wanted, overwrite):

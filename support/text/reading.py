@@ -149,7 +149,6 @@ class TextFiles:
         return found
 
 
-
 def check_unchanged(path, identity, raw):
     """UserError if an open file isn't the one that was found."""
     if identity_of(os.fstat(raw.fileno())) != identity:

@@ -113,7 +113,7 @@ class Split:
         return -(-(len(self) - 1) // block_size)
 
     def nth_windows(self, n, block_size):
-        """Starts of those of them with the numbers n, (count,) int64."""
+        """Starts of the windows numbered n, (count,) int64."""
         return n * block_size
 
     def read(self, starts, block_size):

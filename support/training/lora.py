@@ -61,7 +61,7 @@ def shrink_frozen(model, dtype):
 
 
 def adapted_layers(model):
-    """{name: layer} of those with an adapter; a layer of two names has both."""
+    """{name: layer} of the layers with an adapter, under each of their names."""
     return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)}
 
 

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from support.errors import OutOfMemory, UserError, amount_asked
 from support.hub.huggingface import chat_template, folder_tokenizer, load_pretrained, read_pretrained
 from support.machine.console import print0
-from support.machine.files import explain_failure
+from support.machine.files import MAPPED, explain_failure
 from support.machine.hardware import DTYPES
 from support.machine.linear import use_cpu_linears
 from support.sampling.quantize import build_quantized
@@ -25,7 +25,6 @@ from support.training.state import State, find_trained
 
 GPT2_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))  # what may be off
-MAPPED = 1 << 26  # bytes of a file to read before its mapping is renewed
 LIKE_PARAMETERS = ('exp_avg', 'exp_avg_sq', 'momentum_buffer')  # AdamW's and Muon's buffers
 
 
@@ -251,8 +250,9 @@ def load_optimizer(optimizer, saved):
         optimizer.load_state_dict({'state': state, 'param_groups': groups})
         numbers = [number for group in groups for number in group['params']]
         params = [p for group in optimizer.param_groups for p in group['params']]
-        for p, number in zip(params, numbers, strict=True):
-            restore_types(optimizer.state[p], state.get(number, {}))
+        param_of = dict(zip(numbers, params, strict=True))
+        for number, buffers in state.items():
+            restore_types(optimizer.state[param_of[number]], buffers)
 
 
 def match_groups(own, saved):

@@ -41,7 +41,6 @@ def make_optimizer(model, settings, device_type):
     settings = vars(OptimizerOptions()) | settings
     lr, weight_decay, how = settings['learning_rate'], settings['weight_decay'], {}
     adam_decay = weight_decay if settings['adam_weight_decay'] is None else settings['adam_weight_decay']
-    check(settings)
     if 'cls' in inspect.signature(model.configure_optimizers).parameters:
         how = {'cls': AdamW}
     betas = (settings['beta1'], settings['beta2'])
@@ -63,12 +62,6 @@ def make_optimizer(model, settings, device_type):
               for p in model.parameters() if p.requires_grad]
     assert set(counts) == {1}, f'parameters in {set(counts)} groups of the optimizer, not in one'
     return opt
-
-
-def check(settings):
-    """UserError for settings that no optimizer has."""
-    if settings['optimizer'] != 'muon' and (settings['normuon'] or settings['cautious_decay']):
-        raise UserError('normuon and cautious_decay are of optimizer=muon: add --optimizer=muon')
 
 
 def separate_embedding(opt, model, lr, weight_decay):

@@ -53,6 +53,8 @@ def check_settings(config, run):
     if config['learning_rate'] == 0 and (config['optimizer'] == 'muon' or config['embedding_lr']):
         raise UserError('learning_rate=0 with optimizer=muon or embedding_lr, which follow its '
                         'schedule: it must be above 0')
+    if config['optimizer'] != 'muon' and (config['normuon'] or config['cautious_decay']):
+        raise UserError('normuon and cautious_decay are of optimizer=muon: add --optimizer=muon')
     check_parallel(config['parallel'], run, config['optimizer'])
     if config['gradient_accumulation_steps'] % run.world_size:
         raise UserError(f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} '

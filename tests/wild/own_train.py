@@ -20,10 +20,12 @@ probe = None
 learning_rate: float = 1e-3
 max_iters = 3
 before = set(globals())
-config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k, v in globals().items()
+               if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open('configurator.py').read())  # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys}  # will be useful for logging
-print('new names:', sorted(k for k in set(globals()) - before - {'before', 'config_keys', 'config'} if k[0] != '_'))
+new = set(globals()) - before - {'before', 'config_keys', 'config'}
+print('new names:', sorted(k for k in new if k[0] != '_'))
 print('config:', config)
 print('more:', betas, probe, math.pi)
 
@@ -35,11 +37,13 @@ model = GPT(GPTConfig(**model_args))
 optimizer = model.configure_optimizers(0.1, learning_rate, betas, 'cpu')
 for iter_num in range(max_iters):
     ix = torch.randint(len(data) - block_size, (batch_size,))
-    x, y = (torch.stack([torch.from_numpy(data[i + d:i + d + block_size].astype(np.int64)) for i in ix]) for d in (0, 1))
+    x, y = (torch.stack([torch.from_numpy(data[i + d:i + d + block_size].astype(np.int64)) for i in ix])
+            for d in (0, 1))
     logits, loss = model(x, y)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 os.makedirs(out_dir, exist_ok=True)
 torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
-            'iter_num': max_iters, 'best_val_loss': loss.detach(), 'config': config}, os.path.join(out_dir, 'ckpt.pt'))
+            'iter_num': max_iters, 'best_val_loss': loss.detach(), 'config': config},
+           os.path.join(out_dir, 'ckpt.pt'))
