@@ -197,7 +197,7 @@ def measure_training():
 
 
 def measure_decoding():
-    for_sampling(model, run, decode_batch)
+    for_sampling(model, run, decode_batch, decode_tokens)
     first_call, *_ = time_calls(decode, 1, n_warm=0)
     first_token = statistics.median(time_calls(partial(decode, n_tokens=1), 5))
     # each token reads every weight once for all samples, and on average half the final keys and values

@@ -177,23 +177,24 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def project(self, x):
-        """x: (B, T, C) -> q: (B, nh, T, hs), k, v: (B, n_kv_head, T, hs)"""
+        """x: (B, T, C) -> queries and keys, (B, nh + n_kv_head, T, hs), and values, (B, n_kv_head, T, hs)"""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, 3 nh, T, hs)
-        return qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        return qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
 
     def heads(self, x, cache=None):
-        """What the positions of x, (B, T, C), attend with: q, k, v as in `project`, normed and turned."""
-        q, k, v = self.project(x)
+        """What the positions of x, (B, T, C), attend with, normed and turned: q: (B, nh, T, hs), k, v:
+        (B, n_kv_head, T, hs)"""
+        n_heads = (self.n_head, self.n_kv_head)
+        qk, v = self.project(x)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+            q, k = qk.split(n_heads, dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1).type_as(v)
         elif self.config.qk_norm:  # Henry et al. 2020, "Query-Key Normalization for Transformers"
-            q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
-            q, k = q.type_as(v), k.type_as(v)  # autocast on CUDA normalises in float32
+            qk = F.rms_norm(qk, (self.head_size,)).type_as(v)  # autocast on CUDA normalises in float32
         if self.config.pos_emb == 'rope':
-            cos, sin = angles(x.shape[1], cache, x.device, self.config)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v
+            qk = rotate(qk, *angles(x.shape[1], cache, x.device, self.config))
+        return *qk.split(n_heads, dim=1), v
 
     def attend(self, q, k, v, cache=None, begins=None):
         """softmax(q k^T / sqrt(hs)) v over the keys up to each query (Vaswani et al. 2017, eq. 1); attn_scale
@@ -322,7 +323,7 @@ class Block(nn.Module):
 
     def values(self, x):
         """The values of this block's attention, (B, n_kv_head, T, hs)."""
-        return self.attn.project(self.ln_1(x))[2]
+        return self.attn.project(self.ln_1(x))[1]
 
 
 class NgramEmbedding(nn.Embedding):

@@ -18,6 +18,7 @@ each token takes longer, because nothing can be cached.
 
 from configurator import configure  # import first: reports missing packages
 
+import math
 import sys
 import time
 from contextlib import redirect_stdout
@@ -93,7 +94,9 @@ texts = read_prompts()
 with redirect_stdout(sys.stderr):
     run = runtime.start(device, dtype, compile, threads=threads)
     model, tokenizer, state = load_model(init_from, out_dir, run, weights)
-    for_sampling(model, run, min(num_samples, batch_size))
+    n_at_once = min(num_samples, batch_size)
+    n_steps = math.inf if interactive else len(texts) * num_samples * max_new_tokens / n_at_once
+    for_sampling(model, run, n_at_once, n_steps)
 if run.compile:
     model.compile(dynamic=True)
 form, end_ids, end_strings = None, {*tokenizer.ends}, []

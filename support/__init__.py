@@ -59,7 +59,7 @@ def end_import(number, frame):
 atexit.register(gc.freeze)  # Python ends 0.4 s sooner without a search for cycles in all of PyTorch
 if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
     # libgomp's 300,000 spins of a waiting thread would take time from other programs
-    os.environ.setdefault('GOMP_SPINCOUNT', '3000')
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 if runs_own_script():
     sys.excepthook = show_import_error
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

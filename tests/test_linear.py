@@ -49,15 +49,24 @@ def test_products_and_gradients_equal_float64_within_rounding(multiply, shape, b
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize('n_rows', [1, 3])
+@pytest.mark.parametrize('numbers', [
+    'float32', 'float16', 'bfloat16', 'bfloat16 file', 'bfloat16 large file', 'large', 'tiny'])
+@pytest.mark.parametrize('n_rows', [1, 3, 40])
 @torch.no_grad()
-def test_a_large_layer_of_few_rows_gives_the_naive_product_also_with_kept_weights(n_rows):
-    layer, x = CPULinear(530, 520), torch.randn(n_rows, 1, 2 * 530)[..., :530]  # not contiguous
-    exact = torch.stack([(x.double() * w.double()).sum(dim=-1) for w in layer.weight], dim=-1) + layer.bias
+def test_a_large_layer_gives_the_naive_product_whatever_the_numbers_of_its_kept_weights(n_rows, numbers):
+    layer = CPULinear(530, 520)
+    weight, kind = layer.weight, getattr(torch, numbers.split()[0], torch.float32)
+    scale = {'large': 1e7, 'tiny': 1e-6, 'bfloat16 large file': 1e7}.get(numbers, 1)
+    weight.copy_((scale * weight).to(kind))
+    layer.bias.mul_(scale)
+    x = torch.randn(n_rows, 1, 2 * 530)[..., :530]  # not contiguous
+    exact = torch.stack([(x.double() * w.double()).sum(dim=-1) for w in weight], dim=-1) + layer.bias
+    if 'file' in numbers:
+        layer.weight = nn.Parameter(weight.to(kind))
     before = layer(x)
-    keep_weights(nn.Sequential(layer), n_rows)
-    for found in (before, layer(x)):
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    keep_weights(nn.Sequential(layer), n_rows, n_steps=500)
+    for found in (before, layer(x), layer(x.repeat(50, 1, 1))[:n_rows]):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize('options', [
@@ -91,7 +100,7 @@ def test_layer_that_is_watched_stays():
 def test_kept_weights_compute_the_same_and_train_on_their_weights():
     model, faster = (m.eval() for m in pair(block_size=12))
     idx = tokens(4, 3)
-    keep_weights(faster, 4)
+    keep_weights(faster, 4, n_steps=500)
     with torch.no_grad():
         torch.testing.assert_close(faster(idx)[0], model(idx)[0], rtol=0, atol=2e-5)
     for m in (model, faster):

@@ -28,7 +28,8 @@ from support.text.tokenizer import (GPT2_VOCAB, PADDED_GPT2_VOCAB, GPT2Tokenizer
 
 def load_pretrained(model_type, override_args=None, dtype=torch.float32):
     """The GPT of a name of the hub or a folder. override_args: of GPTConfig: dropout, attn_type,
-    pa_norm. dtype: of the weights of linear layers; embeddings and norms are float32.
+    pa_norm. dtype: of the weights of linear layers, None: the files', if it has 16 bits; embeddings and
+    norms are float32.
 
     Raises ValueError, before weights are read, for a model that model.py doesn't compute, and
     FileNotFoundError if there is none.
@@ -42,9 +43,14 @@ def load_pretrained(model_type, override_args=None, dtype=torch.float32):
         loaded.load_state_dict(dict(weights.items()), strict=False)
         return loaded
     is_tied = loaded.lm_head.weight is loaded.transformer.wte.weight
-    linear = {f'{name}.weight' for name, m in loaded.named_modules() if isinstance(m, nn.Linear)}
-    state = {name: tensor.to(dtype if name in linear else torch.float32, copy=True)
-             for name, tensor in weights.items() if not (is_tied and name == 'lm_head.weight')}
+    linear = {f'{name}.weight' for name, m in loaded.named_modules() if type(m) is nn.Linear}
+    state = {}
+    for name, tensor in weights.items():
+        kind = torch.float32
+        if name in linear:
+            kind = dtype or (tensor.dtype if tensor.itemsize == 2 else kind)
+        if not (is_tied and name == 'lm_head.weight'):
+            state[name] = tensor.to(kind, copy=True)
     loaded.load_state_dict(state, assign=True, strict=not is_tied)
     if is_tied:
         loaded.lm_head.weight = loaded.transformer.wte.weight

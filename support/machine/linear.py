@@ -1,12 +1,17 @@
 """
 Linear layers for a CPU, put in the place of a model's own: the same product, made by a faster library.
 
-    use_cpu_linears(model, run)      # print(model) then shows CPULinear
-    keep_weights(model, n_rows=10)   # they no longer change: for sampling ten texts at a time
+    use_cpu_linears(model, run)                    # print(model) then shows CPULinear
+    keep_weights(model, n_rows=10, n_steps=500)    # they no longer change: for sampling ten texts at a time
 
 PyTorch's default library, MKL, uses AVX-512 on Intel's processors only, and one core for the few rows of a
-decoding step. oneDNN uses both on any, but prepares each call for longer than a small product takes.
+decoding step. oneDNN uses both on any, but prepares each call for longer than a small product takes. FBGEMM
+multiplies float32 rows with a float16 matrix, for a row or a few at a higher rate than either.
 """
+
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -14,26 +19,36 @@ from torch.nn import functional as F
 
 from support.machine.console import print0
 from support.machine.hardware import OneDNN, prefers_onednn
+from support.machine.runtime import return_freed_memory
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines  # PyTorch has announced its removal
 FEW_ROWS = 64  # of an input
 SMALL = 1 << 18  # multiplications of a product that the default library finishes first
-MAX_PACKED = 1 << 30  # bytes of weights to copy into oneDNN's layout
+MAX_PACKED = 1 << 30  # bytes of weights to copy into a library's layout
+MOST_ROWS = 3  # that two float16 matrices multiply faster than oneDNN one float32 matrix
+MANY_STEPS = 300  # products after which the time to make two float16 matrices has paid
 
 
 class CPULinear(nn.Linear):
-    kept = None  # the weight, perhaps in oneDNN's layout, after keep_weights
+    """x: (..., inputs) -> (..., outputs). The weight may have 16 bits, as its file has it."""
+    kept = None  # Kept or Halves, after keep_weights
 
     def forward(self, x):
-        if self.kept is not None and not torch.is_grad_enabled():
-            return few_rows(x, self.kept, self.bias)
-        return product(x, self.weight, self.bias)
+        if self.kept is not None and (not torch.is_grad_enabled() or self.weight.is_meta):
+            return self.kept(x)
+        return product(x, self.weight.to(x.dtype), self.bias)
+
+
+def has_cpu_linears(run):
+    """Whether linear layers of a run are CPULinears: in float32 on a CPU, not compiled."""
+    return HAS_ONEDNN and run.device_type == 'cpu' and run.dtype == 'float32' and not run.compile
 
 
 def use_cpu_linears(model, run, quiet=False):
-    """Replace a model's plain linear layers, if it computes in float32 on a CPU and isn't compiled; prints a
-    line about it unless quiet."""
-    if not HAS_ONEDNN or run.device_type != 'cpu' or run.dtype != 'float32' or run.compile:
+    """Replace a model's plain linear layers where a run has_cpu_linears; prints a line about it unless
+    quiet."""
+    if not has_cpu_linears(run):
         return
     n = replace_linears(model, CPULinear)
     if quiet or n == 0:
@@ -65,18 +80,91 @@ def is_watched(module):
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def keep_weights(model, n_rows):
-    """Have oneDNN make the larger products of n_rows rows, from copies of the weights in its own layout if
-    there are several rows and the copies fit. The weights must not change after it."""
-    layers = [m for m in model.modules() if isinstance(m, CPULinear)]
-    has_copies = n_rows > 1 and sum(m.weight.nbytes for m in layers) <= MAX_PACKED
-    for layer in layers:
-        weight = layer.weight.detach()
-        if has_copies:
-            layer.kept = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
-        elif n_rows * weight.numel() >= SMALL:
-            layer.kept = weight
+# ---------------------------------------------------------------------------- weights that stay as they are
 
+def keep_weights(model, n_rows, n_steps):
+    """Have the larger products of n_rows rows made from copies of the weights in a library's own layout,
+    where that pays within n_steps of them. The weights must not change after it. A layer that one float16
+    copy is enough for lets go of its weight, which then has a shape and no memory."""
+    layers = [m for m in model.modules() if isinstance(m, CPULinear) and m.kept is None]
+    has_copies = sum(m.weight.nbytes for m in layers) <= MAX_PACKED
+    has_two = has_copies and n_rows <= MOST_ROWS and n_steps >= MANY_STEPS
+
+    def keep(layer):
+        weight, halves = layer.weight.detach(), None
+        if n_rows * weight.numel() >= SMALL and HAS_FBGEMM:
+            halves = in_halves(weight, 2 if has_two else 1)
+        if halves is not None:
+            layer.kept = Halves(layer, halves)
+        elif n_rows * weight.numel() >= SMALL:
+            layer.kept = Kept(layer, weight.float(), n_rows if has_copies else 1)
+        if halves is not None and len(halves) == len(weight):
+            layer.weight = nn.Parameter(weight.to('meta'), requires_grad=False)
+        elif weight.dtype != torch.float32:
+            layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        del weight, halves
+        return_freed_memory()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(keep, layers))
+
+
+def in_halves(weight, most):
+    """float16 numbers, in float32, that hold a weight, (out, in): itself, (out, in), or, where that isn't
+    enough and `most` is 2, a sum of two, (2 out, in), the second 2^11 times as large; else None. One is
+    enough for numbers of 16 bits, of which float16 rounds the smallest only."""
+    half = weight.half()
+    largest = half.abs().max().float()
+    if not 2**-5 < largest < math.inf:
+        return None  # beyond the range of float16
+    pieces = zip(weight.split(256), half.split(256))
+    if all((piece - rounded).abs().max() <= 2**-20 * largest for piece, rounded in pieces):
+        return half.float()
+    if most == 1:
+        return None
+    halves = weight.new_empty(2 * len(weight), weight.shape[1], dtype=torch.float32)
+    high, low = halves.split(len(weight))
+    high.copy_(half)
+    torch.sub(weight, high, out=low).mul_(2**11)
+    return halves
+
+
+class Kept:
+    """oneDNN's product of few rows, with a weight in its own layout if n_rows > 1."""
+
+    def __init__(self, layer, weight, n_rows):
+        self.weight, self.bias = weight, layer.bias
+        if n_rows > 1:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+
+    def __call__(self, x):
+        return few_rows(x, self.weight, self.bias)
+
+
+class Halves:
+    """FBGEMM's product with a weight in float16, or the sum of two, which hold nearly all of float32's 24
+    bits. See in_halves."""
+
+    def __init__(self, layer, halves):
+        self.layer, self.n_outputs, self.is_sum = layer, layer.out_features, len(halves) > layer.out_features
+        bias = layer.bias
+        if bias is not None and self.is_sum:
+            bias = F.pad(bias, (0, len(bias)))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a removal
+            self.packed = torch.ops.quantized.linear_prepack_fp16(halves, bias)
+
+    def __call__(self, x):
+        if not self.is_sum:
+            return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return product(x, self.layer.weight, self.layer.bias)
+        y = torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
+        n = self.n_outputs
+        return torch.add(y.narrow(-1, 0, n), y.narrow(-1, n, n), alpha=2**-11)
+
+
+# ---------------------------------------------------------------------------- products
 
 def product(x, w, b):
     """x w^T + b. x: (..., inputs), w: (outputs, inputs), b: (outputs,) or None -> (..., outputs)"""

@@ -240,6 +240,13 @@ def keep_freed_memory():
                 mallopt(parameter, 1 << 30)
 
 
+def return_freed_memory():
+    """Have glibc give the kernel the memory of freed tensors once, after weights became smaller copies."""
+    if sys.platform == 'linux':
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def restart_store(rank, world_size):
     """After a restart by torchrun --max-restarts: arguments of init_process_group that give this
     attempt its own keys. torchrun's store outlives the processes, which find each other through it,

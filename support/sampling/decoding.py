@@ -173,10 +173,10 @@ class Positions:
             graphs.give_back(self.model, self.shape, self.kept)
 
 
-def for_sampling(model, run, n_rows):
+def for_sampling(model, run, n_rows, n_steps):
     """Prepare a model in evaluation mode, whose weights stay as they are, for decoding n_rows texts
-    at a time. Layers that do nothing there are left out. In 16 bits linear layers keep their weights
-    in that type, which autocast would convert at each token."""
+    at a time, n_steps positions in all. Layers that do nothing there are left out. In 16 bits linear
+    layers keep their weights in that type, which autocast would convert at each token."""
     for parent in [*model.modules()]:
         for name, child in [*parent.named_children()]:
             if type(child) is nn.Dropout and not is_watched(child):
@@ -185,7 +185,7 @@ def for_sampling(model, run, n_rows):
                 child.weight = nn.Parameter(child.weight.detach())  # a tied embedding keeps its type
                 child.to(DTYPES[run.dtype])
     if run.dtype == 'float32':
-        keep_weights(model, n_rows)
+        keep_weights(model, n_rows, n_steps)
 
 
 def repeat_rows(cache, n):

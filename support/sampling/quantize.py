@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from model import GPT
 from support.errors import UserError
+from support.machine.runtime import return_freed_memory
 
 WEIGHTS = ('full', 'int8', 'int4')
 PIECE = 1 << 18  # weights quantised at once, so that temporary tensors stay small
@@ -78,8 +79,8 @@ def quantize4(weight):
 
 
 def in_digits(x):
-    """x: (N, in) -> digits, (2 N, in) from -DIGIT to DIGIT, and steps, (N, 1). A row of x is its step
-    times its first digits plus, over 2 DIGIT, its second, which are rounded by who uses them."""
+    """x: (N, ..., in) -> digits, (2 N, ..., in) from -DIGIT to DIGIT, and steps, (N, ..., 1). A row of x is
+    its step times its first digits plus, over 2 DIGIT, its second, which are rounded by who uses them."""
     step = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).mul_(1 / DIGIT)
     x = x / step.clamp_(min=TINY)
     first = x.round()
@@ -109,12 +110,13 @@ class QuantizedLinear(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        if kind == 'cpu' and self.has_product():
-            if self.packed is None:
-                self.packed = self.pack()
-                if not self.is_tied:
-                    self.weight = nn.Parameter(self.weight.to('meta'), requires_grad=False)
-            return self.product(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(dtype)
+        if self.packed is None and kind == 'cpu' and self.has_product():
+            self.packed = self.pack()
+            if not self.is_tied:
+                self.weight = nn.Parameter(self.weight.to('meta'), requires_grad=False)
+            return_freed_memory()
+        if self.packed is not None:
+            return self.product(x).to(dtype)
         return self.plain_product(x, dtype).to(dtype)
 
     def plain_product(self, x, dtype):
@@ -124,6 +126,7 @@ class QuantizedLinear(nn.Module):
 
 class Int8Linear(QuantizedLinear):
     """The weight, (out, in), is int8 times scale, (out,)."""
+    scale16 = None  # in bfloat16, for PyTorch's own product
 
     def __init__(self, linear, is_tied=False):
         scale = linear.weight.new_empty(len(linear.weight))
@@ -139,11 +142,10 @@ class Int8Linear(QuantizedLinear):
         return fbgemm_weight(self.weight, self.scale)
 
     def product(self, x):
-        """x: (N, in) -> (N, out) float32. Sums of integers are exact, so a row's don't depend on
+        """x: (..., in) -> (..., out) float32. Sums of integers are exact, so a row's don't depend on
         other rows."""
         digits, step = in_digits(x.float())
-        y = FBGEMM(digits, 1.0, DIGIT + 1, self.packed)
-        y = torch.add(y[:len(x)], y[len(x):], alpha=0.5 / DIGIT)
+        y = torch.add(*FBGEMM(digits, 1.0, DIGIT + 1, self.packed).chunk(2), alpha=0.5 / DIGIT)
         return y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step)
 
     def plain_product(self, x, dtype):
@@ -152,7 +154,9 @@ class Int8Linear(QuantizedLinear):
         is_cpu = x.device.type == 'cpu'
         if is_cpu and can_use_int8pack(x):
             rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16())
+            if self.scale16 is None:
+                self.scale16 = self.scale.bfloat16()
+            y = INT8PACK(rows, self.weight, self.scale16)
             y = y.view(*x.shape[:-1], -1)
             return y if self.bias is None else self.bias + y
         factor = torch.bfloat16 if is_cpu and HAS_BF16 else dtype
@@ -174,14 +178,15 @@ class Int4Linear(QuantizedLinear):
         return ((groups - 8) * scale + zero).flatten(1)
 
     def has_product(self):
-        return hasattr(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
+        return INT4PACK is not None
 
     def pack(self):
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.weight.int(), 1)
 
     def product(self, x):
-        """x: (N, in) -> (N, out), of bfloat16 numbers, summed in float32"""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, GROUP, self.scale)
+        """x: (..., in) -> (..., out), of bfloat16 numbers, summed in float32"""
+        y = INT4PACK(x.bfloat16().flatten(0, -2), self.packed, GROUP, self.scale)
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else self.bias + y
 
 
@@ -201,17 +206,16 @@ class Int8Embedding(nn.Module):
 
 # ---------------------------------------------------------------------------- libraries
 
-def find_fbgemm():
-    """FBGEMM's int8 product, None where there is none: PyTorch has announced to remove the tensors
-    that it takes."""
-    name = 'linear_with_input_q_dq_qweight_dq_output_fp32'
-    engines = torch.backends.quantized.supported_engines
-    if 'fbgemm' not in engines or not hasattr(torch.ops.quantized, name):
-        return None
-    return getattr(torch.ops.quantized, name).default
+def operator(namespace, name):
+    """An operator of PyTorch's, None where this PyTorch lacks it."""
+    return getattr(namespace, name).default if hasattr(namespace, name) else None
 
 
-FBGEMM = find_fbgemm()
+FBGEMM = None  # its int8 product; PyTorch has announced to remove the tensors that it takes
+if 'fbgemm' in torch.backends.quantized.supported_engines:
+    FBGEMM = operator(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32')
+INT8PACK = None if sys.platform == 'win32' else operator(torch.ops.aten, '_weight_int8pack_mm')  # slow there
+INT4PACK = operator(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
 
 
 def fbgemm_weight(weight, scale):
@@ -225,9 +229,8 @@ def fbgemm_weight(weight, scale):
 
 def can_use_int8pack(x):
     """Whether PyTorch's own int8 product computes with x: (..., in), and pays."""
-    has_it = hasattr(torch.ops.aten, '_weight_int8pack_mm') and sys.platform != 'win32'  # slow there
     is_whole = x.shape[-1] % 16 == 0  # it doesn't check for a remainder
-    return has_it and is_whole and x.numel() <= FEW_ROWS * x.shape[-1]
+    return INT8PACK is not None and is_whole and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 # ---------------------------------------------------------------------------- models

@@ -17,7 +17,7 @@ from support.hub.huggingface import chat_template, folder_tokenizer, load_pretra
 from support.machine.console import print0
 from support.machine.files import MAPPED, explain_failure
 from support.machine.hardware import DTYPES
-from support.machine.linear import use_cpu_linears
+from support.machine.linear import has_cpu_linears, use_cpu_linears
 from support.sampling.quantize import build_quantized
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import GPT2_VOCAB, NoTokenizer, tokenizer_from
@@ -170,7 +170,8 @@ def load_model(init_from, out_dir, run, weights='full'):
     _, state = find_trained(init_from, out_dir)
     if state is None:
         template = chat_template(init_from)  # a bad one is refused before the weights are read
-        model, tokenizer = load_from_hub(init_from, weights, DTYPES[run.dtype])
+        dtype = None if has_cpu_linears(run) else DTYPES[run.dtype]
+        model, tokenizer = load_from_hub(init_from, weights, dtype)
         state = State({}, model_args(model.config), chat=template)
     elif weights != 'full':
         config = checked_config(state, {'dropout': 0.0})
@@ -183,8 +184,8 @@ def load_model(init_from, out_dir, run, weights='full'):
 
 
 def load_from_hub(init_from, weights, dtype):
-    """model, tokenizer of a name of the hub or a folder. dtype: of the products, in which linear
-    layers' weights are kept."""
+    """model, tokenizer of a name of the hub or a folder. dtype: of linear layers' weights, None: the
+    files', if it has 16 bits."""
     tokenizer = folder_tokenizer(init_from)
     if weights == 'full':
         return load_pretrained(init_from, {'dropout': 0.0}, dtype), tokenizer
