@@ -37,7 +37,7 @@ def test_table_counts_data_parameters_tokens_epochs_and_flops(tmp_path):
     assert rows['data'] == '100,000 tokens to train on, 5,000 to validate'
     flops = 100 * 24 * T * (6 * (N_PARAMS - T * C) + 12 * L * C * T)
     assert rows['run'] == f'100 iterations of 768 tokens: 76,800 tokens, 0.77 epochs, {flops:.1e} FLOPs'
-    assert rows['memory'].startswith('about 1.1 MB of ')
+    assert rows['memory'].startswith('about 401.1 MB of ')
     assert rows['disk'].startswith(f'{48 * N_PARAMS / 1e6:.1f} MB for checkpoints')
 
 

@@ -83,7 +83,7 @@ def setup_of(run, to_do, settings):
     return Setup(run.world_size, batch_size, micro_steps, sharded=settings['parallel'] == 'fsdp',
                  checkpointing=settings['activation_checkpointing'],
                  dtype_size=DTYPES[run.dtype].itemsize, device_type=run.device_type,
-                 reserved=RESERVED if run.device_type == 'cuda' else 0)
+                 reserved=RESERVED if run.device_type == 'cuda' else PROCESS)
 
 
 def fewer_micro_steps(model, setup, memory):
@@ -160,6 +160,7 @@ def head_gradient(model):
 ENOUGH_TOKENS = 1 << 16  # of a micro-batch: with more, a GPU of 80 GB is hardly faster
 ROOM = 0.9  # share of a device's memory to fill, as the formulas are within 5 %
 RESERVED = 2e9  # bytes for CUDA, libraries' workspaces and gaps between allocations: an assumption
+PROCESS = 0.4e9  # bytes of Python with PyTorch, which count where the CPU is the device
 
 
 @dataclass(frozen=True)
