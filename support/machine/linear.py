@@ -9,6 +9,7 @@ decoding step. oneDNN uses both on any, but prepares each call for longer than a
 multiplies float32 rows with a float16 matrix, for a row or a few at a higher rate than either.
 """
 
+import functools
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,14 @@ class CPULinear(nn.Linear):
     def forward(self, x):
         if self.kept is not None and (not torch.is_grad_enabled() or self.weight.is_meta):
             return self.kept(x)
+        return self.own_product(x)
+
+    def own_product(self, x):
         return product(x, self.weight.to(x.dtype), self.bias)
+
+    def hide_product(self):
+        """From torch.compile, see as_operator."""
+        self.kept = as_operator(self.kept or self.own_product, self.out_features)
 
 
 def has_cpu_linears(run):
@@ -158,10 +166,35 @@ class Halves:
         if not self.is_sum:
             return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
         if x.numel() > MOST_ROWS * x.shape[-1]:
-            return product(x, self.layer.weight, self.layer.bias)
+            return self.layer.own_product(x)
         y = torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
         n = self.n_outputs
         return torch.add(y.narrow(-1, 0, n), y.narrow(-1, n, n), alpha=2**-11)
+
+
+# ---------------------------------------------------------------------------- within compiled code
+
+PRODUCTS = []  # functions of x
+
+
+@functools.cache
+def operators():
+    """Our library of operators, whose results torch.compile knows by their shapes alone."""
+    library = torch.library.Library('gpt', 'DEF')
+    library.define('product(Tensor x, int number, int n_outputs) -> Tensor')
+    library.impl('product', lambda x, number, n_outputs: PRODUCTS[number](x), 'CPU')
+    library.impl('product', lambda x, number, n_outputs: x.new_empty(*x.shape[:-1], n_outputs), 'Meta')
+    return library
+
+
+def as_operator(product, n_outputs):
+    """A library's product, a function of x, (..., inputs) -> (..., n_outputs) of x's type, as an operator
+    that torch.compile calls as it is: it can't look into such a library, and its own products of one row are
+    slower."""
+    operators()
+    PRODUCTS.append(product)
+    number = len(PRODUCTS) - 1
+    return lambda x: torch.ops.gpt.product(x, number, n_outputs)
 
 
 # ---------------------------------------------------------------------------- products

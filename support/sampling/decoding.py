@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from support.errors import UserError
 from support.machine.hardware import DTYPES, attention_kernels
-from support.machine.linear import is_watched, keep_weights
+from support.machine.linear import (HAS_ONEDNN, CPULinear, is_watched, keep_weights,
+                                    replace_linears)
 from support.settings import parse
 
 
@@ -184,8 +185,14 @@ def for_sampling(model, run, n_rows, n_steps):
             elif type(child) is nn.Linear and run.dtype != 'float32':
                 child.weight = nn.Parameter(child.weight.detach())  # a tied embedding keeps its type
                 child.to(DTYPES[run.dtype])
-    if run.dtype == 'float32':
+    if run.device_type != 'cpu':
+        return
+    if run.dtype == 'float32' and HAS_ONEDNN:
+        replace_linears(model, CPULinear)  # of a model to compile
         keep_weights(model, n_rows, n_steps)
+    if run.compile:
+        for module in [m for m in model.modules() if hasattr(m, 'hide_product')]:
+            module.hide_product()
 
 
 def repeat_rows(cache, n):

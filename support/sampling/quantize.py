@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from model import GPT
 from support.errors import UserError
+from support.machine.linear import as_operator
 from support.machine.runtime import return_freed_memory
 
 WEIGHTS = ('full', 'int8', 'int4')
@@ -95,6 +96,7 @@ class QuantizedLinear(nn.Module):
     On a CPU a library's product reads the integers in an order of its own. They are brought into it
     at the first use, and the others are dropped: `weight` then has a shape and no memory.
     """
+    hidden = None  # `multiply` as an operator, within compiled code
 
     def __init__(self, linear, dtype, scale, is_tied=False):
         """scale: a tensor like the scales to load. is_tied: an embedding has the same weight."""
@@ -111,13 +113,22 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         if self.packed is None and kind == 'cpu' and self.has_product():
-            self.packed = self.pack()
-            if not self.is_tied:
-                self.weight = nn.Parameter(self.weight.to('meta'), requires_grad=False)
-            return_freed_memory()
+            self.keep_packed()
         if self.packed is not None:
             return self.product(x).to(dtype)
         return self.plain_product(x, dtype).to(dtype)
+
+    def keep_packed(self):
+        self.packed = self.pack()
+        if not self.is_tied:
+            self.weight = nn.Parameter(self.weight.to('meta'), requires_grad=False)
+        return_freed_memory()
+
+    def hide_product(self):
+        """From torch.compile, see as_operator."""
+        if self.packed is None and self.has_product():
+            self.keep_packed()
+        self.hidden = as_operator(self.multiply, len(self.weight))
 
     def plain_product(self, x, dtype):
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -145,8 +156,16 @@ class Int8Linear(QuantizedLinear):
         """x: (..., in) -> (..., out) float32. Sums of integers are exact, so a row's don't depend on
         other rows."""
         digits, step = in_digits(x.float())
-        y = torch.add(*FBGEMM(digits, 1.0, DIGIT + 1, self.packed).chunk(2), alpha=0.5 / DIGIT)
+        y = torch.add(*(self.hidden or self.multiply)(digits).chunk(2), alpha=0.5 / DIGIT)
         return y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step)
+
+    def multiply(self, x):
+        """The libraries' products, without scales: of digits, or of rows, (N, in) bfloat16."""
+        if self.packed is not None:
+            return FBGEMM(x, 1.0, DIGIT + 1, self.packed)
+        if self.scale16 is None:
+            self.scale16 = self.scale.bfloat16()
+        return INT8PACK(x, self.weight, self.scale16)
 
     def plain_product(self, x, dtype):
         if dtype == torch.float16:  # without its scale a product may exceed float16
@@ -154,10 +173,7 @@ class Int8Linear(QuantizedLinear):
         is_cpu = x.device.type == 'cpu'
         if is_cpu and can_use_int8pack(x):
             rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
-            if self.scale16 is None:
-                self.scale16 = self.scale.bfloat16()
-            y = INT8PACK(rows, self.weight, self.scale16)
-            y = y.view(*x.shape[:-1], -1)
+            y = (self.hidden or self.multiply)(rows).view(*x.shape[:-1], -1)
             return y if self.bias is None else self.bias + y
         factor = torch.bfloat16 if is_cpu and HAS_BF16 else dtype
         y = F.linear(x.to(factor), self.weight.to(factor))  # a compiler fuses the conversion
@@ -185,9 +201,11 @@ class Int4Linear(QuantizedLinear):
 
     def product(self, x):
         """x: (..., in) -> (..., out), of bfloat16 numbers, summed in float32"""
-        y = INT4PACK(x.bfloat16().flatten(0, -2), self.packed, GROUP, self.scale)
-        y = y.view(*x.shape[:-1], -1)
+        y = (self.hidden or self.multiply)(x.bfloat16().flatten(0, -2)).view(*x.shape[:-1], -1)
         return y if self.bias is None else self.bias + y
+
+    def multiply(self, x):
+        return INT4PACK(x, self.packed, GROUP, self.scale)
 
 
 class Int8Embedding(nn.Module):
