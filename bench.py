@@ -29,6 +29,7 @@ from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
 from support.sampling.decoding import Sampling, for_sampling, stream
+from support.sampling.graphs import compile_for_decoding
 from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB
@@ -119,7 +120,9 @@ scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' an
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if cuda_graphs:
     keep_gradients(model, run)
-if run.compile:
+if run.compile and mode == 'decode':
+    compile_for_decoding(model)
+elif run.compile:
     model.compile(mode='reduce-overhead' if cuda_graphs else None)
 print(parameters_in_words(model))
 

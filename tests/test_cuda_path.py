@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling import decoding
-from support.sampling.graphs import StaticCache, agrees
+from support.sampling.graphs import StaticCache, agrees, compile_for_decoding
+from support.sampling.quantize import build_quantized
 from support.training.diagnostics import measure_vitals
 from support.training.loss import ChunkedLoss
 
@@ -151,6 +152,30 @@ def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(optio
             loss.backward()
         seen.append(len(graphs))
     assert seen == [0, 0, 1, *[2] * 6] and not counters['graph_break']
+
+
+@pytest.mark.parametrize('weights', ['full', 'int8'])
+def test_compiled_decoding_gives_the_same_text_and_compiles_nothing_while_a_step_is_recorded(weights, graphs):
+    """The prompt is compiled, the first step, and the first that reads all of the cache. A recording has no
+    cache of autocast's. The sizes of int8 are those that PyTorch's own products for CPUs don't take."""
+    model, seen = scrambled(tiny(block_size=200, n_embd=24, n_inner=100), 0.3).eval(), []
+    if weights == 'int8':
+        model = build_quantized(model.config, model.state_dict().items(), weights)
+    idx, sampling = torch.randint(64, (1, 5)), decoding.Sampling(0.8, None, max_new_tokens=140)
+
+    def text():
+        seen.clear()
+        for token in decoding.stream(model, idx, sampling, n_samples=2, seeds=range(2), static=True):
+            seen.append(len(graphs))
+            torch.set_autocast_cache_enabled(len(seen) < 3)
+            yield token
+
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = torch.cat([*text()], dim=1)
+        torch.set_autocast_cache_enabled(True)
+        compile_for_decoding(model)
+        assert torch.equal(torch.cat([*text()], dim=1), expected)
+    assert seen == [1] + [2] * 123 + [3] * 16 and not counters['graph_break']
 
 
 def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, char_data, tmp_path):
