@@ -72,7 +72,7 @@ peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or meas
 
 settings = configure(globals(), GPTConfig)
 OPTIMIZER = {'optimizer': optimizer, 'learning_rate': 1e-4, 'muon_lr': 1e-4, 'weight_decay': 1e-2,
-             'beta1': 0.9, 'beta2': 0.95, 'embedding_lr': 0.0}
+             'beta1': 0.9, 'beta2': 0.95, 'embedding_lr': 0.0, 'cuda_graphs': cuda_graphs}
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise UserError(f'mode={mode} is not one of train, decode, data, all')
@@ -115,7 +115,7 @@ use_cpu_linears(model, run)
 lean = lean_loss(model, run)
 opt = None
 if weights == 'full':
-    opt = make_optimizer(model, OPTIMIZER, run.device_type)
+    opt = make_optimizer(model, OPTIMIZER | {'compile': run.compile}, run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if cuda_graphs:
