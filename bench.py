@@ -29,6 +29,7 @@ from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
 from support.sampling.decoding import Sampling, for_sampling, stream
+from support.sampling.graphs import compile_for_decoding
 from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB
@@ -71,7 +72,7 @@ peak_flops = 0.0  # FLOP/s, of which MFU is the share used; 0: looked up or meas
 
 settings = configure(globals(), GPTConfig)
 OPTIMIZER = {'optimizer': optimizer, 'learning_rate': 1e-4, 'muon_lr': 1e-4, 'weight_decay': 1e-2,
-             'beta1': 0.9, 'beta2': 0.95, 'embedding_lr': 0.0}
+             'beta1': 0.9, 'beta2': 0.95, 'embedding_lr': 0.0, 'cuda_graphs': cuda_graphs}
 
 if mode not in ('train', 'decode', 'data', 'all'):
     raise UserError(f'mode={mode} is not one of train, decode, data, all')
@@ -114,12 +115,14 @@ use_cpu_linears(model, run)
 lean = lean_loss(model, run)
 opt = None
 if weights == 'full':
-    opt = make_optimizer(model, OPTIMIZER, run.device_type)
+    opt = make_optimizer(model, OPTIMIZER | {'compile': run.compile}, run.device_type)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' and run.device_type == 'cuda')
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if cuda_graphs:
     keep_gradients(model, run)
-if run.compile:
+if run.compile and mode == 'decode':
+    compile_for_decoding(model)
+elif run.compile:
     model.compile(mode='reduce-overhead' if cuda_graphs else None)
 print(parameters_in_words(model))
 

@@ -32,6 +32,7 @@ from support.errors import UserError
 from support.machine import runtime
 from support.machine.files import read_text
 from support.sampling.decoding import Sampling, Text, for_sampling, stream, with_line_ends
+from support.sampling.graphs import compile_for_decoding
 from support.sampling.prompt import Dialogue, check_streams, interact
 from support.sampling.quantize import check_weights
 from support.text.chat import ChatForm
@@ -98,7 +99,7 @@ with redirect_stdout(sys.stderr):
     n_steps = math.inf if interactive else len(texts) * num_samples * max_new_tokens / n_at_once
     for_sampling(model, run, n_at_once, n_steps)
 if run.compile:
-    model.compile(dynamic=True)
+    compile_for_decoding(model)
 form, end_ids, end_strings = None, {*tokenizer.ends}, []
 if chat:
     if not state.chat:

@@ -5,6 +5,7 @@ The first part runs on fake CUDA tensors, which have shapes and devices but no n
 needs a number on the host raises there. The compiled part uses AOTAutograd without a code generator.
 """
 
+import copy
 import ctypes
 import json
 from pathlib import Path
@@ -19,9 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling import decoding
-from support.sampling.graphs import StaticCache, agrees
+from support.sampling.graphs import StaticCache, agrees, compile_for_decoding
+from support.sampling.quantize import build_quantized
 from support.training.diagnostics import measure_vitals
 from support.training.loss import ChunkedLoss
+from support.training.optim import make_optimizer
 
 SIZES = {'n_head': 4, 'bias': False}
 ROTARY = {'pos_emb': 'rope', 'qk_norm': True, 'n_kv_head': 2, 'value_residual': True, 'norm': 'rmsnorm'}
@@ -151,6 +154,47 @@ def test_model_is_compiled_whole_once_for_training_and_once_for_evaluating(optio
             loss.backward()
         seen.append(len(graphs))
     assert seen == [0, 0, 1, *[2] * 6] and not counters['graph_break']
+
+
+@pytest.mark.parametrize('newton_schulz', ['steep', 'exact'])
+def test_products_of_muon_are_one_graph_that_computes_the_same(newton_schulz, graphs):
+    settings = {'optimizer': 'muon', 'learning_rate': 1e-2, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95,
+                'muon_lr': 0.03, 'embedding_lr': 0.0, 'newton_schulz': newton_schulz, 'compile': True}
+    model = scrambled(tiny(**SIZES | ROTARY))
+    models = model, copy.deepcopy(model)
+    opts = [make_optimizer(model, settings | {'cuda_graphs': on}, 'cpu') for model, on in zip(models, (0, 1))]
+    for _ in range(3):
+        for params in zip(*(model.parameters() for model in models)):
+            params[0].grad = torch.randn_like(params[0])
+            params[1].grad = params[0].grad.clone()
+        for opt in opts:
+            opt.step()
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+    assert len(graphs) == 1 and not counters['graph_break']
+
+
+@pytest.mark.parametrize('weights', ['full', 'int8'])
+def test_compiled_decoding_gives_the_same_text_and_compiles_nothing_while_a_step_is_recorded(weights, graphs):
+    """The prompt is compiled, the first step, and the first that reads all of the cache. A recording has no
+    cache of autocast's. The sizes of int8 are those that PyTorch's own products for CPUs don't take."""
+    model, seen = scrambled(tiny(block_size=200, n_embd=24, n_inner=100), 0.3).eval(), []
+    if weights == 'int8':
+        model = build_quantized(model.config, model.state_dict().items(), weights)
+    idx, sampling = torch.randint(64, (1, 5)), decoding.Sampling(0.8, None, max_new_tokens=140)
+
+    def text():
+        seen.clear()
+        for token in decoding.stream(model, idx, sampling, n_samples=2, seeds=range(2), static=True):
+            seen.append(len(graphs))
+            torch.set_autocast_cache_enabled(len(seen) < 3)
+            yield token
+
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = torch.cat([*text()], dim=1)
+        torch.set_autocast_cache_enabled(True)
+        compile_for_decoding(model)
+        assert torch.equal(torch.cat([*text()], dim=1), expected)
+    assert seen == [1] + [2] * 123 + [3] * 16 and not counters['graph_break']
 
 
 def test_report_runs_from_end_to_end_in_tiny_sizes_and_continues(run_script, char_data, tmp_path):

@@ -35,6 +35,12 @@ def in_cuda_graph(model, cache, at, step):
     return static, Recorded(static, step)
 
 
+def compile_for_decoding(model):
+    """Compile a model in place. A product with one row becomes a sum on CUDA, which reads int8 weights as
+    they are; that of a library would write and read them in 16 bits."""
+    model.compile(dynamic=True, options={'coordinate_descent_tuning': True})
+
+
 def length_to_read(n, most):
     """128, 256, 512, ...: the first that has room for n positions, at most `most`."""
     length = SHORTEST
@@ -55,7 +61,7 @@ def agrees(model, cache, at):
             row = StaticCache(row, at)
             row.begin()
         token = torch.zeros(1, 1, dtype=torch.int64, device=at.device)
-        logits.append(model(token, cache=row)[0].float())
+        logits.append(model.forward(token, cache=row)[0].float())  # not compiled, for a single use
     a, b = logits
     return (a - b).abs().max() <= 0.02 * a.abs().max()  # 16-bit kernels differ
 
@@ -81,19 +87,21 @@ class Recorded:
         cache.length += 1
 
     def whole_step(self):
-        self.cache.begin()
-        self.step()
+        """Without autocast's cache: its weights in 16 bits end with this call. In the first calls too, or
+        torch.compile would make other code while the step is recorded, which fails."""
+        is_cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            self.cache.begin()
+            self.step()
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
 
     def record(self):
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        is_cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # weights in 16 bits that end with this call's autocast
-        try:
-            with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # threads may copy batches
-                self.whole_step()  # recorded, not computed
-        finally:
-            torch.set_autocast_cache_enabled(is_cached)
+        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'):  # threads may copy batches
+            self.whole_step()  # recorded, not computed
         return graph
 
 

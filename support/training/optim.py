@@ -37,7 +37,8 @@ NEWTON_SCHULZ = {  # iterations, and the coefficients of the polynomial a s + b 
 
 def make_optimizer(model, settings, device_type):
     """The optimizer for train.py's settings: optimizer, learning_rate, weight_decay, beta1, beta2, muon_lr,
-    embedding_lr, and perhaps those of OptimizerOptions. UserError where the model lacks what they need."""
+    embedding_lr, and perhaps cuda_graphs, compile, those of OptimizerOptions. UserError where the model lacks
+    what they need."""
     settings = vars(OptimizerOptions()) | settings
     lr, weight_decay, how = settings['learning_rate'], settings['weight_decay'], {}
     adam_decay = weight_decay if settings['adam_weight_decay'] is None else settings['adam_weight_decay']
@@ -51,6 +52,8 @@ def make_optimizer(model, settings, device_type):
         opt = Muon(opt, block_matrices(model), settings['muon_lr'], weight_decay)
         opt.newton_schulz, opt.normuon = settings['newton_schulz'], settings['normuon']
         opt.cautious_decay = settings['cautious_decay']
+        if settings.get('cuda_graphs') and settings.get('compile'):
+            opt.orthogonalize = torch.compile(orthogonalize, dynamic=False, mode='reduce-overhead')
     for i, group in enumerate(opt.param_groups):
         group.setdefault('name', ('decayed', 'non-decayed')[i] if i < 2 else f'group {i}')
         if group['name'] == 'non-decayed' and settings['scalar_lr']:
@@ -158,6 +161,7 @@ class Muon(PlainOptimizer):
                 'step': 0}
         super().__init__([*adamw.param_groups, muon], {})
         self.adamw, self.state = adamw, adamw.state
+        self.orthogonalize = orthogonalize  # with cuda_graphs and compile the same, recorded
         # whether torch.amp.GradScaler sets found_inf instead of skipping the step
         self._step_supports_amp_scaling = getattr(adamw, '_step_supports_amp_scaling', False)
 
@@ -192,7 +196,9 @@ class Muon(PlainOptimizer):
                 b.lerp_(g, (1 - momentum) * keep)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's
         matrices = [m for g, rows in zip(grads, parts, strict=True) for m in g.split(rows)]
-        found = orthogonalize(matrices, self.newton_schulz)
+        device_type = params[0].device.type
+        with fastest_float32(device_type):
+            found = self.orthogonalize(matrices, self.newton_schulz, newton_schulz_dtype(device_type))
         if self.normuon:
             squares = [s for p, rows in used for s in self.row_squares(p).split(rows)]
             found = [even_rows(u, s, keep) for u, s in zip(found, squares, strict=True)]
@@ -223,50 +229,51 @@ def even_rows(update, squares, keep=1.0):
     return even * (update.norm() / even.norm().clamp(min=1e-10))
 
 
-def orthogonalize(matrices, how='steep'):
+def orthogonalize(matrices, how, dtype):
     """The (semi-)orthogonal matrix nearest to each matrix, approximately, times sqrt(max(1, rows / columns)).
-    Matrices of equal shape are batched, and shared equally by the processes. how: of NEWTON_SCHULZ."""
+    Matrices of equal shape are batched, and shared equally by the processes. how: of NEWTON_SCHULZ.
+    dtype: of the products."""
     results = [None] * len(matrices)
     by_shape = {}
     for i, m in enumerate(matrices):
         by_shape.setdefault(tuple(m.shape), []).append(i)
     for (rows, columns), members in by_shape.items():
         x = torch.stack([matrices[i] for i in members])  # (n, rows, columns)
-        x = newton_schulz_by_all(x, how) if dist.is_initialized() else newton_schulz(x, how)
+        iterate = newton_schulz_by_all if dist.is_initialized() else newton_schulz
+        x = iterate(x, how, dtype)
         for i, update in zip(members, x * max(1, rows / columns) ** 0.5):
             results[i] = update
     return results
 
 
-def newton_schulz_by_all(x, how):
-    """newton_schulz(x, how): each process computes its part of x and sends it to the others."""
+def newton_schulz_by_all(x, how, dtype):
+    """newton_schulz(x, how, dtype): each process computes its part of x and sends it to the others."""
     world_size = dist.get_world_size()
     part = -(-len(x) // world_size)
     padded = torch.cat([x, x.new_zeros(part * world_size - len(x), *x.shape[1:])])
-    mine = newton_schulz(padded[dist.get_rank() * part:][:part], how)
+    mine = newton_schulz(padded[dist.get_rank() * part:][:part], how, dtype)
     gather = dist.all_gather_single if hasattr(dist, 'all_gather_single') else dist.all_gather_into_tensor
     gather(padded, mine)  # the second name is that of PyTorch before 2.13
     return padded[:len(x)]
 
 
 def newton_schulz_dtype(device_type):
+    """bfloat16 where the device multiplies it."""
     return torch.bfloat16 if has_bfloat16(device_type) else torch.float32
 
 
-def newton_schulz(x, how='steep'):
+def newton_schulz(x, how, dtype):
     """x: (n, rows, columns) -> the same with singular values near 1, as how of NEWTON_SCHULZ says.
 
-    Iterates the polynomial a s + b s^3 + c s^5 of the singular values. In bfloat16 where the device
-    multiplies it.
+    Iterates the polynomial a s + b s^3 + c s^5 of the singular values, in dtype.
     """
     steps, (a, b, c) = NEWTON_SCHULZ[how]
     is_tall = x.shape[1] > x.shape[2]
-    dtype, x = x.dtype, x.to(newton_schulz_dtype(x.device.type))
+    given, x = x.dtype, x.to(dtype)
     x = x.mT.contiguous() if is_tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    with fastest_float32(x.device.type):
-        for _ in range(steps):
-            gram = x @ x.mT  # (n, rows, rows)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if is_tall else x
-    return x.to(dtype, memory_format=torch.contiguous_format)
+    return x.to(given, memory_format=torch.contiguous_format)
