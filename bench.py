@@ -120,9 +120,8 @@ scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16' an
 guard = Guard(run.device, 1.0, scaler.is_enabled())
 if cuda_graphs:
     keep_gradients(model, run)
-if run.compile and mode == 'decode':
-    compile_for_decoding(model)
-elif run.compile:
+compiled = compile_for_decoding(model) if run.compile and mode == 'decode' else None
+if run.compile and mode != 'decode':
     model.compile(mode='reduce-overhead' if cuda_graphs else None)
 print(parameters_in_words(model))
 
@@ -157,7 +156,7 @@ def decode(_, n_tokens=decode_tokens):
     prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64, device=run.device)
     with run.autocast():
         sampling = Sampling(1.0, 200, max_new_tokens=decode_tokens)
-        pieces = stream(model, prompt, sampling, n_samples=decode_batch)
+        pieces = stream(model, prompt, sampling, n_samples=decode_batch, compiled=compiled)
         for _ in range(n_tokens):
             next(pieces)
     pieces.close()

@@ -98,8 +98,7 @@ with redirect_stdout(sys.stderr):
     n_at_once = min(num_samples, batch_size)
     n_steps = math.inf if interactive else len(texts) * num_samples * max_new_tokens / n_at_once
     for_sampling(model, run, n_at_once, n_steps)
-if run.compile:
-    compile_for_decoding(model)
+compiled = compile_for_decoding(model) if run.compile else None
 form, end_ids, end_strings = None, {*tokenizer.ends}, []
 if chat:
     if not state.chat:
@@ -152,7 +151,7 @@ def continue_texts(batch, n_samples, sampling):
     ends = sampling.stop_strings() + end_strings
     rows = [Text('' if chat else text, sampling.max_new_tokens, ends) for text, _ in repeated]
     steps = stream(model, idx.to(run.device), sampling, n_samples=n_samples, lengths=lengths,
-                   seeds=seeds, n_vocab=tokenizer.n_vocab)
+                   seeds=seeds, n_vocab=tokenizer.n_vocab, compiled=compiled)
     began, seconds, t = time.perf_counter(), {}, int(lengths.min())
     for i, row in enumerate(rows):  # each is shown once those before it are complete
         while not row.ended:

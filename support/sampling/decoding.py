@@ -82,7 +82,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options)
 
 
 @torch.inference_mode()
-def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_vocab=None, static=None):
+def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_vocab=None, compiled=None,
+           static=None):
     """Continue each row of idx, (B, T) int64, n_samples times. Yields the tokens of each position,
     (B n_samples, 1), as they are made, from position T (or the shortest of `lengths`) on.
 
@@ -93,11 +94,14 @@ def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_voc
 
     Keys and values of past tokens are cached while the text fits into block_size. Past it the
     window slides and every position changes, so each token costs a whole window. The weights must
-    not change meanwhile. static: whether each step has the memory of the one before, as a CUDA graph
-    needs it; None: on CUDA.
+    not change meanwhile. compiled: the model compiled, for all but a prompt, whose length changes.
+    static: whether each step has the memory of the one before, as a CUDA graph and compiled code need
+    it; None: with `compiled`, and on CUDA.
     """
     rows = Rows(idx, sampling, n_samples, lengths, seeds, n_vocab)
-    positions = Positions(model, idx, rows, n_samples, idx.is_cuda if static is None else static)
+    if static is None:
+        static = idx.is_cuda or compiled is not None
+    positions = Positions(model, compiled or model, idx, rows, n_samples, static)
     try:
         for t in range(rows.first, rows.end):
             positions.make(t)
@@ -110,8 +114,9 @@ class Positions:
     """Makes the positions of `stream`: the first from the prompt, the next from the cache, and past
     block_size each from a whole window."""
 
-    def __init__(self, model, idx, rows, n_samples, static):
-        self.model, self.rows, self.n_samples, self.static = model, rows, n_samples, static
+    def __init__(self, model, compiled, idx, rows, n_samples, static):
+        self.model, self.compiled = model, compiled
+        self.rows, self.n_samples, self.static = rows, n_samples, static
         self.block_size, self.device = model.config.block_size, str(idx.device)
         self.prompt = idx[:, max(0, rows.first - self.block_size):rows.first]  # once for all its samples
         self.cache, self.kept, self.step = None, None, self.cached_step
@@ -135,10 +140,11 @@ class Positions:
         elif self.cache is not None and t <= self.block_size:
             self.step()
         else:
-            rows.fill(self.forward(rows.ids[:, max(0, t - self.block_size):t], None))
+            rows.fill(self.forward(self.compiled, rows.ids[:, max(0, t - self.block_size):t], None))
 
     def read_prompt(self):
-        logits = self.forward(self.prompt, self.cache)
+        model = self.compiled if self.cache is None else self.model
+        logits = self.forward(model, self.prompt, self.cache)
         if self.cache is not None:
             repeat_rows(self.cache, self.n_samples)
         self.rows.fill(logits.repeat_interleave(self.n_samples, dim=0))
@@ -147,12 +153,12 @@ class Positions:
 
     def cached_step(self):
         last = self.rows.ids.index_select(1, self.rows.at - 1)
-        self.rows.fill(self.forward(last, self.cache))
+        self.rows.fill(self.forward(self.compiled, last, self.cache))
 
-    def forward(self, ids, cache):
+    def forward(self, model, ids, cache):
         """Logits of the last position, (B, 1, V)."""
         with attention_kernels(self.device):
-            return (self.model(ids) if cache is None else self.model(ids, cache=cache))[0]
+            return (model(ids) if cache is None else model(ids, cache=cache))[0]
 
     def use_static_memory(self):
         """Go on in the memory of an earlier call of this shape, or have later ones go on in this."""
