@@ -181,11 +181,12 @@ def step_rows():
 
 
 def decode_rows():
-    """The first call records; ms are those of later ones."""
+    """The first call records, and compiles if asked; ms are those of later ones."""
     xl = ['--n_layer=48', '--n_head=25', '--n_embd=1600', '--num_steps=4']
-    for name, flags in (('124M', ['--decode_batch=1']), ('124M', ['--decode_batch=64']),
-                        ('124M', ['--compile=True'] if run.device_type == 'cuda' else ['--num_steps=5']),
-                        ('124M', ['--weights=int8']), ('1558M', xl), ('1558M', [*xl, '--weights=int8'])):
+    compiled = f'--compile={run.device_type == "cuda"}'
+    for name, flags in (('124M', ['--decode_batch=1']), ('124M', ['--decode_batch=64']), ('124M', [compiled]),
+                        ('1558M', xl), ('1558M', [*xl, compiled, '--weights=int8']),
+                        ('1558M', [*xl, compiled]), ('124M', [compiled, '--weights=int8'])):
         shown = ' '.join(f for f in flags if f not in xl)
         command = bench('--mode=decode', '--decode_tokens=256', *flags)
         yield f'decoding {name} {shown}'.strip(), command, ROOT, read_bench, {}

@@ -12,7 +12,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling.decoding import generate
-from support.sampling.graphs import in_cuda_graph
+from support.sampling.graphs import compile_for_decoding, in_cuda_graph
+from support.sampling.quantize import build_quantized
 from support.training import optim
 from support.training.loss import lean_loss
 
@@ -107,6 +108,21 @@ def test_graph_is_made_in_bfloat16_decodes_the_same_text_again(options):
         model(idx, cache=cache)
         made, _ = in_cuda_graph(model, cache, torch.tensor([4]).cuda(), lambda: None)
     assert torch.equal(*texts) and made is not cache
+
+
+@pytest.mark.parametrize('weights', ['full', 'int8'])
+def test_compiled_step_is_recorded_and_decodes_the_text_of_the_plain_one(weights, capsys):
+    """In float64, the second time from recordings for 128 and for all 200 positions."""
+    model = scrambled(tiny(block_size=200), 0.3)
+    if weights == 'int8':
+        model = build_quantized(model.config, model.state_dict().items(), weights)
+    model, idx = model.double().eval().cuda(), torch.randint(64, (1, 3)).cuda()
+    expected = generate(copy.deepcopy(model), idx, 190, 0.8, seeds=[1])
+    torch._dynamo.reset()
+    compile_for_decoding(model)
+    for _ in range(2):
+        assert torch.equal(generate(model, idx, 190, 0.8, seeds=[1]), expected)
+    assert 'without a CUDA graph' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
