@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -518,10 +519,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue each row of idx, (B, T) int64, to (B, T + max_new_tokens). temperature 0 takes the
         likeliest token, top_k draws from the k likeliest. Past block_size all positions change with each
-        token, so the cache is of no use."""
+        token, so the cache is of no use. Without cuDNN's attention, which makes a plan for each length."""
         block_size = self.config.block_size
         cache, new = self.make_cache(min(block_size, idx.shape[1] + max_new_tokens)), idx
         for _ in range(max_new_tokens):

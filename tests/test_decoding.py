@@ -1,5 +1,6 @@
 """decoding.py: each sample against a loop over whole windows, draws against formulas, texts in pieces."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from support.machine.runtime import Runtime
 from support.sampling.decoding import (Text, draw_token, for_sampling, generate, gumbel,
                                        keep_likeliest, noise_keys, penalize)
+from support.sampling.quantize import build_quantized
 
 
 MODELS = [{}, {'pos_emb': 'rope', 'n_kv_head': 1, 'qk_norm': True, 'rope_scaling': (4.0, 1.0, 4.0, 16)},
@@ -84,6 +86,22 @@ def test_model_prepared_for_sampling_gives_the_same_samples(options, dtype):
             samples.append(generate(model, idx, 20, temperature=0.8, top_k=20, seeds=range(3)))
         for_sampling(model, run, 3, n_steps=500)
     assert torch.equal(*samples) and model.transformer.wte.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('weights', ['full', 'int8', 'int4'])
+def test_compiled_steps_with_a_cpu_s_own_products_give_the_same_text_and_leave_nothing_out(weights):
+    """Past block_size too. The layers are large enough for libraries whose weights a compiler can't follow."""
+    options = {'block_size': 24, 'n_layer': 1, 'n_embd': 256, 'n_inner': 4096, 'pos_emb': 'rope'}
+    plain, idx = scrambled(tiny(**options), 0.05).eval(), tokens(2, 5)
+    if weights != 'full':
+        plain = build_quantized(plain.config, plain.state_dict().items(), weights)
+    model = copy.deepcopy(plain)
+    for m, is_compiled in ((plain, False), (model, True)):
+        for_sampling(m, Runtime('cpu', 'float32', is_compiled, 'gloo'), 2, n_steps=500)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=True)
+    texts = [generate(model, idx, 30, seeds=range(2), **how)
+             for model, how in ((plain, {}), (model, {'compiled': compiled}))]
+    assert torch.equal(*texts)
 
 
 # ---------------------------------------------------------------------------- seeds

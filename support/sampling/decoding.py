@@ -72,7 +72,7 @@ def with_line_ends(text):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
     """Continue each row of idx, (B, T) int64, to (B n_samples, T + max_new_tokens). options: those
     of Sampling and `stream`."""
-    of_stream = {k: options.pop(k) for k in ('n_samples', 'lengths', 'seeds', 'n_vocab')
+    of_stream = {k: options.pop(k) for k in ('n_samples', 'lengths', 'seeds', 'n_vocab', 'compiled')
                  if k in options}
     sampling = Sampling(temperature, top_k, max_new_tokens=max_new_tokens, **options)
     made = list(stream(model, idx, sampling, **of_stream))
@@ -101,7 +101,8 @@ def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_voc
     rows = Rows(idx, sampling, n_samples, lengths, seeds, n_vocab)
     if static is None:
         static = idx.is_cuda or compiled is not None
-    positions = Positions(model, compiled or model, idx, rows, n_samples, static)
+    compiled = model if compiled is None else compiled  # whose truth is its length
+    positions = Positions(model, compiled, idx, rows, n_samples, static)
     try:
         for t in range(rows.first, rows.end):
             positions.make(t)
