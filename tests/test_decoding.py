@@ -90,7 +90,7 @@ def test_model_prepared_for_sampling_gives_the_same_samples(options, dtype):
 
 @pytest.mark.parametrize('weights', ['full', 'int8', 'int4'])
 def test_compiled_steps_with_a_cpu_s_own_products_give_the_same_text_and_leave_nothing_out(weights):
-    """Past block_size too. The layers are large enough for libraries whose weights a compiler can't follow."""
+    """Past block_size too. The layers are large enough for libraries whose weights no compiler follows."""
     options = {'block_size': 24, 'n_layer': 1, 'n_embd': 256, 'n_inner': 4096, 'pos_emb': 'rope'}
     plain, idx = scrambled(tiny(**options), 0.05).eval(), tokens(2, 5)
     if weights != 'full':
