@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pickle
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -162,6 +164,15 @@ def test_dataset_is_a_name_in_data_or_the_path_of_a_folder(data_dir, dataset, fo
 ])
 def test_dataset_json_that_is_not_of_the_files_is_refused(info, told, tmp_path):
     assert told in refusal(Dataset, make(tmp_path, info=info))
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='has no file whose reading fails')
+@pytest.mark.parametrize('name', ['dataset.json', 'meta.pkl', 'tokenizer.json'])
+def test_file_that_the_disk_can_not_give_now_is_not_called_damaged(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda _: None)
+    (make(tmp_path) / name).symlink_to('/proc/self/mem')  # EIO at its beginning
+    told = refusal(Dataset, tmp_path)
+    assert f'{name} can\'t be read now (OSError: [Errno 5] Input/output error)' in told
 
 
 # ---------------------------------------------------------------------------- ids and fingerprints

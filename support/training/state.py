@@ -29,7 +29,7 @@ import torch
 from support.errors import MissingFile, OutOfMemory, UserError
 from support.machine.console import print0
 from support.machine.files import (UNREADABLE, HeldFile, free_disk, patiently, reason_of,
-                                   regular_file, replacing)
+                                   regular_file, replacing, unread)
 from support.machine.pickles import STAND_INS, ForeignConfig
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
@@ -219,11 +219,8 @@ def reading(path):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise missing(path) from None
-    except PermissionError as error:
-        raise MissingFile(f'{path} can\'t be read ({reason_of(error)})') from None
     except OSError as error:
-        raise MissingFile(f'{path} can\'t be read now ({reason_of(error)}): nothing was changed, '
-                          'try again when the disk answers') from None
+        raise unread(path, error) from None
     except MemoryError:
         raise OutOfMemory(f'out of memory while {path} was read') from None
 
