@@ -38,7 +38,7 @@ PLAIN = (*KINDS, list, tuple, dict)
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string',
          types.NoneType: 'None', list: 'a list', tuple: 'a tuple', dict: 'a dict'}
 PATHS = ('out_dir', 'data_dir', 'init_from', 'export_dir', 'output', 'source', 'json', 'tokenizer',
-         'val')  # ~ is the home folder in these
+         'val', 'prompts', 'text', 'input', 'shards_from')  # ~ is the home folder in these
 CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle', 'np': 'numpy',
                   'torch': 'torch'}  # nanoGPT's train.py imports them before it executes a config
 # what editors and web pages put in place of what was typed: dashes, quotes, blanks of no width
@@ -123,6 +123,9 @@ class Script:
             if not value and self.defaults[key]:
                 raise UserError(f'{key} is empty; its default is {self.defaults[key]}')
             value = os.path.expanduser(value)
+            if value.startswith('~'):
+                raise UserError(f'{key}={value} begins with ~, but there is no such user; ./{value} '
+                                'is a path of that name')
         self.variables[key] = value
         self.given.add(key)
 

@@ -290,7 +290,7 @@ TASKS = {
 def read_items(source, split):
     """The items of a jsonl, json or parquet file, or of a dataset on the hub, as a list."""
     path = Path(source)
-    if path.suffix not in ('.jsonl', '.json'):
+    if path.suffix.lower() not in ('.jsonl', '.json'):
         return read_table(path, split)
     text = read_text(path)
     with explain_failure(f'{source} is neither JSON nor JSON lines'):
@@ -301,7 +301,7 @@ def read_items(source, split):
 
 def read_table(source, split):
     """A local parquet file or a dataset on the hub, as a list of dicts."""
-    is_file = source.suffix == '.parquet'
+    is_file = source.suffix.lower() == '.parquet'
     if is_file and not source.is_file():
         raise MissingFile(f'{source} is missing')
     go_offline_if_cut_off()

@@ -56,7 +56,8 @@ class ConversationFile:
     which are held."""
 
     def __init__(self, path, strict=False):
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise MissingFile(f'{path} is missing')
         self.path, self.left_out = str(path), LeftOut(strict)
         self.file = open(path, 'rb')  # noqa: SIM115, closed with this object
@@ -151,9 +152,9 @@ def messages_of(row):
     them."""
     if not isinstance(row, dict):
         return None
-    if 'messages' in row or isinstance(row.get('conversations'), list):
-        messages = row['messages'] if 'messages' in row else row['conversations']
-        return [*map(message_of, messages)] if isinstance(messages, list) else None
+    for messages in (row.get('messages'), row.get('conversations')):
+        if isinstance(messages, list):
+            return [*map(message_of, messages)]
     if 'prompt' in row and 'completion' in row:
         asked, answer = row['prompt'], row['completion']
         if isinstance(asked, list) and isinstance(answer, list):
@@ -170,7 +171,8 @@ def message_of(m):
     """A message with the names of ours: role and content."""
     if not isinstance(m, dict):
         return m
-    role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
+    role = m['from'] if m.get('role') is None and 'from' in m else m.get('role')
+    content = m['value'] if m.get('content') is None and 'value' in m else m.get('content')
     return {'role': SAME_ROLES.get(str(role), role), 'content': content}
 
 

@@ -37,6 +37,7 @@ say_once = functools.cache(print0)
 def find_dataset(data_dir, dataset):
     """A dataset's folder: data_dir if given, else data/<dataset>, else a folder with the path
     `dataset`, else the repository's data/<dataset>."""
+    dataset = os.path.expanduser(dataset or '')
     here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
     if data_dir or not dataset or os.path.isdir(here):
         return data_dir or here

@@ -279,7 +279,7 @@ def load_tokenizer(path, ends=()):
     if not regular_file(path):
         raise MissingFile(f'{path} is missing: name a tokenizer.json, or a folder with one')
     with explain_failure(f'{path} holds no tokenizer that can be used'):
-        text = read_bytes(path).decode('utf-8') if path.suffix == '.json' else '{}'
+        text = read_bytes(path).decode('utf-8') if path.suffix.lower() == '.json' else '{}'
         content = json.loads(text)
         if is_gpt2_vocab(content):  # OpenAI's vocab.json or encoder.json
             return GPT2Tokenizer()
