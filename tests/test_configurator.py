@@ -150,7 +150,7 @@ WHOLE = 'batch_size must be a whole number, not '
                   '--batch_size\xa0=3', '\u200b--batch_size=3', '“--batch_size=3')),
     *(([f'--batch_size={value}'], f'{WHOLE}{value!r}: write {meant}') for value, meant in (
         ('“3”', '3'), ('3\xa0', '3'), ('３', '3'), ('−3', '-3'), ('3\u200b', '3'))),
-    (['--out_dir=~nobody_at_all/a'], 'out_dir=~nobody_at_all/a begins with ~, but there is no such user; ./~'),
+    (['--out_dir=~nobody_at_all/a'], 'out_dir=~nobody_at_all/a begins with ~, but there is no such user'),
     (['--out_dir='], 'out_dir is empty; its default is out'),
     (['config/eval_gtp2.py'], 'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
     (['CONFIG batch_size = size'], "config_file.py, line 1: name 'size' is not defined"),

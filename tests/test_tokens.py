@@ -160,6 +160,7 @@ def test_dataset_is_a_name_in_data_or_the_path_of_a_folder(data_dir, dataset, fo
 @pytest.mark.parametrize('info, told', [
     ({'tokens': {'train': 98}}, 'train.bin has 99 tokens, but dataset.json says 98'),
     ({'dtype': 'uint32'}, 'train.bin has 198 bytes, not a positive multiple of 4'),
+    ('\ufeff{"tokens": {"train": 98}}', 'dataset.json says 98'), ({'chat': 5}, 'chat a table'),
     ({'tokenizer': 'char'}, 'meta.pkl is missing, but dataset.json says that the tokens are char'),
 ])
 def test_dataset_json_that_is_not_of_the_files_is_refused(info, told, tmp_path):

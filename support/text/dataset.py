@@ -147,7 +147,7 @@ def parse_info(path):
     with explain_failure(f'{path} is damaged; prepare the data again'):
         if path.stat().st_size > 1 << 20:
             raise UserError('it has more than a megabyte')
-        text = read_bytes(path).decode('utf-8')
+        text = read_bytes(path).decode('utf-8-sig')
         outside_strings = re.sub(r'"(?:[^"\\]|\\.)*"', '', text)  # a chat template has many brackets
         if outside_strings.count('{') + outside_strings.count('[') > 100:
             raise UserError('it is nested too deeply')  # thousands of levels crash Python's parser
@@ -155,6 +155,8 @@ def parse_info(path):
         counts, digests = info.get('tokens', {}), info.get('sha256', {})
         if not (all(isinstance(n, int) and 0 <= n < 1 << 63 for n in counts.values())
                 and all(isinstance(text, str) for text in [
-                    *digests.values(), info.get('source', ''), info.get('tokenizer', '')])):
-            raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
+                    *digests.values(), info.get('source', ''), info.get('tokenizer', '')])
+                and isinstance(info.get('chat'), dict | None)):
+            raise TypeError('tokens must be numbers, sha256, source and tokenizer strings, chat a '
+                            'table')
     return info

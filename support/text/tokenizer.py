@@ -34,8 +34,9 @@ GPT2_BLANKS = r'\s++$|\s+(?!\S)|\s'
 
 
 class CharTokenizer:
-    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}. Of
-    words without white space, white space in a text only separates them."""
+    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}; an id
+    that is missing there has no text. Of words without white space, white space in a text only
+    separates them."""
     begin, end, ends, special = (), None, (), {}  # no token ends a document
 
     def __init__(self, itos):
@@ -78,10 +79,10 @@ class CharTokenizer:
         return f'; it knows {known!r}' if len(known) <= 100 else f'; it knows {len(known):,} others'
 
     def decode(self, ids):
-        return self.space.join(self.itos[i] for i in ids)
+        return self.space.join(self.itos.get(i, '') for i in ids)
 
     def decode_bytes(self, ids):
-        text = ''.join(self.itos[i] + self.space for i in ids)
+        text = ''.join(self.itos.get(i, '') + self.space for i in ids)
         return text.encode('utf-8', errors='surrogatepass')
 
     def knows_text(self):
@@ -279,7 +280,7 @@ def load_tokenizer(path, ends=()):
     if not regular_file(path):
         raise MissingFile(f'{path} is missing: name a tokenizer.json, or a folder with one')
     with explain_failure(f'{path} holds no tokenizer that can be used'):
-        text = read_bytes(path).decode('utf-8') if path.suffix.lower() == '.json' else '{}'
+        text = read_bytes(path).decode('utf-8-sig') if path.suffix.lower() == '.json' else '{}'
         content = json.loads(text)
         if is_gpt2_vocab(content):  # OpenAI's vocab.json or encoder.json
             return GPT2Tokenizer()
