@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, read_text
 from support.text.chat import ROLES
-from support.text.formats import LeftOut
+from support.text.formats import LeftOut, suffixes
 from support.text.reading import check_unchanged
 from support.text.stream import map_in_threads, survey
 from support.text.tokens import identity_of
@@ -59,6 +59,8 @@ class ConversationFile:
         path = Path(path).expanduser()
         if not path.is_file():
             raise MissingFile(f'{path} is missing')
+        if compression := suffixes(path)[1]:
+            raise UserError(f'{path} is compressed ({compression}): decompress it first')
         self.path, self.left_out = str(path), LeftOut(strict)
         self.file = open(path, 'rb')  # noqa: SIM115, closed with this object
         self.identity = identity_of(os.fstat(self.file.fileno()))
@@ -173,7 +175,8 @@ def message_of(m):
         return m
     role = m['from'] if m.get('role') is None and 'from' in m else m.get('role')
     content = m['value'] if m.get('content') is None and 'value' in m else m.get('content')
-    return {'role': SAME_ROLES.get(str(role), role), 'content': content}
+    name = str(role).lower()
+    return {'role': SAME_ROLES.get(name, name), 'content': content}
 
 
 def why_none(messages):
