@@ -220,7 +220,7 @@ def wrap(text, width):
     return textwrap.fill(text, width, initial_indent=' ', subsequent_indent=' ')
 
 
-names = [unicodedata.normalize('NFC', Path(folder).resolve().name) for folder in folders]
+names = [unicodedata.normalize('NFC', os.path.basename(os.path.realpath(folder))) for folder in folders]
 if len(set(names)) < len(names):
     names = [os.path.normpath(folder) for folder in folders]
 runs = [read_run(folder) for folder in folders]

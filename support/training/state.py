@@ -280,9 +280,11 @@ def error_of_disk(error):
 
 def why_unread(error):
     """The reason in a line. torch.load's has escape codes, and advice to run the file's code."""
-    found = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
+    found = re.search(r'GLOBAL (\S+) (was not an allowed|whose module)', str(error))
     if found:
         return f'it holds an object of {found[1]}, whose code is not run'
+    if found := re.search(r'WeightsUnpickler error:\s*(.+)', str(error)):
+        return f'it is no pickle of tensors: {found[1]}'
     return re.sub(r'\x1b\[[\d;]*m', '', reason_of(error))
 
 
