@@ -9,7 +9,8 @@ import torch
 from support.machine import runtime
 
 no_gpu = pytest.mark.skipif(runtime.best_device() != 'cpu', reason='there is a GPU')
-RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'SLURM_STEP_NUM_TASKS')
+RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE',
+         'PMI_SIZE')
 
 
 @pytest.fixture(autouse=True)
