@@ -30,7 +30,7 @@ import unicodedata
 from collections import OrderedDict
 from pathlib import Path
 
-from support.errors import MissingFile, UserError
+from support.errors import USER_ERRORS, MissingFile, UserError, kind_of
 from support.machine.console import ROOT, is_first_process, prepare_streams
 
 KINDS = (bool, int, float, str, types.NoneType)
@@ -45,6 +45,8 @@ CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle'
 TYPOGRAPHIC = {'-': '\u2010\u2011\u2012\u2013\u2014\u2015\u2212', '"': '\u201c\u201d\u201e\u00ab\u00bb',
                "'": '\u2018\u2019\u201a', '': '\u200b\u200c\u200d\u2060\ufeff\u00ad'}
 TYPED = str.maketrans({c: plain for plain, others in TYPOGRAPHIC.items() for c in others})
+MISTAKES = (NameError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
+            AssertionError, ImportError, OSError)  # that the code of a config may make
 FROM_DATA = 'taken from the data'
 OTHER_NAMES = {  # settings of other repositories: what does it here
     'epochs num_epochs n_epochs max_epochs': 'max_iters (iterations; a run says how many epochs they are)',
@@ -359,10 +361,11 @@ def execute(tree, path, variables):
     before, assigned = dict(variables), Assignments(variables)
     try:
         exec(compile(tree, str(path), 'exec'), variables, assigned)
-    except NameError as error:
+    except (*MISTAKES, *USER_ERRORS) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
-        raise UserError(f'{path}, line {line}: {error}') from None
+        kind = '' if isinstance(error, (NameError, *USER_ERRORS)) else f'{kind_of(error)}: '
+        raise UserError(f'{path}, line {line}: {kind}{error}') from None
     by_functions = [k for k, v in variables.items() if k not in before or v is not before[k]]
     return [k for k in dict.fromkeys([*by_functions, *assigned.names]) if k in variables]
 

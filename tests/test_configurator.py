@@ -153,6 +153,8 @@ WHOLE = 'batch_size must be a whole number, not '
     (['--out_dir=~nobody_at_all/a'], 'out_dir=~nobody_at_all/a begins with ~, but there is no such user'),
     (['--out_dir='], 'out_dir is empty; its default is out'),
     (['config/eval_gtp2.py'], 'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
+    (['CONFIG import os\nout_dir = os.environ["NO_SUCH"]'], "config_file.py, line 2: KeyError: 'NO_SUCH'"),
+    (['CONFIG batch_size = 1 // 0'], 'config_file.py, line 1: ZeroDivisionError: integer division'),
     (['CONFIG batch_size = size'], "config_file.py, line 1: name 'size' is not defined"),
 ], ids=lambda value: str(value)[:40])
 def test_mistake_is_one_line_that_says_what_to_write(args, message, monkeypatch, tmp_path):

@@ -351,8 +351,8 @@ def test_mistake_is_one_line(args, reason, train, tmp_path):
 
 
 def test_processes_that_can_not_be_connected_are_one_line(train, monkeypatch):
-    for name, value in {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 'x'}.items():
-        monkeypatch.setenv(name, value)
+    for setting in ('RANK=0', 'WORLD_SIZE=2', 'MASTER_ADDR=localhost', 'MASTER_PORT=x'):
+        monkeypatch.setenv(*setting.split('='))
     with pytest.raises(ValueError, match='can\'t be connected: torchrun sets MASTER_ADDR') as error:
         train('--gradient_accumulation_steps=2')
     assert '\n' not in str(error.value)
