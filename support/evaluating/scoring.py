@@ -206,6 +206,11 @@ def encode_pair(tokenizer, context, continuation):
 
 # ---------------------------------------------------------------------------- tasks
 
+def perplexity(nats):
+    """exp(nats); infinite where a diverged model's is beyond a float's range."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def measure_lambada(items, score):
     """Predict the last word of a passage (Paperno et al. 2016), as OpenAI did for GPT-2; items have a `text`.
 
@@ -214,7 +219,7 @@ def measure_lambada(items, score):
     pairs = [(before, f' {word}') for before, _, word in (item['text'].rpartition(' ') for item in items)]
     scores = score(pairs, 'lambada')
     return {'acc': np.mean([greedy for _, greedy in scores]),
-            'perplexity': math.exp(-np.mean([log_p for log_p, _ in scores])), 'n': len(items)}
+            'perplexity': perplexity(-np.mean([log_p for log_p, _ in scores])), 'n': len(items)}
 
 
 def measure_hellaswag(items, score):
