@@ -95,7 +95,9 @@ def load_tokens():
     """The split to train on, and the size of its vocabulary."""
     if not real_data:
         tokens = torch.randint(PADDED_GPT2_VOCAB, (1 << 20,)).to(torch.uint16).numpy()
-        return Split('train', tokens), PADDED_GPT2_VOCAB
+        split = Split('train', tokens)
+        split.check_length(block_size)
+        return split, PADDED_GPT2_VOCAB
     try:
         data = Dataset(find_dataset(data_dir, dataset), splits=('train',))
     except FileNotFoundError as error:

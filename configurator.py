@@ -10,7 +10,7 @@ under them, or says `exec(open('configurator.py').read())` there, as nanoGPT's s
 """
 
 if __name__.rpartition('.')[2] == 'configurator':
-    from support.settings import ROOT, configure  # noqa: F401
+    from support.settings import ROOT, configure, is_option  # noqa: F401
 else:
     import sys  # nanoGPT's configurator leaves it behind, and scripts have come to use it
     sys.path.append('')  # the folder that this file was opened in

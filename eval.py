@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.errors import MissingFile, UserError
-from support.evaluating.scoring import TASKS, Scorer, Windows, count_targets, mean_loss
+from support.evaluating.scoring import TASKS, Scorer, Windows, count_targets, mean_loss, perplexity
 from support.machine import runtime
 from support.machine.files import read_text
 from support.sampling.quantize import build_quantized, check_weights
@@ -126,7 +126,7 @@ def loss_of_split(model):
     bar = partial(tqdm, desc=f'{split}.bin', disable=None)
     loss = mean_loss(model, run, data[split], windows, lean_loss(model, run), watch=bar)
     n_targets, n_bytes = count_targets(run, data[split], tokenizer.token_bytes(), windows)
-    found = {'loss': loss, 'perplexity': math.exp(loss), 'n': int(n_targets)}
+    found = {'loss': loss, 'perplexity': perplexity(loss), 'n': int(n_targets)}
     return found | ({'bits_per_byte': loss * n_targets / math.log(2) / n_bytes} if n_bytes else {})
 
 
@@ -146,7 +146,7 @@ def loss_of_text():
     nats, n_bytes = -log_p.sum().item(), len(lines.encode())
     tokens = [{'id': i, 'text': tokenizer.decode([i]), 'log_p': p}
               for i, p in zip(ids, log_p.tolist())]
-    return {'nats': nats, 'perplexity': math.exp(nats / len(ids)),
+    return {'nats': nats, 'perplexity': perplexity(nats / len(ids)),
             'bits_per_byte': nats / math.log(2) / n_bytes, 'n': len(ids)}, tokens
 
 

@@ -25,7 +25,7 @@ from support.errors import UserError
 from support.hub.card import model_card
 from support.hub.exporting import (CODE, FILES, KINDS, OWN_CODE, add_chat_template, beyond,
                                    to_transformers, with_pad_token, write_model, write_tokenizer)
-from support.machine.files import own_name, reason_of
+from support.machine.files import explain_failure, own_name, reason_of
 from support.text.chat import ChatForm
 from support.training.models import config_from_args, model_args, tokenizer_of
 from support.training.state import State
@@ -78,13 +78,14 @@ def write_folder(folder, state, name):
 def export(folder, state):
     """Write an export beside `folder`, then move its files there, in place of an earlier one's.
     Returns their names and a summary."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = own_name(folder)
+    temporary, failure = own_name(folder), f'export_dir={folder} can\'t be written to'
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        names, summary = write_folder(temporary, state, push or folder.resolve().name)
-        folder.mkdir(exist_ok=True)
+        with explain_failure(failure):
+            temporary.mkdir(parents=True)
+        names, summary = write_folder(temporary, state, push or os.path.basename(os.path.realpath(folder)))
+        with explain_failure(failure):
+            folder.mkdir(exist_ok=True)
         for name in {*ALL_FILES} - {*names}:  # of an earlier export
             (folder / name).unlink(missing_ok=True)
         for name in names:

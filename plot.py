@@ -8,7 +8,7 @@ Every key with a number on any line of the log gets a panel; KEY, train_KEY and 
 Thin lines go through every logged value, thick lines over them are means of 50 parts of the run.
 """
 
-from configurator import configure  # import first: reports missing packages
+from configurator import configure, is_option  # import first: reports missing packages
 
 import itertools
 import json
@@ -32,8 +32,8 @@ output = ''  # .png, .svg or .pdf; empty: in the first folder, loss.png or compa
 health = False  # add what train.py measured in each layer, and the share of clipped updates
 low_priority = False  # let other processes go first
 
-configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
-folders = [a for a in sys.argv[1:] if not a.startswith('-')]
+configure(globals(), args=[a for a in sys.argv[1:] if is_option(a)])
+folders = [a for a in sys.argv[1:] if not is_option(a)]
 if not folders:
     raise UserError('name at least one folder of a run: python plot.py out')
 path = Path(output or Path(folders[0], 'comparison.png' if folders[1:] else 'loss.png'))
@@ -220,7 +220,7 @@ def wrap(text, width):
     return textwrap.fill(text, width, initial_indent=' ', subsequent_indent=' ')
 
 
-names = [unicodedata.normalize('NFC', Path(folder).resolve().name) for folder in folders]
+names = [unicodedata.normalize('NFC', os.path.basename(os.path.realpath(folder))) for folder in folders]
 if len(set(names)) < len(names):
     names = [os.path.normpath(folder) for folder in folders]
 runs = [read_run(folder) for folder in folders]

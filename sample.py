@@ -19,6 +19,7 @@ each token takes longer, because nothing can be cached.
 from configurator import configure  # import first: reports missing packages
 
 import math
+import os
 import sys
 import time
 from contextlib import redirect_stdout
@@ -87,7 +88,7 @@ def read_prompts():
             raise UserError(f'{prompts} holds no prompts')
         return texts
     if start.startswith('FILE:'):
-        return [read_text(start.removeprefix('FILE:'))]
+        return [read_text(os.path.expanduser(start.removeprefix('FILE:')))]
     return [with_line_ends(start)]
 
 

@@ -29,6 +29,7 @@ from support.errors import UserError
 from support.evaluating import scoring
 from support.machine import hardware, runtime, signals
 from support.machine.console import print0
+from support.machine.files import explain_failure
 from support.machine.linear import use_cpu_linears
 from support.text.windows import BatchRamp, prefetch
 from support.training import diagnostics, folder, fsdp, lora, models, optim, plan, start
@@ -111,8 +112,9 @@ config = configure(globals(), GPTConfig, more=[optim.OptimizerOptions])  # whose
 run = runtime.resolve(device, dtype, compile, backend, dist_timeout, threads)
 start.check_settings(config, run)
 if run.world_size > 1:
-    dist.init_process_group(run.backend, timeout=timedelta(seconds=dist_timeout),
-                            **runtime.restart_store(run.rank, run.world_size))
+    with explain_failure('the processes can\'t be connected: torchrun sets MASTER_ADDR and MASTER_PORT'):
+        dist.init_process_group(run.backend, timeout=timedelta(seconds=dist_timeout),
+                                **runtime.restart_store(run.rank, run.world_size))
 run.begin(seed)
 config.update(device=run.device, dtype=run.dtype, compile=run.compile, backend=run.backend)
 autocast = torch.autocast(run.device_type, hardware.DTYPES[run.dtype], enabled=run.dtype != 'float32')

@@ -26,7 +26,8 @@ class OutOfMemory(MemoryError):
 
 
 USER_ERRORS = (UserError, MissingFile, NotFinite, OutOfMemory)
-OUT_OF_MEMORY = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Storage size .* overflowed"
+OUT_OF_MEMORY = ("out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Storage size .* overflowed|"
+                 'could not (create|construct) a (primitive|memory) descriptor')
 
 
 def kind_of(error):
@@ -40,6 +41,10 @@ def in_one_line(error):
     if isinstance(error, USER_ERRORS):
         message = str(error).replace('\n', '\\n')  # an argument may contain line ends
         return f'{kind_of(error)}: {message}'
+    if is_of_the_machine(error):
+        where = f'{error.filename} can\'t be used: ' if error.filename else ''
+        reason = error.strerror or str(error).strip().partition('\n')[0]
+        return f'{kind_of(error)}: {where}{reason}'
     if is_out_of_memory(error):
         return (f'MemoryError: out of memory{amount_asked(error)}: a smaller batch, fewer tokens or '
                 'a smaller model need less')
@@ -47,6 +52,13 @@ def in_one_line(error):
         reason = str(error).strip().partition('\n')[0][:200]
         return f'{kind_of(error)}: torch.compile failed, --compile=False runs without it ({reason})'
     return None
+
+
+def is_of_the_machine(error):
+    """Whether a disk or a network failed, or refused access. A file that is missing unforeseen is a
+    mistake of ours."""
+    is_one = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return is_one and error.errno != errno.ENOMEM
 
 
 def is_out_of_memory(error):

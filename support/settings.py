@@ -26,10 +26,11 @@ import tokenize
 import traceback
 import types
 import typing
+import unicodedata
 from collections import OrderedDict
 from pathlib import Path
 
-from support.errors import MissingFile, UserError
+from support.errors import USER_ERRORS, MissingFile, UserError, kind_of
 from support.machine.console import ROOT, is_first_process, prepare_streams
 
 KINDS = (bool, int, float, str, types.NoneType)
@@ -37,10 +38,15 @@ PLAIN = (*KINDS, list, tuple, dict)
 WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string',
          types.NoneType: 'None', list: 'a list', tuple: 'a tuple', dict: 'a dict'}
 PATHS = ('out_dir', 'data_dir', 'init_from', 'export_dir', 'output', 'source', 'json', 'tokenizer',
-         'val')  # ~ is the home folder in these
+         'val', 'prompts', 'text', 'input', 'shards_from')  # ~ is the home folder in these
 CONFIG_IMPORTS = {'os': 'os', 'time': 'time', 'math': 'math', 'pickle': 'pickle', 'np': 'numpy',
                   'torch': 'torch'}  # nanoGPT's train.py imports them before it executes a config
-DASHES = '\u2013\u2014\u2212'  # en dash, em dash, minus sign: editors put them in place of hyphens
+# what editors and web pages put in place of what was typed: dashes, quotes, blanks of no width
+TYPOGRAPHIC = {'-': '\u2010\u2011\u2012\u2013\u2014\u2015\u2212', '"': '\u201c\u201d\u201e\u00ab\u00bb',
+               "'": '\u2018\u2019\u201a', '': '\u200b\u200c\u200d\u2060\ufeff\u00ad'}
+TYPED = str.maketrans({c: plain for plain, others in TYPOGRAPHIC.items() for c in others})
+MISTAKES = (NameError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
+            AssertionError, ImportError, OSError)  # that the code of a config may make
 FROM_DATA = 'taken from the data'
 OTHER_NAMES = {  # settings of other repositories: what does it here
     'epochs num_epochs n_epochs max_epochs': 'max_iters (iterations; a run says how many epochs they are)',
@@ -119,6 +125,9 @@ class Script:
             if not value and self.defaults[key]:
                 raise UserError(f'{key} is empty; its default is {self.defaults[key]}')
             value = os.path.expanduser(value)
+            if value.startswith('~'):
+                raise UserError(f'{key}={value} begins with ~, but there is no such user; ./{value} '
+                                'is a path of that name')
         self.variables[key] = value
         self.given.add(key)
 
@@ -198,9 +207,7 @@ def allowed_types(hint, value):
 def apply_argument(script, args, i):
     """Apply args[i]: --key=value, or a config file."""
     arg, before, after = args[i], args[i - 1] if i else '', args[i + 1:]
-    if re.match(f'-?[{DASHES}]', arg):
-        meant = arg.lstrip('-' + DASHES)
-        raise UserError(f'{arg} begins with a dash that is no hyphen: write --{meant}')
+    check_characters(arg)
     if not arg.startswith('--'):
         apply_file(script, find_config(arg, script.allowed, before))
         return
@@ -213,6 +220,25 @@ def apply_argument(script, args, i):
         raise UserError(f'--{key} needs a value: --{key}={value}')
     script.assign(key, parse(text) if equals else True, text)
     script.say(f'Overriding: {key} = {script.variables[key]}')
+
+
+def plain(text):
+    """A text with the characters that it was typed with before an editor changed them."""
+    return unicodedata.normalize('NFKC', text.translate(TYPED))
+
+
+def is_option(arg):
+    """Whether an argument is meant as --key=value, not as a path."""
+    return plain(arg).lstrip('"\' ').startswith('-')
+
+
+def check_characters(arg):
+    """UserError for an option whose name or equals sign only looks as if it were typed."""
+    name = re.match('[^=\uff1d]*[=\uff1d]?', arg)[0]
+    if is_option(arg) and plain(name) != name:
+        meant = '--' + re.sub(r'^[-"\'\s]+|[\s"\']+(?==?$)', '', plain(name)) + arg[len(name):]
+        raise UserError(f'{arg} has characters that only look like those of the keyboard: write '
+                        f'{meant}')
 
 
 def check_spaces(arg, after, allowed):
@@ -251,8 +277,8 @@ def convert(key, value, text, allowed):
         return text
     wanted = ' or '.join(WORDS.get(kind, kind.__name__) for kind in allowed)
     shown = repr(value) if isinstance(value, str) else text
-    meant = re.sub(f'[{DASHES}]', '-', text)
-    hint = '' if meant == text else f': its dash is no hyphen, write {meant}'
+    meant = plain(text).strip('"\' ')
+    hint = '' if meant == text else f': write {meant}'
     raise UserError(f'{key} must be {wanted}, not {shown[:80]}{hint}')
 
 
@@ -335,10 +361,11 @@ def execute(tree, path, variables):
     before, assigned = dict(variables), Assignments(variables)
     try:
         exec(compile(tree, str(path), 'exec'), variables, assigned)
-    except NameError as error:
+    except (*MISTAKES, *USER_ERRORS) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
-        raise UserError(f'{path}, line {line}: {error}') from None
+        kind = '' if isinstance(error, (NameError, *USER_ERRORS)) else f'{kind_of(error)}: '
+        raise UserError(f'{path}, line {line}: {kind}{error}') from None
     by_functions = [k for k, v in variables.items() if k not in before or v is not before[k]]
     return [k for k in dict.fromkeys([*by_functions, *assigned.names]) if k in variables]
 

@@ -32,6 +32,11 @@ def test_each_mode_is_in_the_table_and_in_the_json(bench):
     assert mfu == round(100 * rows['train']['share'], 2)  # on a CPU, both are of what was measured
 
 
+def test_window_longer_than_the_random_tokens_is_refused(bench):
+    with pytest.raises(ValueError, match='1,048,576 tokens, too few for block_size=1048576'):
+        bench('--block_size=1048576')
+
+
 def test_mfu_is_a_share_of_the_given_peak_on_real_data(bench, char_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log, report, mfu = bench('--real_data=True', f'--data_dir={char_data}', '--peak_flops=1e10', '--profile')

@@ -124,6 +124,10 @@ ROWS = [  # a row, its messages
     ({'messages': HI}, HI), ({'conversations': HI}, HI),
     ({'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello'}]}, HI),
     ({'messages': [{'role': 'developer', 'content': 'Be'}, *HI]}, [{'role': 'system', 'content': 'Be'}, *HI]),
+    ({'conversations': [{'role': 'User', 'content': 'Hi'}, {'from': 'GPT', 'value': 'Hello'}]}, HI),
+    ({'messages': None, 'conversations': HI}, HI),  # of several data sets in one file
+    ({'messages': [m | {'from': None, 'value': None} for m in HI], 'prompt': None}, HI),
+    ({'conversations': [{'role': None, 'from': 'human', 'value': 'Hi', 'content': None}, HI[1]]}, HI),
     ({'prompt': 'Hi', 'completion': 'Hello'}, HI), ({'prompt': HI[:1], 'completion': HI[1:]}, HI),
     ({'instruction': 'Add.', 'input': '1, 2', 'output': '3'}, say('Add.\n\n1, 2', '3')),
     ({'instruction': 'Add.', 'input': '', 'output': '3'}, say('Add.', '3'))]
@@ -135,8 +139,8 @@ def test_known_fields_become_messages_of_any_file_in_any_order(tmp_path):
     lines.write_text('\ufeff' + '\r\n\r\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
     items.write_text(json.dumps(rows[:3]), encoding='utf-8')
     found, expected = Conversations([lines, items, lines]), [*expected, *expected[:3], *expected]
-    assert [*found] == expected and len(found) == 19 and found.mark != Conversations([lines]).mark
-    assert [found[i] for i in (18, 0, 8, 10, 11)] == [expected[i] for i in (18, 0, 8, 10, 11)]
+    assert [*found] == expected and len(found) == 27 and found.mark != Conversations([lines]).mark
+    assert [found[i] for i in (26, 0, 12, 14, 15)] == [expected[i] for i in (26, 0, 12, 14, 15)]
 
 
 @pytest.mark.parametrize('line, why', [

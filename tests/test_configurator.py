@@ -96,7 +96,8 @@ def run_small_script(folder, *args, body='print(ascii(start))', **env):
     ('--batch_size=32', 32), ('--batch_size=1e3', 1000), ('--learning_rate=1e-3', 1e-3),
     ('--learning_rate=1', 1.0), ('--bias=true', True), ('--bias', True), ('--out_dir="quoted"', 'quoted'),
     ('--out_dir=~/runs/a', os.path.expanduser('~/runs/a')), ('--data_dir=', ''), ('--start=1+1=', '1+1='),
-    ('--start= two words ', ' two words '), ('--start=2024', '2024'), ('--start=true', 'true'),
+    ('--start= two words ', ' two words '), ('--start=“–\xa0＝”', '“–\xa0＝”'), ('--start=2024', '2024'),
+    ('--start=true', 'true'),
     ('--start={[]}', '{[]}'), ('--top_k=None', None), ('--compile=auto', 'auto'), ('--compile', True),
 ], ids=lambda value: str(value)[:30])
 def test_value_arrives(argument, value):
@@ -144,9 +145,16 @@ WHOLE = 'batch_size must be a whole number, not '
         ('bach_size = 3', 'bach_size (did you mean '), ('for i in range(3): batch_size = i', 'i')]),
     (['--batch_size'], '--batch_size needs a value: --batch_size=...'),
     (['--batch_size', '=', '3'], 'write --batch_size=3, without spaces around "="'),
-    (['–-batch_size=3'], '–-batch_size=3 begins with a dash that is no hyphen: write --batch_size=3'),
+    *(([arg], f'{arg} has characters that only look like those of the keyboard: write --batch_size=3')
+      for arg in ('–-batch_size=3', '-–batch_size=3', '—batch_size=3', '‐‐batch_size=3', '--batch_size＝3',
+                  '--batch_size\xa0=3', '\u200b--batch_size=3', '“--batch_size=3')),
+    *(([f'--batch_size={value}'], f'{WHOLE}{value!r}: write {meant}') for value, meant in (
+        ('“3”', '3'), ('3\xa0', '3'), ('３', '3'), ('−3', '-3'), ('3\u200b', '3'))),
+    (['--out_dir=~nobody_at_all/a'], 'out_dir=~nobody_at_all/a begins with ~, but there is no such user'),
     (['--out_dir='], 'out_dir is empty; its default is out'),
     (['config/eval_gtp2.py'], 'no config config/eval_gtp2.py (did you mean config/eval_gpt2.py or '),
+    (['CONFIG import os\nout_dir = os.environ["NO_SUCH"]'], "config_file.py, line 2: KeyError: 'NO_SUCH'"),
+    (['CONFIG batch_size = 1 // 0'], 'config_file.py, line 1: ZeroDivisionError: integer division'),
     (['CONFIG batch_size = size'], "config_file.py, line 1: name 'size' is not defined"),
 ], ids=lambda value: str(value)[:40])
 def test_mistake_is_one_line_that_says_what_to_write(args, message, monkeypatch, tmp_path):

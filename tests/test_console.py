@@ -20,6 +20,8 @@ MISSING = 'from support.machine.files import read_text\nprint("reading")\nread_t
     ('--batch_size=1', 'import no_such',
      "Overriding: batch_size = 1\nModuleNotFoundError: No module named "
      f"'no_such' for {sys.executable}: activate the environment or install the package, see"),
+    ('--batch_size=1', 'open(".")', 'Overriding: batch_size = 1\nIsADirectoryError: . can\'t be used: '
+     'Is a directory'),
     ('--batch_size=1', 'print("a"); open("none")', 'Overriding: batch_size = 1\na\nTraceback '),
 ], ids=lambda value: value[:30])
 def test_error_is_the_last_line_of_the_output_and_one_that_nobody_foresaw_a_traceback(

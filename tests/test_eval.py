@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_model, tiny
+from conftest import save_model, scrambled, tiny
 
 from support.errors import USER_ERRORS
 from support.hub.exporting import write_tokenizer
@@ -112,6 +112,12 @@ def test_loss_of_a_checkpoint_is_over_all_data_unless_limited(evaluate, char_run
     assert evaluate(f'--out_dir={char_run[0]}', '--limit=2', '--batch_size=1')['loss']['n'] == 2 * 32
     run_here('export.py', f'--out_dir={char_run[0]}', f'--export_dir={tmp_path / "exported"}')
     assert found == evaluate(f'--init_from={tmp_path / "exported"}', f'--data_dir={tmp_path / "data"}')
+
+
+def test_diverged_model_has_a_loss_and_an_infinite_perplexity(evaluate, char_run, tmp_path):
+    model = scrambled(char_run[1], 100.0)
+    found = evaluate(f'--out_dir={save_model(tmp_path / "diverged", model, tmp_path / "data")}')['loss']
+    assert found['loss'] > 709 and found['perplexity'] == math.inf
 
 
 def test_text_is_scored_in_nats_and_bits_a_byte_and_token_by_token(run_here, char_run, tmp_path):

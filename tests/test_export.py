@@ -178,6 +178,14 @@ def test_an_export_of_ours_is_replaced_whole_or_not_at_all_and_another_s_not(sav
     assert (tmp_path / 'exported/README.md').read_text() == "another's"
 
 
+def test_folder_that_can_not_be_made_is_one_line(save, export, tmp_path):
+    save()
+    (tmp_path / 'exported').symlink_to('exported')
+    with pytest.raises(ValueError, match='export_dir=.*exported can\'t be written to') as error:
+        export()
+    assert '\n' not in str(error.value)
+
+
 def test_push_uploads_the_folder(save, export, monkeypatch):
     calls = []
     api = types.SimpleNamespace(create_repo=lambda *a, **k: calls.append((a, k)),

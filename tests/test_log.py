@@ -101,6 +101,11 @@ def test_last_block_has_the_best_evaluation_of_the_whole_run(tmp_path):
         'best_val_loss: 2.0', 'best_iter: 1', 'best_val_bits_per_byte: 4.0', 'seconds: 0.123457', 'tokens: 5']
     (tmp_path / 'log.jsonl').write_text('garbage val_loss\n{"iter": 1}\n')
     assert resumed.summary({'tokens': 5}) == 'tokens: 5'
+    (tmp_path / 'log.jsonl').write_text('{"iter": "1", "val_loss": 2}\n')
+    assert resumed.summary({'tokens': 5}) == 'best_val_loss: 2\ntokens: 5'
+    (tmp_path / 'log.jsonl').unlink()
+    (tmp_path / 'log.jsonl').mkdir()  # nothing that can be read
+    assert resumed.summary({'tokens': 5}) == 'tokens: 5'
 
 
 def test_meter_leaves_out_pauses_and_counts_since_the_last_lap():

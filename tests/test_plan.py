@@ -129,6 +129,15 @@ def test_plan_needs_neither_data_nor_gpus_and_names_the_largest_micro_batch(run_
     assert fastest.endswith('--parallel=ddp --batch_size=8 --gradient_accumulation_steps=64')
 
 
+@pytest.mark.parametrize('batch_size, advice', [
+    (12, '--batch_size=6 --gradient_accumulation_steps=10'),
+    (15, '--batch_size=5 --gradient_accumulation_steps=15'),
+    (1, 'a shorter --block_size'), (10**18, f'--batch_size={5 * 10**17} ')])
+def test_advice_of_a_smaller_batch_comes_at_once_whatever_its_size(batch_size, advice):
+    with pytest.raises(MemoryError, match=advice), plan.out_of_memory_advice(batch_size, 5):
+        bytearray(10**16)
+
+
 @pytest.mark.parametrize('args, message', [
     ('--gpus=8xH9', 'gpus=8xH9: H9 is not one of A100, H100'),
     ('--gpus=7', "= 480 sequences an iteration can't be shared by 7 GPUs"),

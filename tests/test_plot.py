@@ -77,14 +77,16 @@ def test_pictures_have_names_of_their_own_or_the_name_and_format_asked_for(run_s
 
 
 @pytest.mark.parametrize('args, reason', [
-    (['nowhere'], 'log.jsonl is missing'),
+    (['nowhere'], 'log.jsonl is missing'), (['LOOP'], 'log.jsonl is missing'),
     (['EMPTY'], 'has no numbers to draw'),
     (['LOG', '--output=x'], 'output=x must end in .png, .svg or .pdf'),
 ])
 def test_a_mistake_is_one_line(run_here, tmp_path, args, reason):
     places = {'EMPTY': write(tmp_path / 'empty', ['{"iter": 3}']),
               'LOG': write(tmp_path / 'log', entries())}
-    args = [re.sub('EMPTY|LOG', lambda match: str(places[match[0]]), arg) for arg in args]
+    places['LOOP'] = tmp_path / 'loop'
+    places['LOOP'].symlink_to('loop')
+    args = [re.sub('EMPTY|LOG$|LOOP', lambda match: str(places[match[0]]), arg) for arg in args]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)) as error:
         run_here('plot.py', *args)
     assert '\n' not in str(error.value)

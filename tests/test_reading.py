@@ -99,6 +99,8 @@ def test_halves_of_surrogate_pairs_and_lines_that_are_no_json_do_no_harm(tmp_pat
     ('a.parquet', b'PAR1', ['--text_column=body'], 'a.parquet can\'t be read (Parquet'),
     ('a.jsonl', b'{"id": 1}', ['--text_column=x'], 'no column x, only id'),
     ('a.jsonl', b'{"x": "a"}\n5', ['--text_column=x', '--strict=True'], 'a.jsonl, line 2: '),
+    ('a.json', b'{\n"x": "a"\n}', ['--text_column=x'], 'a.json has no line that is a JSON object'),
+    ('a.csv', b'id, body\n1,', ['--text_column=body'], 'no row with text in column body'),
     ('a.txt', b'a' * 5_000_000 + b'\xed', [], 'end of data at byte 5,000,000'),
     ('a.txt', b'a b', ['--encoding=klingon'], 'encoding=klingon is no encoding'),
     ('a.txt', b'a b', ['--val=no.txt'], 'no.txt is missing')])

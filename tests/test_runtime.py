@@ -9,7 +9,8 @@ import torch
 from support.machine import runtime
 
 no_gpu = pytest.mark.skipif(runtime.best_device() != 'cpu', reason='there is a GPU')
-RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'SLURM_STEP_NUM_TASKS')
+RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE',
+         'PMI_SIZE')
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,8 @@ def test_explicit_value_is_taken_as_it_is(setting, value, capsys):
     ({}, {'RANK': '1'}, 'RANK=1: RANK must be below WORLD_SIZE, and neither is set without the other'),
     ({}, {'RANK': 'one', 'WORLD_SIZE': '2'}, 'RANK=one WORLD_SIZE=2: these .* must be numbers'),
     ({}, {'SLURM_STEP_NUM_TASKS': '8'}, 'srun started 8 processes .*: start one torchrun a node'),
+    ({}, {'SLURM_STEP_NUM_TASKS': '', 'OMPI_COMM_WORLD_SIZE': '2'}, 'mpirun started 2 processes .* torchrun'),
+    ({'threads': 10**5}, {}, 'threads=100000 must be at least 0 and at most 1024'),
 ])
 def test_what_cannot_be_had_is_refused_in_one_line(settings, env, message, monkeypatch):
     for name, value in env.items():

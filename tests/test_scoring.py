@@ -118,8 +118,8 @@ def test_hellaswag_s_texts_are_cleaned_and_read_from_any_kind_of_file(tmp_path):
     import datasets
     task, asked = TASKS['hellaswag'], []
     lines = [json.dumps(dict(zip(KEYS, item)), ensure_ascii=False) for item in HELLASWAG]
-    (tmp_path / 'x.jsonl').write_text('\n'.join(lines), encoding='utf-8')
-    items = task.read(str(tmp_path / 'x.jsonl'))
+    (tmp_path / 'X.JSONL').write_text('\n'.join(lines), encoding='utf-8')
+    items = task.read(str(tmp_path / 'X.JSONL'))
     datasets.Dataset.from_list(items).to_parquet(tmp_path / 'x.parquet')
     assert task.read(str(tmp_path / 'x.parquet')) == items
 

@@ -97,6 +97,17 @@ def test_tokens_have_the_bytes_of_what_they_decode_to(bpe):
     assert tokenizer.token_bytes().tolist() == [1, 1, 2, 3, 4, 0, 0, 3]
 
 
+@pytest.mark.parametrize('itos', [{0: 'a', 1: 'a'}, {0: 'a', 1: '\ud800'}])
+def test_vocabulary_that_no_tokenizer_json_can_hold_is_one_line(itos, tmp_path):
+    told = refusal(write_tokenizer, tmp_path, CharTokenizer(itos), 8)
+    assert 'no tokenizer.json can hold this vocabulary' in told
+
+
+def test_id_without_a_string_has_no_text():
+    tokenizer = CharTokenizer({1: 'a', 3: 'b'})
+    assert tokenizer.decode([0, 1, 2, 3]) == 'ab' == tokenizer.decode_bytes([0, 1, 2, 3]).decode()
+
+
 def test_exported_gpt2_is_gpt2_to_transformers_and_to_us(bpe, tmp_path):
     from transformers import AutoTokenizer
     ours, text = GPT2Tokenizer(), "  we'll\n\n\n don't\t123  45\u00a0 <|endoftext|> ä€😀 \u2028é \0"

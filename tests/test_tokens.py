@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pickle
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -158,10 +160,20 @@ def test_dataset_is_a_name_in_data_or_the_path_of_a_folder(data_dir, dataset, fo
 @pytest.mark.parametrize('info, told', [
     ({'tokens': {'train': 98}}, 'train.bin has 99 tokens, but dataset.json says 98'),
     ({'dtype': 'uint32'}, 'train.bin has 198 bytes, not a positive multiple of 4'),
+    ('\ufeff{"tokens": {"train": 98}}', 'dataset.json says 98'), ({'chat': 5}, 'chat a table'),
     ({'tokenizer': 'char'}, 'meta.pkl is missing, but dataset.json says that the tokens are char'),
 ])
 def test_dataset_json_that_is_not_of_the_files_is_refused(info, told, tmp_path):
     assert told in refusal(Dataset, make(tmp_path, info=info))
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='has no file whose reading fails')
+@pytest.mark.parametrize('name', ['dataset.json', 'meta.pkl', 'tokenizer.json'])
+def test_file_that_the_disk_can_not_give_now_is_not_called_damaged(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda _: None)
+    (make(tmp_path) / name).symlink_to('/proc/self/mem')  # EIO at its beginning
+    told = refusal(Dataset, tmp_path)
+    assert f'{name} can\'t be read now (OSError: [Errno 5] Input/output error)' in told
 
 
 # ---------------------------------------------------------------------------- ids and fingerprints

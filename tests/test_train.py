@@ -335,7 +335,10 @@ MISTAKES = [
     ('--learning_rat=1', 'Unknown config key: learning_rat (did you mean learning_rate'),
     ('--batch_size=many', 'batch_size '), ('--init_from=resume', 'ckpt.pt is missing'),
     ('--n_embd=33', 'must be a multiple of n_head'), ('--sampler=shuffled', 'sampler=shuffled is not one of'),
-    ('--eval_iters=-1', 'eval_iters=-1 must be '), ('--learning_rate=1e999', 'learning_rate=inf must be '),
+    ('--eval_iters=-1', 'eval_iters=-1 must be '), ('--n_layer=1e6', 'n_layer=1000000 must be '),
+    ('--batch_size=1e12', 'out of memory: the token ids alone of batch_size=1000000000000 '),
+    ('--gradient_accumulation_steps=1e12', 'out of memory: the token ids alone'),
+    ('--learning_rate=1e999', 'learning_rate=inf must be '),
 ]
 
 
@@ -345,6 +348,14 @@ def test_mistake_is_one_line(args, reason, train, tmp_path):
         train(*args.split())
     assert reason in str(error.value) and '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_processes_that_can_not_be_connected_are_one_line(train, monkeypatch):
+    for setting in ('RANK=0', 'WORLD_SIZE=2', 'MASTER_ADDR=localhost', 'MASTER_PORT=x'):
+        monkeypatch.setenv(*setting.split('='))
+    with pytest.raises(ValueError, match='can\'t be connected: torchrun sets MASTER_ADDR') as error:
+        train('--gradient_accumulation_steps=2')
+    assert '\n' not in str(error.value)
 
 
 WANDB = '''

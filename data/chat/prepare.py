@@ -16,7 +16,7 @@ learned.
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
-from configurator import configure
+from configurator import configure, is_option
 
 import tempfile
 from array import array
@@ -41,7 +41,7 @@ val_fraction = 0.1  # of the conversations, drawn at random
 strict = False  # refuse a file with rows that are no conversations, instead of leaving them out
 overwrite = False  # replace data/<name>/ if it has other conversations
 
-configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
+configure(globals(), args=[a for a in sys.argv[1:] if is_option(a)])
 
 
 def make_tokenizer(conversations, order):
@@ -72,7 +72,7 @@ def encode(conversations, order, form, folder):
         return np.memmap(of_ids, dtype, 'r'), np.memmap(of_mask, np.uint8, 'r'), np.asarray(lengths)
 
 
-paths = [a for a in sys.argv[1:] if not a.startswith('-')] or [Path(__file__).with_name('example.jsonl')]
+paths = [a for a in sys.argv[1:] if not is_option(a)] or [Path(__file__).with_name('example.jsonl')]
 source = ', '.join(Path(path).name for path in paths)
 folder, path = dataset_folder(__file__, name), tokenizer_path(tokenizer)
 coder = resolve_tokenizer(path, vocab_size, ('bpe', 'gpt2', 'char'))

@@ -15,7 +15,7 @@ the folder of the model or of its data. The text is read in pieces, so it may be
 import sys
 sys.path.insert(0, __file__.rpartition('prepare.py')[0] + '../..')
 
-from configurator import configure
+from configurator import configure, is_option
 from support.errors import UserError
 from support.hub.names import tokenizer_path
 from support.text.formats import Reading
@@ -32,9 +32,9 @@ encoding = 'utf-8'  # of files without a byte-order mark: utf-16, latin-1, cp949
 strict = False  # refuse rows without text, instead of leaving them out
 overwrite = False  # replace data/<name>/ if it has another text
 
-configure(globals(), args=[a for a in sys.argv[1:] if a.startswith('-')])
+configure(globals(), args=[a for a in sys.argv[1:] if is_option(a)])
 
-paths = [a for a in sys.argv[1:] if not a.startswith('-')]
+paths = [a for a in sys.argv[1:] if not is_option(a)]
 if not paths:
     raise UserError('name at least one text file or folder: python data/text/prepare.py '
                     'FILE_OR_FOLDER...')

@@ -206,6 +206,11 @@ def encode_pair(tokenizer, context, continuation):
 
 # ---------------------------------------------------------------------------- tasks
 
+def perplexity(nats):
+    """exp(nats); infinite where a diverged model's is beyond a float's range."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def measure_lambada(items, score):
     """Predict the last word of a passage (Paperno et al. 2016), as OpenAI did for GPT-2; items have a `text`.
 
@@ -214,7 +219,7 @@ def measure_lambada(items, score):
     pairs = [(before, f' {word}') for before, _, word in (item['text'].rpartition(' ') for item in items)]
     scores = score(pairs, 'lambada')
     return {'acc': np.mean([greedy for _, greedy in scores]),
-            'perplexity': math.exp(-np.mean([log_p for log_p, _ in scores])), 'n': len(items)}
+            'perplexity': perplexity(-np.mean([log_p for log_p, _ in scores])), 'n': len(items)}
 
 
 def measure_hellaswag(items, score):
@@ -290,7 +295,7 @@ TASKS = {
 def read_items(source, split):
     """The items of a jsonl, json or parquet file, or of a dataset on the hub, as a list."""
     path = Path(source)
-    if path.suffix not in ('.jsonl', '.json'):
+    if path.suffix.lower() not in ('.jsonl', '.json'):
         return read_table(path, split)
     text = read_text(path)
     with explain_failure(f'{source} is neither JSON nor JSON lines'):
@@ -301,7 +306,7 @@ def read_items(source, split):
 
 def read_table(source, split):
     """A local parquet file or a dataset on the hub, as a list of dicts."""
-    is_file = source.suffix == '.parquet'
+    is_file = source.suffix.lower() == '.parquet'
     if is_file and not source.is_file():
         raise MissingFile(f'{source} is missing')
     go_offline_if_cut_off()

@@ -66,7 +66,10 @@ def escaped(value):
 def losses_at(iteration, log):
     """A run's evaluation at an iteration, from the path of its log.jsonl; {} if there is none that
     can be read."""
-    lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.is_file() else ()
+    try:
+        lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        return {}
     for line in lines:
         try:
             entry = json.loads(line) if '"val_loss"' in line else {}
@@ -89,7 +92,7 @@ def data_rows(state):
     path = Path(folder, 'dataset.json')
     try:
         info = parse_info(path) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, OSError):
         info = {}
     source = info.get('source', '')
     if not re.match(r'https?://', source) and not is_hub_name(source):

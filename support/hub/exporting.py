@@ -16,7 +16,9 @@ import torch
 import model
 from model import GPTConfig
 from support import attention
+from support.errors import UserError
 from support.hub.layouts import ACTIVATIONS, LLAMA, OWN_CODE, SCALING, TRANSPOSED, LlamaLayout
+from support.machine.files import explain_failure
 from support.text.bpe import BPETokenizer
 from support.text.chat import check_template, jinja
 from support.text.tokenizer import PAD, GPT2Tokenizer, gpt2_json
@@ -203,7 +205,10 @@ def write_tokenizer(folder, tokenizer, block_size):
         end, begin = names.get((*tokenizer.ends, None)[0]), names.get(tokenizer.first_token())
         special = {k: v for k, v in zip(ENDS, (begin, end, end)) if v}
     else:
-        library_of_characters(tokenizer).save(str(path))
+        with explain_failure('no tokenizer.json can hold this vocabulary'):
+            if len(tokenizer.stoi) < len(tokenizer.itos):
+                raise UserError('several of its ids have one string')
+            library_of_characters(tokenizer).save(str(path))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
                 'model_input_names': ['input_ids', 'attention_mask'],  # transformers 4 adds a third
                 'clean_up_tokenization_spaces': False, **special}

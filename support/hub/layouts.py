@@ -17,7 +17,7 @@ from pathlib import Path
 from model import GPTConfig
 from support.errors import UserError
 from support.machine.console import print0
-from support.machine.files import explain_failure
+from support.machine.files import explain_failure, read_bytes
 
 LLAMA = {'pos_emb': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu'}  # what makes a GPT a Llama
 LLAMA_NAMES = {  # ours: theirs, whose rows are stacked in ours
@@ -47,7 +47,7 @@ def read_config_json(folder):
         return {}
     with explain_failure(f'{path} can\'t be read; name a folder that holds a model: '
                          '--init_from=PATH'):
-        return dict(json.loads(path.read_text(encoding='utf-8')))
+        return dict(json.loads(read_bytes(path)))
 
 
 def layout_of(config):

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from support.errors import MissingFile, UserError
-from support.machine.files import MAPPED, HeldFile, explain_failure
+from support.machine.files import MAPPED, HeldFile, explain_failure, read_bytes
 
 INDEXES = {'model.safetensors.index.json': 'model.safetensors', 'pytorch_model.bin.index.json':
            'pytorch_model.bin'}  # and the single file instead of which there are several
@@ -61,7 +61,7 @@ def weight_files(folder):
     for index, single in INDEXES.items():
         if (folder / index).is_file():
             with explain_failure(f'{folder / index} is no index of weights'):
-                content = json.loads((folder / index).read_text(encoding='utf-8'))
+                content = json.loads(read_bytes(folder / index))
                 names = sorted({str(name) for name in content['weight_map'].values()})
             if outside := [name for name in names if not is_plain_name(name)]:
                 raise UserError(f'{folder / index} names {outside[0]}, which is no file of its '

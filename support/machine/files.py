@@ -40,6 +40,8 @@ def explain_failure(message, *more_errors, passing=()):
         yield
     except passing:
         raise
+    except MissingFile:  # names its file already
+        raise
     except (*UNREADABLE, *more_errors) as error:
         raise UserError(f'{message} ({reason_of(error)})') from None
 
@@ -213,6 +215,23 @@ def patiently(function, *args):
     return function(*args)
 
 
+def read_bytes(path):
+    """What a file holds. MissingFile if the disk can't give it, which says nothing about its
+    content."""
+    try:
+        return patiently(Path(path).read_bytes)
+    except OSError as error:
+        raise unread(path, error) from None
+
+
+def unread(path, error):
+    """The MissingFile of a file that is there, and can't be read."""
+    if error.errno in LASTING:
+        return MissingFile(f'{path} can\'t be read ({reason_of(error)})')
+    return MissingFile(f'{path} can\'t be read now ({reason_of(error)}): nothing was changed, try '
+                       'again when the disk answers')
+
+
 def regular_file(path):
     """Whether there is a file. Unlike Path.is_file, raises an OSError if the disk can't say."""
     try:
@@ -331,9 +350,9 @@ def read_text(path):
 
     Raises MissingFile, or UserError if it is not text.
     """
-    if not Path(path).is_file():
+    if not regular_file(path):
         raise MissingFile(f'{path} is missing')
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     try:
         text = data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except UnicodeDecodeError as error:

@@ -30,6 +30,9 @@ from support.errors import UserError
 from support.machine.console import flush, print0
 from support.machine.hardware import DTYPES, device_name, has_bfloat16, prefers_onednn, synchronize
 
+MOST_THREADS = 1024  # with some ten thousand, OpenMP ends the process
+LAUNCHERS = {'SLURM_STEP_NUM_TASKS': 'srun', 'OMPI_COMM_WORLD_SIZE': 'mpirun',
+             'PMI_SIZE': 'mpirun'}  # {variable with the number of processes: who sets it}
 PYTORCH_SITE = 'pytorch.org/get-started/locally'
 
 
@@ -181,8 +184,8 @@ def resolve(device='auto', dtype='auto', compile='auto', backend='auto', timeout
         check_device(device)
     if device_type == 'cuda':
         torch.cuda.set_device(torch.device(device).index or 0)  # before anything asks for it
-    if threads < 0:
-        raise UserError(f'threads={threads} must be at least 0')
+    if not 0 <= threads <= MOST_THREADS:
+        raise UserError(f'threads={threads} must be at least 0 and at most {MOST_THREADS}')
     if threads:
         torch.set_num_threads(threads)
     dtype = best_dtype(device_type) if dtype == 'auto' else dtype
@@ -221,9 +224,10 @@ def read_ranks():
     if ('RANK' in given) != ('WORLD_SIZE' in given) or rank >= world_size:
         raise UserError(f'{shown}: RANK must be below WORLD_SIZE, and neither is set without the '
                         'other; start several processes by torchrun, or unset both for a single one')
-    n_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')  # srun's
+    launcher, n_tasks = next(((launcher, os.environ[name]) for name, launcher in LAUNCHERS.items()
+                              if os.environ.get(name)), ('', '1'))
     if 'RANK' not in given and n_tasks != '1':
-        raise UserError(f'srun started {n_tasks} processes that don\'t know of each other: start '
+        raise UserError(f'{launcher} started {n_tasks} processes that don\'t know of each other: start '
                         'one torchrun a node, as scripts/slurm.sh does, or set RANK=0 WORLD_SIZE=1 '
                         'if each is a run of its own')
     return rank, local_rank, world_size

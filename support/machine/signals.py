@@ -1,4 +1,5 @@
-"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 as a request to stop, on which all processes agree."""
+"""SIGINT, SIGTERM, SIGHUP and schedulers' warnings as a request to stop, on which all processes
+agree."""
 
 import contextlib
 import functools
@@ -13,7 +14,9 @@ import torch.distributed as dist
 
 from support.machine.console import is_first_process
 
-WARNING = getattr(signal, 'SIGUSR1', None)  # SLURM sends it some time before SIGTERM
+# schedulers send one of these some time before SIGTERM; the last, at a limit of CPU time
+WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2', 'SIGXCPU')
+            if hasattr(signal, name)]  # Windows has none
 
 
 class Stopped(Exception):
@@ -89,9 +92,9 @@ class StopRequest:
 
 def stop_signals():
     """SIGINT, SIGTERM, and unless they are ignored, as under nohup, the SIGHUP of a closed terminal
-    and SIGUSR1."""
-    optional = [getattr(signal, 'SIGHUP', None), WARNING]  # Windows has neither
-    not_ignored = [n for n in optional if n and signal.getsignal(n) != signal.SIG_IGN]
+    and WARNINGS."""
+    optional = [*WARNINGS, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])]
+    not_ignored = [n for n in optional if signal.getsignal(n) != signal.SIG_IGN]
     return (signal.SIGINT, signal.SIGTERM, *not_ignored)
 
 
@@ -106,14 +109,14 @@ def signal_socket():
 
 
 def end_at_second(numbers, _):
-    """Announce the first signal; end the process at one that follows half a second later or more. A
-    WARNING doesn't count, so that the SIGTERM after it leaves time to save. A 0 starts afresh."""
+    """Announce the first signal; end the process at one that follows half a second later or more.
+    WARNINGS don't count, so that the SIGTERM after them leaves time to save. A 0 starts afresh."""
     first = None  # time of the first signal
     while True:
         number = numbers.recv(1)[0]
         if number == 0:
             first = None
-        elif number == WARNING:
+        elif number in WARNINGS:
             announce(number)
         elif first is None:
             first = time.monotonic()

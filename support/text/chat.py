@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import UserError
-from support.machine.files import explain_failure, read_text
+from support.machine.files import explain_failure, read_bytes, read_text, regular_file
 from support.text.bpe import END
 from support.text.masks import BEGIN, READ, TARGET
 
@@ -44,8 +44,8 @@ def folder_template(folder):
     has none. ValueError if it can't be read or rendered."""
     path, own = Path(folder, 'tokenizer_config.json'), Path(folder, 'chat_template.jinja')
     with explain_failure(f'{path} can\'t be read'):
-        settings = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-        text = read_text(own) if own.is_file() else settings.get('chat_template')
+        settings = json.loads(read_bytes(path)) if regular_file(path) else {}
+        text = read_text(own) if regular_file(own) else settings.get('chat_template')
         if isinstance(text, list):  # several with names
             text = {t['name']: t['template'] for t in text}.get('default')
         names = {k: v.get('content') if isinstance(v, dict) else v

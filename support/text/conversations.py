@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.errors import MissingFile, UserError
 from support.machine.files import explain_failure, read_text
 from support.text.chat import ROLES
-from support.text.formats import LeftOut
+from support.text.formats import LeftOut, suffixes
 from support.text.reading import check_unchanged
 from support.text.stream import map_in_threads, survey
 from support.text.tokens import identity_of
@@ -56,8 +56,11 @@ class ConversationFile:
     which are held."""
 
     def __init__(self, path, strict=False):
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise MissingFile(f'{path} is missing')
+        if compression := suffixes(path)[1]:
+            raise UserError(f'{path} is compressed ({compression}): decompress it first')
         self.path, self.left_out = str(path), LeftOut(strict)
         self.file = open(path, 'rb')  # noqa: SIM115, closed with this object
         self.identity = identity_of(os.fstat(self.file.fileno()))
@@ -151,9 +154,9 @@ def messages_of(row):
     them."""
     if not isinstance(row, dict):
         return None
-    if 'messages' in row or isinstance(row.get('conversations'), list):
-        messages = row['messages'] if 'messages' in row else row['conversations']
-        return [*map(message_of, messages)] if isinstance(messages, list) else None
+    for messages in (row.get('messages'), row.get('conversations')):
+        if isinstance(messages, list):
+            return [*map(message_of, messages)]
     if 'prompt' in row and 'completion' in row:
         asked, answer = row['prompt'], row['completion']
         if isinstance(asked, list) and isinstance(answer, list):
@@ -170,8 +173,10 @@ def message_of(m):
     """A message with the names of ours: role and content."""
     if not isinstance(m, dict):
         return m
-    role, content = m.get('role', m.get('from')), m.get('content', m.get('value'))
-    return {'role': SAME_ROLES.get(str(role), role), 'content': content}
+    role = m['from'] if m.get('role') is None and 'from' in m else m.get('role')
+    content = m['value'] if m.get('content') is None and 'value' in m else m.get('content')
+    name = str(role).lower()
+    return {'role': SAME_ROLES.get(name, name), 'content': content}
 
 
 def why_none(messages):

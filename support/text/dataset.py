@@ -25,7 +25,7 @@ import numpy as np
 
 from support.errors import MissingFile, UserError
 from support.machine.console import ROOT, print0
-from support.machine.files import explain_failure
+from support.machine.files import explain_failure, read_bytes, regular_file
 from support.text.masks import Conversations, open_mask
 from support.text.tokens import DTYPES, open_tokens, split_files
 from support.text.vocabulary import read_vocabulary
@@ -37,6 +37,7 @@ say_once = functools.cache(print0)
 def find_dataset(data_dir, dataset):
     """A dataset's folder: data_dir if given, else data/<dataset>, else a folder with the path
     `dataset`, else the repository's data/<dataset>."""
+    dataset = os.path.expanduser(dataset or '')
     here, there = os.path.join('data', dataset), ROOT / 'data' / dataset
     if data_dir or not dataset or os.path.isdir(here):
         return data_dir or here
@@ -121,7 +122,7 @@ def read_info(folder):
     """dataset.json as a dict; {} if there is none, or if neither split has as many tokens as it
     says, which is printed. Raises UserError if it is damaged."""
     path = Path(folder, 'dataset.json')
-    if not path.is_file():
+    if not regular_file(path):
         return {}
     info = parse_info(path)
     if info.get('unfinished'):
@@ -146,7 +147,7 @@ def parse_info(path):
     with explain_failure(f'{path} is damaged; prepare the data again'):
         if path.stat().st_size > 1 << 20:
             raise UserError('it has more than a megabyte')
-        text = path.read_text(encoding='utf-8')
+        text = read_bytes(path).decode('utf-8-sig')
         outside_strings = re.sub(r'"(?:[^"\\]|\\.)*"', '', text)  # a chat template has many brackets
         if outside_strings.count('{') + outside_strings.count('[') > 100:
             raise UserError('it is nested too deeply')  # thousands of levels crash Python's parser
@@ -154,6 +155,8 @@ def parse_info(path):
         counts, digests = info.get('tokens', {}), info.get('sha256', {})
         if not (all(isinstance(n, int) and 0 <= n < 1 << 63 for n in counts.values())
                 and all(isinstance(text, str) for text in [
-                    *digests.values(), info.get('source', ''), info.get('tokenizer', '')])):
-            raise TypeError('tokens must be numbers, sha256, source and tokenizer strings')
+                    *digests.values(), info.get('source', ''), info.get('tokenizer', '')])
+                and isinstance(info.get('chat'), dict | None)):
+            raise TypeError('tokens must be numbers, sha256, source and tokenizer strings, chat a '
+                            'table')
     return info

@@ -202,6 +202,8 @@ def rows_of_json(pieces, path, column, leave_out):
         else:
             names |= dict.fromkeys(row) if isinstance(row, dict) and not names else {}
             leave_out(f'{path}, line {number}', f'no text in column {column}')
+    if not n_good and not names:
+        raise UserError(f'{path} has no line that is a JSON object, such as {{"{column}": "..."}}')
     check_column(n_good, names, path, column)
 
 
@@ -212,7 +214,7 @@ def rows_of_csv(pieces, path, column, leave_out):
     whole = (line + '\n' for line in lines(pieces, path))
     header = next(whole, '')
     separator = max(',;\t', key=header.count)
-    names = next(csv.reader([header], delimiter=separator), [])
+    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), ())]
     if column not in names:
         check_column(0, names, path, column)
     at, n_good = names.index(column), 0

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.errors import MissingFile, UserError
+from support.machine.files import regular_file
 from support.text.packing import Packing
 from support.text.tokens import FileArray, describe_file
 from support.text.windows import SAMPLERS, Split
@@ -124,7 +125,7 @@ def open_mask(data_dir, split, n_tokens, is_chat):
     """A split's mask, or None if the dataset has none. Raises UserError if it isn't of these
     tokens, MissingFile if one of two is missing, or both although the data is conversations."""
     masks = {name: Path(data_dir, f'{name}.mask') for name in ('train', 'val')}
-    if missing := [path for path in masks.values() if not path.is_file()]:
+    if missing := [path for path in masks.values() if not regular_file(path)]:
         if len(missing) == 1 or is_chat:
             raise MissingFile(f'{missing[0]} is missing, which says what to learn of the '
                               f'conversations in {data_dir}: prepare them again')

@@ -203,6 +203,6 @@ def dataset_folder(script, name, source=None):
 
 def name_after(source):
     """A dataset's name for a corpus: that of its file, its folder or its repository on the hub."""
-    path = Path(source).resolve()
+    path = Path(os.path.realpath(source))
     is_file = path.suffix.lower() in FORMATS
     return re.sub(r'[^\w.-]', '_', path.stem if is_file else path.name) or 'corpus'

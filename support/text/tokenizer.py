@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import MissingFile, UserError
-from support.machine.files import explain_failure
+from support.machine.files import explain_failure, read_bytes, regular_file
 from support.text.bpe import END, LARGEST_ID, BPETokenizer, quick_encoding
 
 GPT2_VOCAB = 50257  # BPE ids; the last, 50256, is <|endoftext|>
@@ -34,8 +34,9 @@ GPT2_BLANKS = r'\s++$|\s+(?!\S)|\s'
 
 
 class CharTokenizer:
-    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}. Of
-    words without white space, white space in a text only separates them."""
+    """One id a character, or a word of a vocabulary that somebody else made. itos: {id: string}; an id
+    that is missing there has no text. Of words without white space, white space in a text only
+    separates them."""
     begin, end, ends, special = (), None, (), {}  # no token ends a document
 
     def __init__(self, itos):
@@ -78,10 +79,10 @@ class CharTokenizer:
         return f'; it knows {known!r}' if len(known) <= 100 else f'; it knows {len(known):,} others'
 
     def decode(self, ids):
-        return self.space.join(self.itos[i] for i in ids)
+        return self.space.join(self.itos.get(i, '') for i in ids)
 
     def decode_bytes(self, ids):
-        text = ''.join(self.itos[i] + self.space for i in ids)
+        text = ''.join(self.itos.get(i, '') + self.space for i in ids)
         return text.encode('utf-8', errors='surrogatepass')
 
     def knows_text(self):
@@ -274,12 +275,12 @@ def load_tokenizer(path, ends=()):
     one that can't be used."""
     path = Path(path)
     if path.is_dir():
-        file = next((p for p in (path / name for name in TOKENIZER_FILES) if p.is_file()), None)
+        file = next((p for p in (path / name for name in TOKENIZER_FILES) if regular_file(p)), None)
         return file and load_tokenizer(file)
-    if not path.is_file():
+    if not regular_file(path):
         raise MissingFile(f'{path} is missing: name a tokenizer.json, or a folder with one')
     with explain_failure(f'{path} holds no tokenizer that can be used'):
-        text = path.read_text(encoding='utf-8') if path.suffix == '.json' else '{}'
+        text = read_bytes(path).decode('utf-8-sig') if path.suffix.lower() == '.json' else '{}'
         content = json.loads(text)
         if is_gpt2_vocab(content):  # OpenAI's vocab.json or encoder.json
             return GPT2Tokenizer()
@@ -323,9 +324,9 @@ def end_ids(folder):
     of its config.json."""
     for name in ('generation_config.json', 'config.json'):
         path = Path(folder, name)
-        if path.is_file():
+        if regular_file(path):
             with explain_failure(f'{path} can\'t be read'):
-                ids = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+                ids = json.loads(read_bytes(path)).get('eos_token_id')
             ids = ids if isinstance(ids, list) else [ids]
             if ids := tuple(i for i in ids if isinstance(i, int)):
                 return ids

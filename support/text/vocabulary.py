@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from support.errors import UserError
-from support.machine.files import explain_failure
+from support.machine.files import explain_failure, read_bytes, regular_file
 from support.machine.pickles import read_pickle
 from support.text.bpe import MOST_IDS
 from support.text.tokenizer import (PADDED_GPT2_VOCAB, CharTokenizer, GPT2Tokenizer, NoTokenizer,
@@ -21,10 +21,11 @@ def read_vocabulary(data_dir, info):
     a file is missing or damaged, or if the files contradict each other."""
     path, kind = Path(data_dir, 'tokenizer.json'), info.get('tokenizer')
     meta = read_meta(data_dir, is_needed=kind == 'char')
-    if kind == 'bpe' and not path.is_file():
+    has_own = regular_file(path)
+    if kind == 'bpe' and not has_own:
         raise UserError(f'{path} is missing, but dataset.json says that the tokens are of a '
                         'tokenizer of their own: prepare the data again')
-    if path.is_file() and kind != 'char':
+    if has_own and kind != 'char':
         return read_own_tokenizer(path, info, meta)
     if meta:
         tokenizer = CharTokenizer(meta['itos']) if meta['itos'] else NoTokenizer(meta['vocab_size'])
@@ -51,7 +52,7 @@ def read_own_tokenizer(path, info, meta):
             other = 'dataset.json says that they are GPT-2\'s'
         raise UserError(f'{path} says that the tokens are its own, but {other}: remove one or the '
                         'other')
-    if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+    if digest not in (None, hashlib.sha256(read_bytes(path)).hexdigest()):
         raise UserError(f'{path} is not the one that the data was prepared with: its SHA-256 is '
                         'another in dataset.json. Prepare the data again')
     if found == 'gpt2':
@@ -64,14 +65,14 @@ def read_meta(data_dir, is_needed=False):
     None if there is no file. is_needed: whether dataset.json says that the tokens are characters.
     Raises UserError if it is damaged, or needed and missing."""
     path = Path(data_dir, 'meta.pkl')
-    if not path.is_file():
+    if not regular_file(path):
         if is_needed:
             raise UserError(f'{path} is missing, but dataset.json says that the tokens are '
                             'characters: prepare the data again, or delete dataset.json if it is '
                             'not of this data')
         return None
     with explain_failure(f'{path} is not a character vocabulary'):
-        meta = read_pickle(path.read_bytes())
+        meta = read_pickle(read_bytes(path))
         size = meta['vocab_size']
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise TypeError(f'vocab_size={size!r} is not a positive integer')

@@ -41,8 +41,8 @@ def claim(config, run):
         raise UserError('out_dir is empty: name a folder, such as --out_dir=out')
     try:
         if names_file(out_dir):
-            raise UserError(f'out_dir={out_dir} is a checkpoint: name a folder; '
-                            f'--init_from={out_dir} starts a new run from this checkpoint')
+            raise UserError(f'out_dir={out_dir} is a file: name a folder; --init_from={out_dir} '
+                            'starts a new run from a checkpoint')
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         holder = lock(Path(out_dir, LOCK))
         if holder:

@@ -24,7 +24,7 @@ import torch
 
 from support.errors import UserError
 from support.machine.console import ROOT, keep_line, print0
-from support.machine.files import replacing
+from support.machine.files import read_bytes, regular_file, replacing
 from support.sampling import decoding
 from support.training.plan import duration
 
@@ -95,7 +95,7 @@ class RunLog:
         best = min(evaluations, key=lambda e: e['val_loss'], default={})
         names = {'val_loss': 'best_val_loss', 'iter': 'best_iter',
                  'val_bits_per_byte': 'best_val_bits_per_byte'}
-        found = {names[k]: best[k] for k in names if k in best} | figures
+        found = {names[k]: best[k] for k in names if isinstance(best.get(k), int | float)} | figures
         return '\n'.join(f'{name}: {round(value, 6)}' for name, value in found.items()
                          if value is not None)
 
@@ -222,7 +222,7 @@ class JsonLines:
         self.file, self.waiting, self.failed = None, b'', False
         if path is None:
             return
-        lines = path.read_bytes().splitlines() if first_iter and path.is_file() else []
+        lines = read_bytes(path).splitlines() if first_iter and regular_file(path) else []
         try:
             with replacing(path) as temporary:
                 temporary.write_bytes(b''.join(line + b'\n' for line in lines if is_before(line, first_iter)))
@@ -265,9 +265,10 @@ class JsonLines:
 
     def entries(self, word):
         """The entries of the lines that have a word in them."""
-        if self.file is None or not Path(self.file.name).is_file():
-            return []
-        lines = Path(self.file.name).read_bytes().splitlines()
+        lines = []
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # gone, or not to be read: the run is whole all the same
+                lines = Path(self.file.name).read_bytes().splitlines()
         return [entry_of(line) for line in lines if word.encode() in line]
 
     def close(self):

@@ -373,6 +373,9 @@ def rehearse(step, run, data, to_do, settings):
 
 # ---------------------------------------------------------------------------- out of memory
 
+MOST_PARTS = 1000  # of a batch
+
+
 @contextmanager
 def out_of_memory_advice(batch_size, gradient_accumulation_steps):
     """Turn an allocation that failed into an OutOfMemory that says what to change."""
@@ -381,12 +384,11 @@ def out_of_memory_advice(batch_size, gradient_accumulation_steps):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = [b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0]
+        factor = next((n for n in range(2, MOST_PARTS) if batch_size % n == 0), None)
         how = 'a shorter --block_size or a smaller model needs less'
-        if smaller:
-            steps = gradient_accumulation_steps * batch_size // smaller[-1]
-            how = (f'--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} trains on the same '
-                   'tokens an iteration')
+        if factor:
+            how = (f'--batch_size={batch_size // factor} --gradient_accumulation_steps='
+                   f'{gradient_accumulation_steps * factor} trains on the same tokens an iteration')
         raise OutOfMemory(f'out of memory at batch_size={batch_size}{amount_asked(error)}: {how}; '
                           '--activation_checkpointing=True needs less too, and is slower') from None
 

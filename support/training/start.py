@@ -11,10 +11,11 @@ import itertools
 import math
 import os
 
-from support.errors import MissingFile, UserError
+from support.errors import MissingFile, OutOfMemory, UserError
 from support.hub.huggingface import folder_tokenizer, own_tokenizer
 from support.machine.console import print0
 from support.machine.files import explain_failure
+from support.machine.hardware import total_memory
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import GPT2Tokenizer, is_same_tokenizer
 from support.text.windows import SAMPLERS
@@ -33,7 +34,8 @@ RANGES = {  # (least, first value that is too large): settings
                  'patience', 'batch_ramp_iters', 'max_iters', 'warmup_iters', 'lr_decay_iters',
                  'lora_rank', 'n_kv_head'),
     (1, 2**63): ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval',
-                 'log_interval', 'n_layer', 'n_head', 'n_embd', 'ngram', 'ngram_rows'),
+                 'log_interval', 'n_head', 'n_embd', 'ngram', 'ngram_rows'),
+    (1, 2**16): ('n_layer',),
     (-2**63, 2**63): ('seed',),
 }
 
@@ -213,9 +215,24 @@ def check_start(config, state, is_resumed, data, model_config):
         check_tokenizer_of_run(state, data)
     elif config['init_from'] not in ('scratch', 'auto'):
         check_tokenizer_of_hub(config['init_from'], data, model_config.vocab_size)
-    data.check(min(config['block_size'], model_config.block_size), model_config.vocab_size)
+    window = min(config['block_size'], model_config.block_size)
+    data.check(window, model_config.vocab_size)
+    check_batch(config, window)
     if is_resumed and not config['eval_only']:
         check_resumed(config, state, data)
+
+
+def check_batch(config, window):
+    """OutOfMemory if not even the token ids of a batch fit into the machine: a kernel that runs out
+    of memory kills the run without a word."""
+    n_sequences, there = config['batch_size'], total_memory('cpu') or math.inf
+    starts = 3 * n_sequences * config['gradient_accumulation_steps']
+    needed = 8 * (3 * n_sequences * (window + 1) + starts)  # as int64, with what is made on the way
+    if needed > there:
+        raise OutOfMemory(f'out of memory: the token ids alone of batch_size={n_sequences} and '
+                          f'gradient_accumulation_steps={config["gradient_accumulation_steps"]} take '
+                          f'{needed / 1e9:,.1f} GB, where this machine has {there / 1e9:,.1f} GB: '
+                          'make them smaller')
 
 
 def check_resumed(config, state, data):

@@ -29,7 +29,7 @@ import torch
 from support.errors import MissingFile, OutOfMemory, UserError
 from support.machine.console import print0
 from support.machine.files import (UNREADABLE, HeldFile, free_disk, patiently, reason_of,
-                                   regular_file, replacing)
+                                   regular_file, replacing, unread)
 from support.machine.pickles import STAND_INS, ForeignConfig
 
 RESUMABLE = ('latest.pt', 'previous.pt', 'ckpt.pt')  # of equal iterations, the first is taken
@@ -219,11 +219,8 @@ def reading(path):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise missing(path) from None
-    except PermissionError as error:
-        raise MissingFile(f'{path} can\'t be read ({reason_of(error)})') from None
     except OSError as error:
-        raise MissingFile(f'{path} can\'t be read now ({reason_of(error)}): nothing was changed, '
-                          'try again when the disk answers') from None
+        raise unread(path, error) from None
     except MemoryError:
         raise OutOfMemory(f'out of memory while {path} was read') from None
 
@@ -283,9 +280,11 @@ def error_of_disk(error):
 
 def why_unread(error):
     """The reason in a line. torch.load's has escape codes, and advice to run the file's code."""
-    found = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
+    found = re.search(r'GLOBAL (\S+) (was not an allowed|whose module)', str(error))
     if found:
         return f'it holds an object of {found[1]}, whose code is not run'
+    if found := re.search(r'WeightsUnpickler error:\s*(.+)', str(error)):
+        return f'it is no pickle of tensors: {found[1]}'
     return re.sub(r'\x1b\[[\d;]*m', '', reason_of(error))
 
 
