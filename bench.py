@@ -28,8 +28,7 @@ from model import GPTConfig
 from support.errors import MissingFile, UserError
 from support.machine import hardware, runtime
 from support.machine.linear import use_cpu_linears
-from support.sampling.decoding import Sampling, for_sampling, stream
-from support.sampling.graphs import compile_for_decoding
+from support.sampling.decoding import Sampling, compile_for_decoding, for_sampling, stream
 from support.sampling.quantize import build_quantized, check_weights
 from support.text.dataset import Dataset, find_dataset
 from support.text.tokenizer import PADDED_GPT2_VOCAB

@@ -32,8 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from support.errors import UserError
 from support.machine import runtime
 from support.machine.files import read_text
-from support.sampling.decoding import Sampling, Text, for_sampling, stream, with_line_ends
-from support.sampling.graphs import compile_for_decoding
+from support.sampling.decoding import (Sampling, Text, compile_for_decoding, for_sampling, stream,
+                                       with_line_ends)
 from support.sampling.prompt import Dialogue, check_streams, interact
 from support.sampling.quantize import check_weights
 from support.text.chat import ChatForm

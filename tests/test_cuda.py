@@ -11,8 +11,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from model import KVCache
 from support.machine.runtime import Runtime
-from support.sampling.decoding import generate
-from support.sampling.graphs import compile_for_decoding, in_cuda_graph
+from support.sampling.decoding import compile_for_decoding, generate
+from support.sampling.graphs import in_cuda_graph
 from support.sampling.quantize import build_quantized
 from support.training import optim
 from support.training.loss import lean_loss
@@ -119,9 +119,9 @@ def test_compiled_step_is_recorded_and_decodes_the_text_of_the_plain_one(weights
     model, idx = model.double().eval().cuda(), torch.randint(64, (1, 3)).cuda()
     expected = generate(copy.deepcopy(model), idx, 190, 0.8, seeds=[1])
     torch._dynamo.reset()
-    compile_for_decoding(model)
+    compiled = compile_for_decoding(model)
     for _ in range(2):
-        assert torch.equal(generate(model, idx, 190, 0.8, seeds=[1]), expected)
+        assert torch.equal(generate(model, idx, 190, 0.8, seeds=[1], compiled=compiled), expected)
     assert 'without a CUDA graph' not in capsys.readouterr().out
 
 

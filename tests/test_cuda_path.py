@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import KVCache
 from support.machine.runtime import Runtime
 from support.sampling import decoding
-from support.sampling.graphs import StaticCache, agrees, compile_for_decoding
+from support.sampling.graphs import StaticCache, agrees
 from support.sampling.quantize import build_quantized
 from support.training.diagnostics import measure_vitals
 from support.training.loss import ChunkedLoss
@@ -194,7 +194,7 @@ def test_compiled_decoding_gives_the_same_text_and_compiles_nothing_while_a_step
     with torch.autocast('cpu', torch.bfloat16):
         expected = torch.cat([*text()], dim=1)
         torch.set_autocast_cache_enabled(True)
-        compiled = compile_for_decoding(model)
+        compiled = decoding.compile_for_decoding(model)
         assert torch.equal(torch.cat([*text()], dim=1), expected)
     assert seen == [0] + [1] * 123 + [2] * 16 and not counters['graph_break']
 

@@ -28,7 +28,7 @@ FEW_ROWS = 64  # of an input
 SMALL = 1 << 18  # multiplications of a product that the default library finishes first
 MAX_PACKED = 1 << 30  # bytes of weights to copy into a library's layout
 MOST_ROWS = 3  # that two float16 matrices multiply faster than oneDNN one float32 matrix
-MANY_STEPS = 300  # products after which the time to make two float16 matrices has paid
+MANY_STEPS = 500  # products after which the time to make two float16 matrices has paid
 
 
 class CPULinear(nn.Linear):
@@ -123,7 +123,7 @@ def in_halves(weight, most):
     enough for numbers of 16 bits, of which float16 rounds the smallest only."""
     half = weight.half()
     largest = half.abs().max().float()
-    if not 2**-5 < largest < math.inf:
+    if not 2**-12 < largest < math.inf:
         return None  # beyond the range of float16
     pieces = zip(weight.split(256), half.split(256))
     if all((piece - rounded).abs().max() <= 2**-20 * largest for piece, rounded in pieces):

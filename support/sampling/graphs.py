@@ -35,12 +35,6 @@ def in_cuda_graph(model, cache, at, step):
     return static, Recorded(static, step)
 
 
-def compile_for_decoding(model):
-    """A model's compiled twin, for `stream`. A product with one row becomes a sum on CUDA, which reads int8
-    weights as they are; that of a library would write and read them in 16 bits."""
-    return torch.compile(model, dynamic=True, options={'coordinate_descent_tuning': True})
-
-
 def length_to_read(n, most):
     """128, 256, 512, ...: the first that has room for n positions, at most `most`."""
     length = SHORTEST
