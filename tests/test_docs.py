@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from model import GPTConfig
+from support.training.optim import OptimizerOptions
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
@@ -72,8 +73,9 @@ def settings(script):
     for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
         calls = [n for n in ast.walk(node) if getattr(getattr(n, 'func', None), 'id', '') == 'configure']
         if calls:
-            has_model = 'GPTConfig' in ast.unparse(calls[0])
-            return names | {f.name for f in dataclasses.fields(GPTConfig) if has_model}
+            call = ast.unparse(calls[0])
+            kinds = [kind for kind in (GPTConfig, OptimizerOptions) if kind.__name__ in call]
+            return names | {f.name for kind in kinds for f in dataclasses.fields(kind)}
         for target in getattr(node, 'targets', [getattr(node, 'target', None)]):
             names |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)} if target else set()
     raise AssertionError(f'{script} calls no configure')
