@@ -105,8 +105,8 @@ def test_model_whose_attention_does_not_ask_the_cache_for_its_mask_does_not_agre
     model, idx = scrambled(tiny(), 0.3).eval(), torch.randint(64, (3, 5))
 
     class Maskless(type(model.transformer.h[0].attn)):
-        def attend(self, q, k, v, cache=None, *more):
-            return super().attend(q, k, v, None, *more)
+        def attend(self, q, k, v, cache=None, begins=None):
+            return super().attend(q, k, v, None, begins)
 
     growing, _, at = caches(model, idx)
     before = [t.clone() for kv in growing.kv.values() for t in kv]

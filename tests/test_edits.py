@@ -10,23 +10,78 @@ import pytest
 from conftest import ROOT
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN'  # a vocabulary of 40
-LOSS = 'F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)'
-EDITS = {  # name: [(lines of model.py, what takes their place)]
-    'nothing': [],
-    'label smoothing': [('ignore_index=-1)', 'ignore_index=-1, label_smoothing=0.5)')],
-    'a loss that is no mean': [(LOSS, f'{LOSS} ** 2')],
-    'scale of attention': [('_attention(q, k, v, mask,', '_attention(q, 0.2 * k, v, mask,')],
-    'factor before gelu': [('x = self.gelu(x)', 'x = self.gelu(3 * x)')],
-    'norms': [('self.bias, self.eps)', 'self.bias, 0.5)'), ('self.mlp(self.ln_2(x))', 'self.mlp(x)')],
-    'positions': [('self.transformer.wpe(positions_of', 'self.transformer.wpe(31 - positions_of')],
-    'an attention that takes x alone': [
-        ('def forward(self, x, cache=None, first_v=None, begins=None):', '''def forward(self, x):
-        q, k, v = self.c_attn(x).split(x.shape[2], dim=2)
-        past = torch.ones(x.shape[1], x.shape[1]).tril()
-        return self.c_proj((q @ k.mT * 0.1).sigmoid() * past @ v)
+X_ALONE = '''
+def forward(self, x):
+    q, k, v = self.c_attn(x).split(x.shape[2], dim=2)
+    past = torch.ones(x.shape[1], x.shape[1]).tril()
+    return self.c_proj((q @ k.mT * 0.1).sigmoid() * past @ v)
+'''
 
-    def unused(self, x, cache=None, first_v=None, begins=None):''')],
+
+def of_argument(place, keyword, new):
+    """An edit of a call's argument, given by its place or its keyword. new: its source; X is what it was."""
+    def edit(call):
+        if place < len(call.args):
+            call.args[place] = expression(new, call.args[place])
+        else:
+            [argument] = [argument for argument in call.keywords if argument.arg == keyword]
+            argument.value = expression(new, argument.value)
+        return call
+    return edit
+
+
+def of_call(new):
+    return lambda call: expression(new, call)
+
+
+def expression(source, old):
+    return ast.parse(source.replace('X', f'({ast.unparse(old)})'), mode='eval').body
+
+
+def smoothed(call):
+    call.keywords.append(ast.keyword('label_smoothing', ast.Constant(0.5)))
+    return call
+
+
+def taking_x_alone(function):
+    return ast.parse(X_ALONE).body[0]
+
+
+EDITS = {  # name: {what model.py calls or, within a class, defines: the edit of it}
+    'nothing': {},
+    'label smoothing': {'cross_entropy': smoothed},
+    'a loss that is no mean': {'cross_entropy': of_call('X ** 2')},
+    'scale of attention': {'scaled_dot_product_attention': of_argument(1, 'key', '0.2 * X')},
+    'factor before gelu': {'gelu': of_argument(0, 'input', '3 * X')},
+    'norms': {'layer_norm': of_argument(4, 'eps', '0.5'),
+              'ln_2': lambda call: call.args[0]},
+    'positions': {'wpe': of_argument(0, 'input', '31 - X')},
+    'an attention that takes x alone': {'CausalSelfAttention.forward': taking_x_alone},
 }
+
+
+class Editor(ast.NodeTransformer):
+    def __init__(self, edits):
+        self.edits, self.made, self.place = edits, [], ''
+
+    def visit_ClassDef(self, node):
+        self.place = node.name
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node):
+        return self.edited(f'{self.place}.{node.name}', node)
+
+    def visit_Call(self, node):
+        return self.edited(getattr(node.func, 'attr', ''), node)
+
+    def edited(self, name, node):
+        node = self.generic_visit(node)
+        if name not in self.edits:
+            return node
+        self.made.append(name)
+        return self.edits[name](node)
+
+
 LOSS_ONLY = ('nothing', 'label smoothing', 'a loss that is no mean')  # sampling stays as it is
 WHOLE = 'a loss that is no mean'  # can't be computed in parts
 REFERENCE = '''
@@ -90,11 +145,10 @@ def data(tmp_path_factory):
 def visit(elsewhere, copy_repository, data):
     """A function that gives a function, which runs scripts or code beside an edited model.py."""
     def make(edit):
-        source = (ROOT / 'model.py').read_text(encoding='utf-8')
-        for old, new in EDITS[edit]:
-            assert source.count(old) == 1, old
-            source = source.replace(old, new)
-        folder = copy_repository(source)
+        editor = Editor(EDITS[edit])
+        tree = editor.visit(ast.parse((ROOT / 'model.py').read_text(encoding='utf-8')))
+        assert editor.made == [*EDITS[edit]]
+        folder = copy_repository(ast.unparse(ast.fix_missing_locations(tree)))
         known = f'DATA, LETTERS = {str(data)!r}, {LETTERS!r}\n{REFERENCE}\n'
         (folder / 'base').mkdir()
 
