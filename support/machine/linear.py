@@ -100,16 +100,17 @@ def keep_weights(model, n_rows, n_steps):
 
     def keep(layer):
         weight, halves = layer.weight.detach(), None
-        if n_rows * weight.numel() >= SMALL and HAS_FBGEMM:
+        is_large = n_rows * weight.numel() >= SMALL
+        if is_large and HAS_FBGEMM:
             halves = in_halves(weight, 2 if has_two else 1)
-        if halves is not None:
-            layer.kept = Halves(layer, halves)
-        elif n_rows * weight.numel() >= SMALL:
-            layer.kept = Kept(layer, weight.float(), n_rows if has_copies else 1)
         if halves is not None and len(halves) == len(weight):
             layer.weight = nn.Parameter(weight.to('meta'), requires_grad=False)
         elif weight.dtype != torch.float32:
             layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if halves is not None:
+            layer.kept = Halves(layer, halves)
+        elif is_large:
+            layer.kept = Kept(layer, n_rows if has_copies else 1)
         del weight, halves
         return_freed_memory()
 
@@ -140,10 +141,10 @@ def in_halves(weight, most):
 class Kept:
     """oneDNN's product of few rows, with a weight in its own layout if n_rows > 1."""
 
-    def __init__(self, layer, weight, n_rows):
-        self.weight, self.bias = weight, layer.bias
+    def __init__(self, layer, n_rows):
+        self.weight, self.bias = layer.weight.detach(), layer.bias
         if n_rows > 1:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, n_rows)
 
     def __call__(self, x):
         return few_rows(x, self.weight, self.bias)
@@ -163,11 +164,11 @@ class Halves:
             self.packed = torch.ops.quantized.linear_prepack_fp16(halves, bias)
 
     def __call__(self, x):
-        if not self.is_sum:
-            return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
-        if x.numel() > MOST_ROWS * x.shape[-1]:
+        if self.is_sum and x.numel() > MOST_ROWS * x.shape[-1]:
             return self.layer.own_product(x)
         y = torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
+        if not self.is_sum:
+            return y
         n = self.n_outputs
         return torch.add(y.narrow(-1, 0, n), y.narrow(-1, n, n), alpha=2**-11)
 

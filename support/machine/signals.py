@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from support.machine.console import is_first_process
 
-# schedulers send one of these some time before SIGTERM; the last, at a limit of CPU time
+# schedulers send one of these some time before SIGTERM; SIGXCPU says that the CPU time is used up
 WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2', 'SIGXCPU')
             if hasattr(signal, name)]  # Windows has none
 

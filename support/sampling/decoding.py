@@ -101,7 +101,7 @@ def stream(model, idx, sampling, *, n_samples=1, lengths=None, seeds=None, n_voc
     rows = Rows(idx, sampling, n_samples, lengths, seeds, n_vocab)
     if static is None:
         static = idx.is_cuda or compiled is not None
-    compiled = model if compiled is None else compiled  # whose truth is its length
+    compiled = model if compiled is None else compiled  # bool(compiled) would ask for a length
     positions = Positions(model, compiled, idx, rows, n_samples, static)
     try:
         for t in range(rows.first, rows.end):

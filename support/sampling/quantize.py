@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from model import GPT
 from support.errors import UserError
-from support.machine.linear import as_operator
+from support.machine.linear import HAS_FBGEMM, as_operator
 from support.machine.runtime import return_freed_memory
 
 WEIGHTS = ('full', 'int8', 'int4')
@@ -230,7 +230,7 @@ def operator(namespace, name):
 
 
 FBGEMM = None  # its int8 product; PyTorch has announced to remove the tensors that it takes
-if 'fbgemm' in torch.backends.quantized.supported_engines:
+if HAS_FBGEMM:
     FBGEMM = operator(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32')
 INT8PACK = None if sys.platform == 'win32' else operator(torch.ops.aten, '_weight_int8pack_mm')  # slow there
 INT4PACK = operator(torch.ops.aten, '_weight_int4pack_mm_for_cpu')
